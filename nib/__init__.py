@@ -1,0 +1,1 @@
+"""What nib's scripts share. Nothing here imports the scripts or model.py."""

@@ -1,0 +1,36 @@
+"""How a script ends: one line and a status, never a traceback for a mistake of the user's."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class InputError(Exception):
+    """Bad usage or bad input; exit status 2. The message is one line: what is wrong. what to do."""
+
+
+class RunError(Exception):
+    """A run that was asked for rightly and failed; exit status 1."""
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call `main` and leave the process with the exit status of the contract.
+
+    0 done, 2 `InputError`, 1 `RunError`, 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
+    Under torchrun every process meets the same error; only the first one says it.
+    """
+    try:
+        status = main() or 0
+        sys.stdout.flush()
+    except (InputError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        status = 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
