@@ -1,0 +1,413 @@
+"""A decoder-only transformer language model, whole, in one file that needs nothing but torch.
+
+From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a
+block, the loss, and the GPT that joins them. Letters in shape comments:
+
+    B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
+    H heads   K key/value heads   D head size   V vocabulary
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+NORMS = ("layernorm", "rmsnorm")
+POSITIONS = ("learned", "sinusoidal", "rope", "none")
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. The defaults are GPT-2's; raises ValueError for a shape that cannot be built."""
+
+    vocab_size: int = 50257
+    block_size: int = 1024  # the context: the most positions the model sees at once
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head heads (arXiv 2305.13245); 0: n_head
+    n_embd: int = 768
+    head_size: int = 0  # 0: n_embd / n_head
+    mlp_hidden: int = 0  # 0: 4 n_embd; with swiglu 8/3 n_embd, rounded up to a multiple of 64
+    dropout: float = 0.0
+    bias: bool = True  # in linear layers and LayerNorm
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    position: str = "learned"
+    rope_base: float = 10000.0
+    mlp: str = "gelu_tanh"
+    qk_norm: bool = False  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
+    window: int = 0  # each position sees itself and the window - 1 before it; 0: all before it
+    tie_weights: bool = True  # the head that makes logits is the token embedding (arXiv 1608.05859)
+
+    def __post_init__(self) -> None:
+        self.n_kv_head = self.n_kv_head or self.n_head
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}. Give a positive number")
+        if not self.head_size and self.n_embd % self.n_head:
+            near = self.n_head * max(1, round(self.n_embd / self.n_head))
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor of it"
+            )
+        self.head_size = self.head_size or self.n_embd // self.n_head
+        default_hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+        self.mlp_hidden = self.mlp_hidden or default_hidden
+        for name, allowed in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}. Choose one")
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd")
+        if self.window < 0 or self.mlp_hidden < 1 or self.head_size < 1 or not 0 <= self.dropout < 1:
+            raise ValueError("window, mlp_hidden and head_size cannot be negative, dropout lies in [0, 1). Correct it")
+
+
+def make_norm(size: int, config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(size, eps=config.norm_eps)  # arXiv 1910.07467
+    return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
+
+
+def angles(length: int, size: int, base: float) -> Tensor:
+    """Position times frequency, (length, size / 2): position p turns pair i by p / base^(2i / size)."""
+    frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D / 2).
+
+    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights need no
+    permutation on their way there and back.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, in two buffers allocated once.
+
+    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call
+    the model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to
+    and is overwritten by the row's next tokens. A call that does not fit raises ValueError and changes nothing:
+    the caller drops the oldest tokens and fills the cache again (positions are part of what is cached).
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, max_length: int = 0,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        self.max_length = min(max_length or config.block_size, config.block_size)
+        shape = (config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
+        # Zeros, not empty memory: a weight of zero times a NaN that happened to lie there would be NaN.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, max_length, D)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.lengths = [0] * batch_size
+
+    def truncate(self, lengths: list[int]) -> None:
+        """Forget all but the first lengths[b] positions of row b."""
+        if len(lengths) != len(self.lengths) or any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"cannot truncate rows of {self.lengths} positions to {lengths}. Give shorter lengths")
+        self.lengths = list(lengths)
+
+    def take_rows(self, rows: list[int]) -> KVCache:
+        """A new cache holding copies of these rows; a row may be named several times, to branch from it."""
+        taken = KVCache.__new__(KVCache)
+        taken.max_length = self.max_length
+        index = torch.tensor(rows, device=self.keys.device)
+        taken.keys, taken.values = self.keys[:, index], self.values[:, index]
+        taken.lengths = [self.lengths[row] for row in rows]
+        return taken
+
+    def start(self, new: int) -> int | Tensor:
+        """Where `new` positions will be written: a number, or (B, 1) when the rows differ."""
+        if max(self.lengths) + new > self.max_length:
+            fit = f"{max(self.lengths)} + {new} positions do not fit into {self.max_length}"
+            raise ValueError(f"the context is full: {fit}. Drop the oldest tokens and fill a new cache")
+        if min(self.lengths) == max(self.lengths):
+            return self.lengths[0]
+        return torch.tensor(self.lengths, device=self.keys.device)[:, None]
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, D) at `positions`, (T,) or (B, T); return all keys and values, (B, K, S, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        end = max(self.lengths) + k.shape[2]
+        if positions.dim() == 1:
+            begin = end - k.shape[2]
+            keys[:, :, begin:end], values[:, :, begin:end] = k, v
+        else:
+            row = torch.arange(len(self.lengths), device=k.device)[:, None]
+            keys[row, :, positions] = k.transpose(1, 2).to(keys.dtype)  # advanced indexing puts (B, T) in front
+            values[row, :, positions] = v.transpose(1, 2).to(values.dtype)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, new: int) -> None:
+        self.lengths = [length + new for length in self.lengths]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with H query heads and K key/value heads (arXiv 1706.03762, 2305.13245)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
+        heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, heads * config.head_size, bias=config.bias)
+        self.out = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.bias)
+        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        B, T, _ = x.shape
+        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
+        qkv = self.qkv(x).view(B, T, sum(sizes), self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split(sizes, dim=1)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if context.rotation is not None:
+            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
+        if context.cache is not None:
+            k, v = context.cache.update(layer, context.positions, k, v)
+        dropout = self.dropout if self.training else 0.0
+        causal, shared = context.mask is None and T > 1, self.n_kv_head != self.n_head
+        y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout, causal, enable_gqa=shared)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
+        return F.dropout(self.out(y), self.dropout, self.training)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer: widen, bend, narrow; swiglu gates one half by the other (arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.kind, self.dropout = config.mlp, config.dropout
+        widths = 2 if config.mlp == "swiglu" else 1
+        self.up = nn.Linear(config.n_embd, widths * config.mlp_hidden, bias=config.bias)
+        self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.up(x)
+        if self.kind == "swiglu":
+            gate, x = x.chunk(2, dim=-1)
+            x = F.silu(gate) * x
+        elif self.kind == "relu2":  # arXiv 2109.08668
+            x = F.relu(x).square()
+        elif self.kind == "relu":
+            x = F.relu(x)
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return F.dropout(self.down(x), self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward layer, each added to a stream that is normalised on the way in."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config.n_embd, config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config.n_embd, config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), context, layer)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+@dataclass
+class Context:
+    """What one forward pass gives to every block."""
+
+    positions: Tensor  # (T,), or (B, T) when the rows of a cache differ in length
+    mask: Tensor | None  # (T, S) or (B, 1, T, S), true where a query sees a key; None: all before it
+    rotation: tuple[Tensor, Tensor] | None  # cos and sin for `rotate`
+    cache: KVCache | None
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
+
+    The gradient of the logits is known as soon as the logits are, so the forward pass already turns each chunk
+    into the gradients of x and W, and no logits are kept or computed twice. Targets of -1 count nothing.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, needs_grad: bool) -> Tensor:  # type: ignore[no-untyped-def]
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x) if needs_grad else None
+        grad_weight = torch.zeros_like(weight) if needs_grad else None
+        for begin in range(0, x.shape[0], rows):
+            part, target = x[begin : begin + rows], targets[begin : begin + rows]
+            logits = F.linear(part, weight)  # (rows, V)
+            kept = (target >= 0)[:, None]
+            index = target.clamp_min(0)[:, None]
+            log_probs = F.log_softmax(logits.float(), dim=-1)
+            total -= (log_probs.gather(1, index) * kept).sum()
+            if grad_x is not None and grad_weight is not None:
+                grad = log_probs.exp_()  # (softmax - one_hot), zero where the target is not counted
+                grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+                grad = grad.mul_(kept).to(logits.dtype)
+                grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
+                grad_weight += grad.t() @ part.to(grad.dtype)
+        if grad_x is not None and grad_weight is not None:
+            ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total, grad_weight * grad_total, None, None, None
+
+
+class GPT(nn.Module):
+    """The language model: token ids in, next-token logits or the loss out."""
+
+    # The most logits to have at once, in elements: 64 MB in float32. Beyond that the loss goes in chunks.
+    max_logits = 2**24
+    sinusoid: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        elif config.position == "sinusoidal":  # arXiv 1706.03762, section 3.5
+            turn = angles(config.block_size, config.n_embd, 10000.0)
+            table = torch.stack((turn.sin(), turn.cos()), dim=-1).flatten(1)
+            self.register_buffer("sinusoid", table, persistent=False)
+        elif config.position == "rope":
+            turn = angles(config.block_size, config.head_size, config.rope_base)
+            self.register_buffer("rope_cos", turn.cos(), persistent=False)  # (block_size, D / 2)
+            self.register_buffer("rope_sin", turn.sin(), persistent=False)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config.n_embd, config)
+        if not config.tie_weights:
+            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw the weights from torch's default generator.
+
+        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that
+        write to the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size
+        at any width, zero for the matrices that write to the residual stream, so that every block begins as the
+        identity, and 0.02 for the embedding. Biases are zero.
+        """
+        modern = self.config.norm == "rmsnorm"
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                std = module.in_features**-0.5 if modern else 0.02
+                if name.endswith(("attention.out", "mlp.down")):
+                    std = 0.0 if modern else std / math.sqrt(2 * self.config.n_layer)
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (B, T) int64 to (logits, None), or with targets (B, T) to (None, loss).
+
+        Logits are (B, T, V). The loss is the mean in nats over the targets that are not -1, float32; the logits
+        behind it are not kept. With a cache the tokens continue its rows. Raises ValueError when they do not fit
+        into block_size.
+        """
+        x = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(x), None
+        return None, self.loss(x, targets)
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Tokens (B, T) to the normalised stream (B, T, C) that `logits` and `loss` read."""
+        context = self.context(tokens, cache)
+        x = self.wte(tokens)  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.wpe(context.positions)
+        elif self.config.position == "sinusoidal":  # embeddings scaled as in arXiv 1706.03762, section 3.4
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoid[context.positions]
+        x = F.dropout(x, self.config.dropout, self.training)
+        for layer, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                x = checkpoint(block, x, context, layer, use_reentrant=False)
+            else:
+                x = block(x, context, layer)
+        if cache is not None:
+            cache.advance(tokens.shape[1])
+        return self.norm(x)
+
+    def context(self, tokens: Tensor, cache: KVCache | None) -> Context:
+        """Positions, mask and rotation for these tokens; the mask is None where plain causality says it all."""
+        T, window, device = tokens.shape[1], self.config.window, tokens.device
+        if self.config.block_size < T:
+            raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}. Pass fewer")
+        start = 0 if cache is None else cache.start(T)
+        S = T if cache is None else max(cache.lengths) + T
+        positions = start + torch.arange(T, device=device)  # (T,) or (B, T)
+        ragged = isinstance(start, Tensor)
+        mask = None
+        if ragged or (T > 1 and S > T) or 0 < window < S:
+            query, key = positions[..., None], torch.arange(S, device=device)
+            mask = key <= query
+            if window:
+                mask &= key > query - window
+            if ragged:
+                mask = mask[:, None]  # (B, 1, T, S)
+        rotation = None
+        if self.config.position == "rope":
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (T, D / 2) or (B, T, D / 2)
+            rotation = (cos[:, None], sin[:, None]) if ragged else (cos, sin)
+        return Context(positions, mask, rotation, cache)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.wte.weight if self.config.tie_weights else self.head.weight
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The stream (..., C) to logits (..., V)."""
+        return F.linear(x, self.head_weight)
+
+    def loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of the stream (B, T, C) against targets (B, T), those of -1 left out."""
+        x, targets = x.flatten(0, 1), targets.flatten()
+        count = (targets >= 0).sum().clamp_min(1)
+        rows = max(1, self.max_logits // self.config.vocab_size)
+        if x.shape[0] <= rows:
+            logits = self.logits(x).float()
+            return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
+        total = ChunkedCrossEntropy.apply(x, self.head_weight, targets, rows, torch.is_grad_enabled())
+        return total / count
+
+    def num_parameters(self) -> int:
+        """How many numbers are learned; a tied head is counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def flops_per_token(self, length: int = 0) -> int:
+        """Floating-point operations to train on one token within `length` (default block_size) positions.
+
+        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus
+        12 n_layer H D length for attention, by the usual convention without the causal half (arXiv 2204.02311,
+        appendix B). A training budget C = 6ND is this times the tokens.
+        """
+        config = self.config
+        looked_up = 0 if config.tie_weights else self.wte.weight.numel()
+        if config.position == "learned":
+            looked_up += self.wpe.weight.numel()
+        seen = min(length or config.block_size, config.window or config.block_size)
+        attention = 12 * config.n_layer * config.n_head * config.head_size * seen
+        return 6 * (self.num_parameters() - looked_up) + attention
