@@ -1,0 +1,264 @@
+"""Checkpoints: written whole or not at all, checked when read, and free of anything that could run.
+
+out/RUN/checkpoints/step-00000500/   model.safetensors      the weights
+                                     optimizer.safetensors  one tensor per parameter and kind of state
+                                     state.json             step, settings, shape of the model, counters
+                                     nib_tokenizer.json     all that sampling needs is here
+                                     checksums.json         sha256 of each file above
+out/RUN/checkpoints/latest, best     text files that name one of them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nib.errors import InputError
+from nib.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
+    "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json",
+)  # fmt: skip
+FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE)
+STEP_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = "nib-checkpoint-1"
+
+
+class BrokenCheckpoint(InputError):
+    """A file of a checkpoint is missing, cut, changed, or was never part of one."""
+
+
+class Checkpoint:
+    """One checkpoint directory, its files compared with their checksums. Raises BrokenCheckpoint."""
+
+    def __init__(self, directory: Path, optimizer: bool = False) -> None:
+        """Check the files; those of the optimizer only where they are needed."""
+        self.directory = directory
+        self.sums = self._json(SUMS_FILE)
+        for name in FILES:
+            if name != OPTIMIZER_FILE or optimizer:
+                self._check(name)
+        self.state: dict[str, Any] = self._json(STATE_FILE)
+        if self.state.get("format") != FORMAT or not isinstance(self.state.get("model_config"), dict):
+            raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
+        self.model_config: dict[str, Any] = self.state["model_config"]
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._tensors(MODEL_FILE)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return self._tensors(OPTIMIZER_FILE)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            if path.stat().st_size > 1 << 24:
+                raise ValueError("too large")
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint")
+        return content
+
+    def _check(self, name: str) -> None:
+        path = self.directory / name
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
+        if digest != self.sums.get(name):
+            raise BrokenCheckpoint(f"{path} is damaged: its sha256 is not the recorded one. Use another checkpoint")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.directory / name
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    checkpoints: Path,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write checkpoints/step-N for state["step"] aside, flush it to the disk, put it in place, name it latest.
+
+    Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
+    """
+    name = f"step-{state['step']:08d}"
+    aside, place = checkpoints / f".{name}.partial", checkpoints / name
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        try:
+            save_file(weights, aside / MODEL_FILE)
+            save_file(optimizer, aside / OPTIMIZER_FILE)
+        except SafetensorError as error:  # safetensors wraps what the disk said
+            raise OSError(str(error)) from None
+        tokenizer.save(aside)
+        (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        sums = {file: file_sha256(aside / file) for file in FILES}
+        (aside / SUMS_FILE).write_text(json.dumps(sums, indent=1))
+        for file in (*FILES, SUMS_FILE):
+            flush(aside / file)
+        flush(aside)
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+        flush(checkpoints)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    name_checkpoint(checkpoints, "latest", name)
+    return place
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
+    """Make checkpoints/`label` say `name`, in one step."""
+    aside = checkpoints / f".{label}.partial"
+    aside.write_text(name + "\n")
+    flush(aside)
+    aside.replace(checkpoints / label)
+
+
+def named_checkpoint(checkpoints: Path, label: str) -> str:
+    """The name that checkpoints/`label` holds, or "" when it holds none. Only a plain name is believed."""
+    try:
+        name = (checkpoints / label).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return name if STEP_NAME.fullmatch(name) else ""
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Every checkpoint in place, newest first."""
+    found = (
+        [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)] if checkpoints.is_dir() else []
+    )
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is no checkpoint; says which ones it passes over.
+
+    Raises InputError when there are checkpoints and none is whole.
+    """
+    paths = list_checkpoints(checkpoints)
+    for path in paths:
+        try:
+            return Checkpoint(path, optimizer)
+        except BrokenCheckpoint as error:
+            print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
+    if paths:
+        raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
+    return None
+
+
+def remove_old(checkpoints: Path, keep: int) -> None:
+    """Remove all but the newest `keep` checkpoints (0: keep all) and the best."""
+    best = named_checkpoint(checkpoints, "best")
+    for path in list_checkpoints(checkpoints)[keep:] if keep else []:
+        if path.name != best:
+            doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
+    """The checkpoint or run directory that `target` means: a path, or a run's name under `root`; None: the newest run.
+
+    A file such as checkpoints/latest stands for the checkpoint it names. Raises InputError.
+    """
+    if target is None:
+        runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
+        if not runs:
+            raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
+        return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
+    path = Path(target)
+    if not path.exists() and (root / target).exists():
+        path = root / target
+    if path.is_file() and named_checkpoint(path.parent, path.name):
+        return path.parent / named_checkpoint(path.parent, path.name)
+    if not path.exists():
+        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
+    return path
+
+
+def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
+    """Open a checkpoint directory, or the newest whole checkpoint of a run directory. Raises InputError."""
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if list_checkpoints(path):
+        good = newest_good(path, optimizer)
+        assert good is not None
+        return good
+    if not (path / SUMS_FILE).exists():
+        raise InputError(f"{path} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
+    return Checkpoint(path, optimizer)
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
+    return {
+        f"{names[parameter]}:{kind}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        by_name.setdefault(name, {})[kind] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                saved = by_name.pop(names[parameter], {})
+                for kind, value in saved.items():
+                    if value.ndim and value.shape != parameter.shape:
+                        raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
+                    # The step count stays where the fused kernels want it: with its parameter.
+                    optimizer.state[parameter][kind] = value.to(parameter.device)
+    if by_name:
+        raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")
