@@ -1,0 +1,254 @@
+"""Text to a data directory: shards of token ids, the tokenizer, and `meta.json` that describes them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from nib.corpus import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
+from nib.errors import InputError, RunError
+from nib.shards import FORMAT, SplitWriter, staging_directory, sync
+from nib.tokenizer import Tokenizer, make_tokenizer, train_bpe, train_char
+from nib.workers import EncoderSettings, encode_all, part_text
+
+# A dataset that can be made from its name: the source and how it is prepared.
+BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
+    "stdlib": {"source": "stdlib", "tokenizer": "bpe:4096"},
+    "stdlib_char": {"source": "stdlib", "tokenizer": "char"},
+    "shakespeare": {"source": "shakespeare", "tokenizer": "gpt2", "val_fraction": 0.1},
+    "shakespeare_char": {"source": "shakespeare", "tokenizer": "char", "val_fraction": 0.1},
+    "openwebtext": {"source": "openwebtext", "tokenizer": "gpt2"},
+    "fineweb-edu": {"source": "fineweb-edu", "tokenizer": "gpt2"},
+}
+BPE_SAMPLE_BYTES = 100_000_000  # more text hardly changes the merges, and takes memory and time
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+def prepare_builtin(name: str, data_root: Path = Path("data")) -> dict[str, Any]:
+    """Prepare the built-in dataset `name` at `data_root/name` and return its meta data; see `prepare`."""
+    settings = {key: value for key, value in BUILTIN_DATASETS[name].items() if key != "source"}
+    return prepare([BUILTIN_DATASETS[name]["source"]], data_root / name, **settings)
+
+
+def prepare(
+    sources: list[str],
+    out: Path,
+    *,
+    tokenizer: str = "gpt2",
+    format: str = "auto",
+    field: str = "text",
+    glob: str = "",
+    val_fraction: float = 0.01,
+    workers: int = 0,
+    shard_tokens: int = 100_000_000,
+    seed: int = 1337,
+    invalid: str = "error",
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Tokenize `sources` into the directory `out` and return the content of its `meta.json`.
+
+    The same sources and settings give the same bytes for any number of `workers` (0: one a core). `out` appears
+    whole or not at all. Raises InputError for a source, a text or a setting that will not do, RunError when
+    the disk is full or the network fails.
+    """
+    began = time.monotonic()
+    workers = workers or _cores()
+    check_tokenizer_name(tokenizer)
+    try:
+        with staging_directory(out, overwrite) as staging:
+            spool = tokenizer == "char" or tokenizer.startswith("bpe:")
+            found = find_sources(sources, format, glob, staging, spool)
+            fitted = _fit_tokenizer(tokenizer, found, field, invalid, seed)
+            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted))
+            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction)
+            try:
+                _encode(found, settings, workers, writer)
+                writer.settle(fitted)
+                if writer.tokens["train"] == 0:
+                    raise InputError(_nothing_to_train_on(writer, sources))
+                sha256 = writer.write_shards(shard_tokens)
+            finally:
+                writer.close()
+            meta = {
+                "format": FORMAT,
+                "source": sources,
+                "tokenizer": fitted.name,
+                "vocab_size": fitted.vocab_size,
+                "dtype": settings.dtype,
+                "tokens": writer.tokens,
+                "bytes": writer.bytes,
+                "documents": writer.documents,
+                "shard_tokens": shard_tokens,
+                "sha256": sha256,
+                "val_fraction": val_fraction,
+                "seed": seed,
+            }
+            (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            for name in ("stdin", *(f"download-{index}" for index in range(len(sources)))):
+                (staging / name).unlink(missing_ok=True)
+            for name in ("meta.json", settings.tokenizer_file.name):
+                sync(staging / name)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None
+        if isinstance(error, PermissionError | NotADirectoryError):
+            raise InputError(f"cannot write {out}: {error.strerror}. Give another --out") from None
+        raise
+    _print_summary(out, meta, writer.replaced, time.monotonic() - began)
+    return meta
+
+
+def _cores() -> int:
+    """The cores this process may use, which in a container are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _dtype(tokenizer: Tokenizer) -> str:
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raises InputError for a bpe:N that is none; other names are looked up when they are needed."""
+    if name.startswith("bpe:"):
+        size = name.removeprefix("bpe:").replace("_", "")
+        if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
+            raise InputError(f"--tokenizer={name}: N is 257 (bytes and end-of-text) to 1000000. Write bpe:8192")
+
+
+def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, seed: int) -> Tokenizer:
+    """The tokenizer of that name, trained on the corpus where it is of that kind."""
+    if name == "char":
+        return train_char(_texts(read_parts(sources, field), field, invalid))
+    if not name.startswith("bpe:"):
+        return make_tokenizer(name)
+    size = int(name.removeprefix("bpe:"))
+    _say(f"training {name} on the corpus")
+    tokenizer = train_bpe(_texts(_sample(read_parts(sources, field), sources, seed), field, invalid), size)
+    if tokenizer.vocab_size < size:
+        _say(f"the corpus has words for {tokenizer.vocab_size} tokens only, so the vocabulary is {tokenizer.name}")
+    return tokenizer
+
+
+def _texts(parts: Iterable[Part], field: str, invalid: str) -> Iterator[str]:
+    for part in parts:
+        yield part_text(part, field, invalid)[0]
+
+
+def _sample(parts: Iterable[Part], sources: list[Source], seed: int) -> Iterator[Part]:
+    """Parts spread evenly over the corpus, about `BPE_SAMPLE_BYTES`; the first ones where its size is unknown."""
+    sizes = [source.size for source in sources]
+    known = sum(size for size in sizes if size is not None) if None not in sizes else 0
+    stride = max(1.0, known / BPE_SAMPLE_BYTES)
+    taken = seen = 0
+    for part in parts:
+        seen += len(part.data)
+        if taken * stride < seen:
+            taken += len(part.data)
+            yield part
+        if taken >= BPE_SAMPLE_BYTES:
+            return
+
+
+def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter) -> None:
+    """Encode all documents into `writer`, in order."""
+    left_out: list[str] = []
+    with _Progress(sources) as progress:
+        for parts, results, tokens in encode_all(read_parts(sources, settings.field), settings, workers):
+            position = 0
+            for part, result in zip(parts, results, strict=True):
+                if part.first:
+                    writer.begin(result.content_hash)
+                if result.invalid:
+                    if writer.document is not None:
+                        left_out.append(result.invalid)
+                    writer.take_back()
+                elif writer.document is not None:
+                    writer.append(tokens[position : position + result.tokens], result.bytes, result.replaced)
+                position += result.tokens
+                if part.last:
+                    writer.end()
+            progress.update(sum(len(part.data) for part in parts), len(tokens))
+    for reason in left_out[:10]:
+        _say(f"left out: {reason}")
+    if left_out:
+        _say(f"left out {len(left_out)} documents that are not valid UTF-8")
+
+
+def _nothing_to_train_on(writer: SplitWriter, sources: list[str]) -> str:
+    if writer.tokens["val"]:
+        return f"--val-fraction={writer.val_fraction} leaves nothing to train on. Lower it or give more text"
+    return f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
+
+
+class _Progress:
+    """A tqdm bar on a terminal, and a line now and then when not: MB/s, tokens, time left."""
+
+    LINE_SECONDS = 10.0
+
+    def __init__(self, sources: list[Source]) -> None:
+        from tqdm import tqdm
+
+        compressed = any(source.size is None or source.format in ("parquet", "hub") for source in sources)
+        self.total = None if compressed else sum(source.size or 0 for source in sources)
+        self.tokens = self.bytes = 0
+        self.began = self.said = time.monotonic()
+        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="tokens", disable=not sys.stderr.isatty())
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.close()
+
+    def update(self, bytes: int, tokens: int) -> None:
+        self.bytes += bytes
+        self.tokens += tokens
+        self.bar.set_postfix_str(f"{self.tokens / 1e6:.1f} M tokens", refresh=False)
+        self.bar.update(bytes)
+        now = time.monotonic()
+        if self.bar.disable and now - self.said > self.LINE_SECONDS:
+            self.said = now
+            of = f" of {self.total / 1e6:.0f}" if self.total else ""
+            speed = self.bytes / 1e6 / (now - self.began)
+            _say(f"{self.bytes / 1e6:.0f}{of} MB, {self.tokens / 1e6:.1f} M tokens, {speed:.1f} MB/s")
+
+
+def _print_summary(out: Path, meta: dict[str, Any], replaced: int, seconds: float) -> None:
+    total_bytes, total_tokens = sum(meta["bytes"].values()), sum(meta["tokens"].values())
+    if replaced:
+        _say(f"replaced {replaced} places that are not valid UTF-8 by U+FFFD")
+    for split in ("train", "val"):
+        documents, tokens, bytes = (meta[key][split] for key in ("documents", "tokens", "bytes"))
+        _say(f"{split:5} {documents:>10,} documents {tokens:>15,} tokens {bytes:>15,} bytes")
+    _say(
+        f"{out}: {meta['tokenizer']}, vocabulary {meta['vocab_size']}, "
+        f"{total_bytes / total_tokens:.2f} bytes a token; {seconds:.1f} s, {total_bytes / 1e6 / seconds:.1f} MB/s"
+    )
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def dataset_name(sources: list[str]) -> str:
+    """The name of the data directory when none is given. Raises InputError when the sources suggest none."""
+    if len(sources) != 1:
+        raise InputError("several sources have no name together. Give --out=data/NAME")
+    source = sources[0]
+    if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
+        return source
+    path = urlsplit(source).path if source.startswith(("http://", "https://")) else str(Path(source).resolve())
+    name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", Path(path).name.split(".")[0])
+    if not name:
+        raise InputError(f"{source} has no name. Give --out=data/NAME")
+    return name

@@ -1,0 +1,265 @@
+"""The token files of a data directory: written aside, split, cut into shards, put in place whole."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nib.errors import InputError
+from nib.tokenizer import Tokenizer
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one output are not noticed there
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT = "nib-data-1"
+COPY_BYTES = 1 << 22
+SPLITS = ("train", "val")
+
+
+@contextlib.contextmanager
+def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden directory beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+
+    What a killed run left is removed. Raises InputError when another run is preparing `out` right now, and when
+    `out` exists: without `overwrite` always, with it when it holds anything but prepared data.
+    """
+    check_output(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging, old = out.parent / f".{out.name}.staging", out.parent / f".{out.name}.old"
+    staging.mkdir(exist_ok=True)
+    lock = os.open(staging, os.O_RDONLY) if fcntl else None
+    try:
+        if lock is not None and not _locked(lock, staging):
+            raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
+        if old.exists() and not out.exists():  # killed between the two renames below
+            old.rename(out)
+            check_output(out, overwrite)
+        try:
+            for left in staging.iterdir():
+                left.unlink()
+            yield staging
+            sync(staging)
+            if out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                out.rename(old)
+            staging.rename(out)
+            sync(out.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raises InputError when `out` may not be written."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists. Give --overwrite to replace it, or another --out")
+    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and _format(out) != FORMAT):
+        raise InputError(f"{out} is not prepared data, so --overwrite does not replace it. Give another --out")
+
+
+def _format(directory: Path) -> Any:
+    try:
+        return json.loads((directory / "meta.json").read_bytes()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Lock the open directory for this process; False when it is another's, or has become an output just now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a power cut."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Document:
+    """The document being written: where it began, so that it can be taken back."""
+
+    split: str
+    start: int  # in tokens of its split
+    content_hash: int
+    tokens: int = 0
+    bytes: int = 0
+    replaced: int = 0
+
+
+@dataclass
+class SplitWriter:
+    """Appends documents to one file of tokens a split, then settles the split and cuts the shards.
+
+    A document goes to val when its content hash, as a fraction of 2^64, is below `val_fraction`.
+    """
+
+    directory: Path
+    dtype: np.dtype
+    val_fraction: float
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    replaced: int = 0
+
+    def __post_init__(self) -> None:
+        self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
+        self.document: _Document | None = None
+        self.lowest: _Document | None = None  # of all in train
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def _path(self, split: str) -> Path:
+        return self.directory / f"{split}.tokens"
+
+    def begin(self, content_hash: int) -> None:
+        """Start a document."""
+        split = "val" if content_hash < self.val_fraction * 2**64 else "train"
+        self.document = _Document(split, self.tokens[split], content_hash)
+
+    def append(self, tokens: np.ndarray, bytes: int, replaced: int) -> None:
+        """Add a piece to the document that was begun."""
+        assert self.document is not None
+        self.files[self.document.split].write(tokens.tobytes())
+        self.document.tokens += len(tokens)
+        self.document.bytes += bytes
+        self.document.replaced += replaced
+
+    def end(self) -> None:
+        """Count the document in; an empty one is none."""
+        document, self.document = self.document, None
+        if document is None or document.tokens == 0:
+            return
+        self.tokens[document.split] += document.tokens
+        self.bytes[document.split] += document.bytes
+        self.documents[document.split] += 1
+        self.replaced += document.replaced
+        if document.split == "train" and (self.lowest is None or document.content_hash < self.lowest.content_hash):
+            self.lowest = document
+
+    def take_back(self) -> None:
+        """Undo the document that was begun."""
+        if self.document is not None:
+            file = self.files[self.document.split]
+            file.seek(self.document.start * self.dtype.itemsize)
+            file.truncate()
+            self.document = None
+
+    def settle(self, tokenizer: Tokenizer) -> None:
+        """Fill an empty val split: of several documents with the lowest hash, of a single one with its last part."""
+        if self.val_fraction == 0:
+            return
+        if sum(self.documents.values()) == 1:
+            self._cut_single(tokenizer)
+        elif self.documents["val"] == 0 and self.lowest is not None:
+            self._move_to_val(self.lowest.start, self.lowest.tokens, self.lowest.bytes)
+            self.documents = {"train": self.documents["train"] - 1, "val": 1}
+
+    def _cut_single(self, tokenizer: Tokenizer) -> None:
+        if self.documents["val"]:  # its hash took it there
+            self.files = {"train": self.files["val"], "val": self.files["train"]}
+            self.tokens, self.bytes, self.documents = (
+                {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
+            )
+        total = self.tokens["train"]
+        start = int(total * (1 - self.val_fraction))
+        while start < total and _inside_character(tokenizer, self._read("train", start, 1)):
+            start += 1
+        lengths = tokenizer.byte_lengths()
+        val_bytes = 0
+        for position in range(start, total, COPY_BYTES):
+            val_bytes += int(lengths[self._read("train", position, min(COPY_BYTES, total - position))].sum())
+        self._move_to_val(start, total - start, val_bytes)
+        self.documents["val"] = 1 if start < total else 0
+
+    def _read(self, split: str, start: int, count: int) -> np.ndarray:
+        file = self.files[split]
+        file.seek(start * self.dtype.itemsize)
+        return np.frombuffer(file.read(count * self.dtype.itemsize), dtype=self.dtype)
+
+    def _move_to_val(self, start: int, count: int, bytes: int) -> None:
+        """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val; close the gap."""
+        train, size = self.files["train"], self.dtype.itemsize
+        self.files["val"].seek(0)
+        for data in _chunks(train, start * size, count * size):
+            self.files["val"].write(data)
+        to = start * size
+        for data in _chunks(train, to + count * size, (self.tokens["train"] - start - count) * size):
+            train.seek(to)
+            to += train.write(data)
+        train.truncate(to)
+        self.tokens = {"train": self.tokens["train"] - count, "val": count}
+        self.bytes = {"train": self.bytes["train"] - bytes, "val": bytes}
+
+    def write_shards(self, shard_tokens: int) -> dict[str, str]:
+        """Cut the token files into shards and return the sha256 of each; every shard but a split's last is full.
+
+        The file is taken apart from its end, so that the disk never holds more than one shard twice.
+        """
+        sha256 = {}
+        size = self.dtype.itemsize
+        for split, file in self.files.items():
+            for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
+                shard = self.directory / f"{split}-{index:05d}.bin"
+                start = index * shard_tokens * size
+                if index == 0:
+                    file.flush()
+                    os.rename(file.name, shard)
+                else:
+                    with open(shard, "wb") as part:
+                        for data in _chunks(file, start, os.fstat(file.fileno()).st_size - start):
+                            part.write(data)
+                    file.truncate(start)
+                sha256[shard.name] = file_sha256(shard)
+                sync(shard)
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+        return dict(sorted(sha256.items()))
+
+
+def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:
+    """Whether the token begins with a byte that goes on a UTF-8 character."""
+    return tokenizer.decode_bytes(token.tolist())[:1] in [bytes([value]) for value in range(0x80, 0xC0)]
+
+
+def _chunks(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+    """The `count` bytes from `start`, a few MB at a time; the file may be written between two chunks."""
+    for position in range(start, start + count, COPY_BYTES):
+        file.seek(position)
+        yield file.read(min(COPY_BYTES, start + count - position))
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(COPY_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

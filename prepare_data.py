@@ -1,0 +1,58 @@
+"""Make text into token shards that train.py reads: `python prepare_data.py SOURCE...`"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nib.cli import option, parse
+from nib.errors import InputError, run_script
+
+USAGE = "python prepare_data.py SOURCE... [--option=value]..."
+ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSONL, Parquet), a directory, - for
+standard input, an http(s) URL, or one of stdlib, stdlib_char, shakespeare, shakespeare_char, openwebtext, fineweb-edu.
+Each text file, JSONL line or Parquet row is a document."""
+
+
+@dataclass
+class Settings:
+    out: str = option("", "the data directory to make; by default data/NAME, after the source")
+    tokenizer: str = option("auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME or FILE")
+    format: str = option("auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "parquet"))
+    field: str = option("text", "the JSONL field or Parquet column that holds the text")
+    glob: str = option("", "which files of a directory to read, such as '*.py'; by default all that are not hidden")
+    val_fraction: float = option(0.01, "share of the documents that is kept for validation", at_least=0, below=1)
+    workers: int = option(0, "processes; 0 is one a core. The result does not depend on it", at_least=0, at_most=1024)
+    shard_tokens: int = option(100_000_000, "tokens a shard file", at_least=1)
+    seed: int = option(1337, "decides which documents are kept for validation", at_least=0)
+    invalid: str = option(
+        "error", "about invalid UTF-8; skip: leave the document out", choices=("error", "replace", "skip")
+    )
+    overwrite: bool = option(False, "replace the data directory, once the new one is complete")
+
+
+def main() -> None:
+    parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
+    if not parsed.arguments:
+        raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
+
+    sources, settings = parsed.arguments, asdict(parsed.settings)
+    out = Path(settings.pop("out") or Path("data") / dataset_name(sources))
+    builtin = dict(BUILTIN_DATASETS.get(sources[0], {})) if len(sources) == 1 else {}
+    if builtin:
+        sources = [builtin.pop("source")]
+    for name in ("tokenizer", "val_fraction"):
+        if name not in parsed.given or settings[name] == "auto":
+            settings[name] = builtin.get(name, "gpt2" if name == "tokenizer" else settings[name])
+    prepare(sources, out, **settings)
+    inside = out.parent == Path("data")
+    print(f"train on it: python train.py --dataset={out.name if inside else out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
