@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import os
-import platform
 import shutil
 import sys
 import sysconfig
@@ -60,33 +59,35 @@ class Part:
 def find_sources(names: list[str], format: str, glob: str, directory: Path, spool: bool) -> list[Source]:
     """The files and streams behind the source arguments, in a fixed order.
 
-    What has to be fetched goes to `directory`: a URL always, standard input when it is to be read twice (`spool`).
+    What has to be fetched goes to `directory`: a URL always, a pipe when it is to be read twice (`spool`).
     Raises InputError for a source that is not there or has no matching file.
     """
     found: list[Source] = []
-    for name in names:
-        if name == "-":
-            found.append(_standard_input(format, directory, spool))
-        elif name == "stdlib":
+    for index, name in enumerate(names):
+        copy = directory / str(index)
+        if name == "stdlib":
             found += _standard_library()
         elif name in HUB:
             found.append(Source(name, "hub"))
         elif name == "shakespeare" or name.startswith(("http://", "https://")):
-            found.append(_downloaded(name, format, directory / f"download-{len(found)}"))
+            found.append(_downloaded(name, format, copy))
+        elif name == "-" or Path(name).is_fifo():
+            found.append(_pipe(name, format, copy if spool else None))
         else:
             found += _on_disk(Path(name), format, glob)
     return found
 
 
-def _standard_input(format: str, directory: Path, spool: bool) -> Source:
-    format = "text" if format == "auto" else format
+def _pipe(name: str, format: str, copy: Path | None) -> Source:
+    """Standard input or a named pipe, copied to disk when it is to be read twice."""
+    format = _format_of(Path(name), format)
     if format == "parquet":
-        raise InputError("Parquet cannot be read from standard input. Give the name of a file")
-    if not spool:
-        return Source("-", format)
-    with open(directory / "stdin", "wb") as file:
-        shutil.copyfileobj(sys.stdin.buffer, file, 1 << 20)
-    return Source("-", format, directory / "stdin", (directory / "stdin").stat().st_size)
+        raise InputError("Parquet cannot be read from a pipe. Give the name of a file")
+    if copy is None:
+        return Source(name, format, None if name == "-" else Path(name))
+    with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream, open(copy, "wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+    return Source(name, format, copy, copy.stat().st_size)
 
 
 def _standard_library() -> list[Source]:
@@ -94,11 +95,7 @@ def _standard_library() -> list[Source]:
     files = _walk(root, "*.py", NOT_STDLIB)
     if not files:
         raise InputError(f"this Python has no source of its standard library in {root}. Give a directory of text")
-    version = platform.python_version()
-    return [
-        Source(f"stdlib of Python {version}: {path.relative_to(root)}", "text", path, path.stat().st_size, True)
-        for path in files
-    ]
+    return [Source(f"stdlib: {path.relative_to(root)}", "text", path, path.stat().st_size, True) for path in files]
 
 
 def _downloaded(name: str, format: str, path: Path) -> Source:
@@ -120,14 +117,10 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
         else:
             raise InputError(f"no source {path}. Give a file, a directory, -, a URL or {', '.join(BUILTIN_SOURCES)}")
         for file in files:
-            os.close(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
-        return [Source(str(file), _format_of(file, format), file, _size(file)) for file in files]
+            file.open("rb").close()  # before hours of work, not after
+        return [Source(str(file), _format_of(file, format), file, file.stat().st_size) for file in files]
     except OSError as error:
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}. Leave it out or mend it") from None
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None  # a pipe has none
 
 
 def _format_of(path: Path, format: str) -> str:
@@ -191,7 +184,8 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
     except ImportError:
         raise InputError(f"reading {source.name} needs pyarrow. Run: pip install pyarrow") from None
     try:
-        with pyarrow.parquet.ParquetFile(source.path) as file:
+        # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             if field not in columns:
                 raise InputError(f"{source.name} has no column {field!r}. Give --field={'|'.join(columns)}")

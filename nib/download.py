@@ -2,77 +2,95 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import sys
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from nib.errors import InputError, RunError
 
-ATTEMPTS = 5  # in a row that brought nothing
+ATTEMPTS = 5  # in a row that brought nothing more
 TIMEOUT = 30  # seconds without a byte
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def download(url: str, path: Path, expected_bytes: int | None = None, pause: float = 1.0) -> int:
+def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
     """Fetch `url` into `path` and return its size in bytes.
 
-    A cut connection is resumed with a Range request as long as the file stays the same one (its ETag or date).
-    Raises InputError for a URL the server refuses or a size that is not `expected_bytes`, RunError when the
-    connection fails `ATTEMPTS` times in a row, `pause` seconds apart and each time twice as long.
+    A cut connection is resumed with a Range request, as long as the file keeps its size and its ETag or date.
+    Raises InputError for a URL that cannot be opened or a size that is not `expected_bytes`, RunError when the
+    connection goes down for good.
     """
     from tqdm import tqdm
 
     path.write_bytes(b"")
-    total, version, failures = None, "", 0
+    failures = 0
     with tqdm(desc=f"fetching {url}", unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        fetch = _Fetch(url, path, bar)
         while True:
             have = path.stat().st_size
-            headers = {"User-Agent": "nib", "Accept-Encoding": "identity"}
-            if have and version:
-                headers |= {"Range": f"bytes={have}-", "If-Range": version}
-            reason = "the connection was cut"
             try:
-                request = urllib.request.Request(url, headers=headers)
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                    resumed = answer.status == 206 and _range_start(answer.headers.get("Content-Range")) == have
-                    version = answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
-                    length = answer.headers.get("Content-Length")
-                    start = have if resumed else 0
-                    total = start + int(length) if length and length.isdigit() else None
-                    bar.total, bar.n = total, start
-                    with open(path, "r+b") as file:
-                        file.truncate(start)
-                        file.seek(start)
-                        while block := answer.read1(1 << 20):
-                            file.write(block)
-                            bar.update(len(block))
+                fetch.rest(have)
+                reason = "the connection was cut"
             except urllib.error.HTTPError as error:
-                if error.code < 500:
-                    raise InputError(f"{url}: the server says {error.code} {error.reason}. Check the URL") from None
                 reason = f"the server says {error.code} {error.reason}"
             except (ValueError, http.client.InvalidURL) as error:
                 raise InputError(f"{url} is no URL: {error}. Write http(s)://HOST/PATH") from None
-            except http.client.HTTPException as error:
-                reason = f"{type(error).__name__} {error}"
-            except urllib.error.URLError as error:
-                reason = str(error.reason)
-            except (TimeoutError, ConnectionError) as error:
+            except (http.client.HTTPException, OSError) as error:
+                if isinstance(error, OSError) and error.errno in DISK_FULL:
+                    raise
                 reason = str(error) or type(error).__name__
             size = path.stat().st_size
-            if reason == "the connection was cut" and (total is None or size == total):
+            if fetch.complete:
                 break
+            if size == 0:
+                raise InputError(f"cannot fetch {url}: {reason}. Check the URL and the network")
             failures = 0 if size > have else failures + 1
             if failures == ATTEMPTS:
                 raise RunError(f"cannot fetch {url}: {reason}. Check the network and run again")
-            time.sleep(pause * 2**failures if failures else 0)
+            time.sleep(2**failures if failures else 0)
     if expected_bytes is not None and size != expected_bytes:
         raise InputError(f"{url} has {size} bytes, not the {expected_bytes} it should have. Fetch it by hand")
     return size
 
 
-def _range_start(content_range: str | None) -> int:
-    """The 100 of `bytes 100-199/200`; -1 when there is none."""
-    start = (content_range or "").removeprefix("bytes ").partition("-")[0]
-    return int(start) if start.isdigit() else -1
+class _Fetch:
+    """What is known of the file behind a URL from one request to the next."""
+
+    def __init__(self, url: str, path: Path, bar: Any) -> None:
+        self.url, self.path, self.bar = url, path, bar
+        self.total: int | None = None
+        self.version = ""
+        self.complete = False
+
+    def rest(self, have: int) -> None:
+        """Ask for what follows the first `have` bytes, or for everything when the server does not give parts."""
+        headers = {"User-Agent": "nib", "Accept-Encoding": "identity"}
+        if have:
+            headers["Range"] = f"bytes={have}-"
+            if self.version:
+                headers["If-Range"] = self.version
+        with urllib.request.urlopen(urllib.request.Request(self.url, headers=headers), timeout=TIMEOUT) as answer:
+            start = 0
+            if answer.status == 206:
+                start = have
+                if (
+                    self.total is None
+                    or answer.headers["Content-Range"] != f"bytes {have}-{self.total - 1}/{self.total}"
+                ):
+                    raise ConnectionError("the file has changed on the server")
+            self.version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
+            length = answer.headers["Content-Length"]
+            self.total = start + int(length) if length else None
+            self.bar.total, self.bar.n = self.total, start
+            with open(self.path, "r+b") as file:
+                file.truncate(start)
+                file.seek(start)
+                while block := answer.read1(1 << 20):
+                    file.write(block)
+                    self.bar.update(len(block))
+        self.complete = self.total is None or self.path.stat().st_size == self.total

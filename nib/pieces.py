@@ -20,15 +20,15 @@ _ASCII_CUT = re.compile(rb".*[A-Za-z0-9](?=[ \t\r\n])", re.DOTALL)
 _LETTER_CUT = re.compile(r".*[^\W\d_](?=[\s\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])", re.DOTALL)
 
 
-def read_pieces(stream: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+def read_pieces(stream: BinaryIO, size: int = PIECE_BYTES) -> Iterator[tuple[bytes, bool]]:
     """Yield (piece, whether it is the last) of one document; pieces depend on its content only.
 
-    A piece has at most `PIECE_BYTES` bytes and never ends inside a character of valid UTF-8.
+    A piece has at most `size` bytes and never ends inside a character of valid UTF-8.
     """
     rest = b""
     while True:
-        block = rest + stream.read(PIECE_BYTES - len(rest))
-        if len(block) < PIECE_BYTES:
+        block = rest + stream.read(size - len(rest))
+        if len(block) < size:
             yield block, True
             return
         end = cut(block)

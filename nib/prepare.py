@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -67,8 +69,10 @@ def prepare(
     try:
         with staging_directory(out, overwrite) as staging:
             spool = tokenizer == "char" or tokenizer.startswith("bpe:")
-            found = find_sources(sources, format, glob, staging, spool)
-            fitted = _fit_tokenizer(tokenizer, found, field, invalid, seed)
+            fetched = staging / "fetched"
+            fetched.mkdir()
+            found = find_sources(sources, format, glob, fetched, spool)
+            fitted = _fit_tokenizer(tokenizer, found, field, invalid)
             settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted))
             writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction)
             try:
@@ -94,14 +98,13 @@ def prepare(
                 "seed": seed,
             }
             (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-            for name in ("stdin", *(f"download-{index}" for index in range(len(sources)))):
-                (staging / name).unlink(missing_ok=True)
+            shutil.rmtree(fetched)
             for name in ("meta.json", settings.tokenizer_file.name):
                 sync(staging / name)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None
-        if isinstance(error, PermissionError | NotADirectoryError):
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
             raise InputError(f"cannot write {out}: {error.strerror}. Give another --out") from None
         raise
     _print_summary(out, meta, writer.replaced, time.monotonic() - began)
@@ -125,15 +128,16 @@ def check_tokenizer_name(name: str) -> None:
             raise InputError(f"--tokenizer={name}: N is 257 (bytes and end-of-text) to 1000000. Write bpe:8192")
 
 
-def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, seed: int) -> Tokenizer:
+def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str) -> Tokenizer:
     """The tokenizer of that name, trained on the corpus where it is of that kind."""
     if name == "char":
+        _say("collecting the characters of the corpus")
         return train_char(_texts(read_parts(sources, field), field, invalid))
     if not name.startswith("bpe:"):
         return make_tokenizer(name)
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
-    tokenizer = train_bpe(_texts(_sample(read_parts(sources, field), sources, seed), field, invalid), size)
+    tokenizer = train_bpe(_texts(_sample(read_parts(sources, field), sources), field, invalid), size)
     if tokenizer.vocab_size < size:
         _say(f"the corpus has words for {tokenizer.vocab_size} tokens only, so the vocabulary is {tokenizer.name}")
     return tokenizer
@@ -144,7 +148,7 @@ def _texts(parts: Iterable[Part], field: str, invalid: str) -> Iterator[str]:
         yield part_text(part, field, invalid)[0]
 
 
-def _sample(parts: Iterable[Part], sources: list[Source], seed: int) -> Iterator[Part]:
+def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
     """Parts spread evenly over the corpus, about `BPE_SAMPLE_BYTES`; the first ones where its size is unknown."""
     sizes = [source.size for source in sources]
     known = sum(size for size in sizes if size is not None) if None not in sizes else 0
@@ -162,8 +166,9 @@ def _sample(parts: Iterable[Part], sources: list[Source], seed: int) -> Iterator
 def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter) -> None:
     """Encode all documents into `writer`, in order."""
     left_out: list[str] = []
-    with _Progress(sources) as progress:
-        for parts, results, tokens in encode_all(read_parts(sources, settings.field), settings, workers):
+    encoded = encode_all(read_parts(sources, settings.field), settings, workers)
+    with contextlib.closing(encoded), _Progress(sources) as progress:
+        for parts, results, tokens in encoded:
             position = 0
             for part, result in zip(parts, results, strict=True):
                 if part.first:
@@ -247,8 +252,9 @@ def dataset_name(sources: list[str]) -> str:
     source = sources[0]
     if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
         return source
-    path = urlsplit(source).path if source.startswith(("http://", "https://")) else str(Path(source).resolve())
-    name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", Path(path).name.split(".")[0])
+    is_url = source.startswith(("http://", "https://"))
+    path = Path(urlsplit(source).path) if is_url else Path(source).resolve()
+    name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", path.name if path.is_dir() else path.stem)
     if not name:
         raise InputError(f"{source} has no name. Give --out=data/NAME")
     return name

@@ -38,16 +38,15 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     staging, old = out.parent / f".{out.name}.staging", out.parent / f".{out.name}.old"
     staging.mkdir(exist_ok=True)
-    lock = os.open(staging, os.O_RDONLY) if fcntl else None
-    try:
-        if lock is not None and not _locked(lock, staging):
+    with _locked(staging) as locked:
+        if not locked:
             raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
-        if old.exists() and not out.exists():  # killed between the two renames below
-            old.rename(out)
-            check_output(out, overwrite)
         try:
+            if old.exists() and not out.exists():  # killed between the two renames below
+                old.rename(out)
+            check_output(out, overwrite)  # again: another run may have ended just now
             for left in staging.iterdir():
-                left.unlink()
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield staging
             sync(staging)
             if out.exists():
@@ -59,9 +58,6 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-    finally:
-        if lock is not None:
-            os.close(lock)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -81,13 +77,25 @@ def _format(directory: Path) -> Any:
         return None
 
 
-def _locked(descriptor: int, path: Path) -> bool:
-    """Lock the open directory for this process; False when it is another's, or has become an output just now."""
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory for this process; False when it is another's, or has become an output just now.
+
+    The lock goes with the process, so a killed run leaves none behind.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except OSError:
-        return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:

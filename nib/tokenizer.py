@@ -200,12 +200,12 @@ def make_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
-    if Path(name).exists():
-        return load_tokenizer(Path(name))
     import tiktoken
 
     known = tiktoken.list_encoding_names()
     if name not in known:
+        if Path(name).exists():
+            return load_tokenizer(Path(name))
         raise InputError(f"no tokenizer {name!r}. There are byte, char, bpe:N, a tokenizer file and {', '.join(known)}")
     try:
         encoding = tiktoken.get_encoding(name)
@@ -260,13 +260,14 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load `nib_tokenizer.json`, from its directory or by its own path, or a `.tiktoken` file of ranks.
+    """Load `nib_tokenizer.json`, by its own path or from a directory (data, checkpoint or run), or `.tiktoken` ranks.
 
     Raises InputError for a file that is not there, cut short, or not what `save` writes; it can run no code.
     """
     path = Path(path)
     if path.is_dir():
-        path = path / TOKENIZER_FILE
+        in_checkpoints = sorted(path.glob(f"checkpoints/*/{TOKENIZER_FILE}"))
+        path = in_checkpoints[-1] if in_checkpoints else path / TOKENIZER_FILE
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path} is no tokenizer: it is over {MAX_FILE_BYTES >> 20} MB. Give a {TOKENIZER_FILE}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
+import os
 import pickle
 import queue
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +96,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         invalid = "skip"
     data = part.data
     try:
-        text = data.decode("utf-8")
-        replaced = 0
+        text, replaced = data.decode("utf-8"), 0
     except UnicodeDecodeError as error:
         where = part.where.partition(", line ")[0] if part.is_json else part.where
         reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
@@ -121,7 +121,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
 
 def _json_text(line: str, field: str, where: str) -> str:
     try:
-        document = json.loads(line)
+        document = json.loads(line.removeprefix("\ufeff"))  # a byte-order mark
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}. JSONL has one object a line") from None
     if not isinstance(document, dict):
@@ -151,7 +151,7 @@ def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
 
 def encode_all(
     parts: Iterable[Part], settings: EncoderSettings, workers: int
-) -> Iterator[tuple[list[Part], list[Encoded], np.ndarray]]:
+) -> Generator[tuple[list[Part], list[Encoded], np.ndarray], None, None]:
     """Encode batches of `parts` in `workers` processes (1: in this one), in order, a bounded number at a time.
 
     Raises InputError of the first bad part, RunError when a worker dies.
@@ -249,5 +249,5 @@ def serve() -> None:
             except InputError as error:
                 answer = str(error)
             _send(answers, answer)
-    except (EOFError, BrokenPipeError):  # the parent is done, or gone
-        return
+    except (EOFError, BrokenPipeError):  # the parent is done, or gone; do not flush what it will not read
+        os._exit(0)

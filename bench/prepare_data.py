@@ -1,0 +1,181 @@
+"""How fast and in how much memory prepare_data.py works, beside tiktoken's own batch encoding.
+
+Prints a table for people and one JSON line last. `--check` fails when a number misses its target.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nib.cli import option, parse  # noqa: E402
+from nib.errors import RunError, run_script  # noqa: E402
+
+SPEED_TARGET, MEMORY_TARGET = 0.9, 500.0  # share of tiktoken's speed; MB of the whole process tree
+
+
+@dataclass
+class Settings:
+    megabytes: int = option(100, "size of the corpus for the speed", at_least=1)
+    memory_megabytes: int = option(2000, "size of the one text file for the memory; 0 leaves it out", at_least=0)
+    tokenizer: str = option("bpe:4096", "a tokenizer name; bpe:N is trained once, beforehand")
+    workers: int = option(2, "processes, and threads of tiktoken", at_least=1)
+    rounds: int = option(3, "the two take turns this often; medians are compared", at_least=1)
+    check: bool = option(False, "exit 1 when a target is missed")
+
+
+def main() -> None:
+    settings = parse(Settings, sys.argv[1:], usage="python bench/prepare_data.py", about=__doc__ or "").settings
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        tokenizer = make_tokenizer_file(directory, settings.tokenizer)
+        result = measure_speed(directory, tokenizer, settings)
+        if settings.memory_megabytes:
+            result |= measure_memory(directory, tokenizer, settings)
+    fast = all(share >= SPEED_TARGET for key, share in result.items() if key.endswith("_share"))
+    small = result.get("peak_megabytes", 0) <= MEMORY_TARGET
+    print(json.dumps({"bench": "prepare_data", "workers": settings.workers, **result, "ok": fast and small}))
+    if settings.check and not (fast and small):
+        raise RunError(f"a target was missed: speed {SPEED_TARGET}, memory {MEMORY_TARGET} MB")
+
+
+def make_tokenizer_file(directory: Path, name: str) -> Path:
+    from nib.tokenizer import make_tokenizer
+
+    if not name.startswith("bpe:"):
+        return make_tokenizer(name).save(directory)
+    prepare(["stdlib", f"--tokenizer={name}", f"--out={directory / 'stdlib'}"])
+    return directory / "stdlib" / "nib_tokenizer.json"
+
+
+def standard_library() -> list[str]:
+    from nib.corpus import find_sources
+
+    sources = find_sources(["stdlib"], "auto", "", Path("."), False)
+    return [source.path.read_text("utf-8", "replace") for source in sources if source.path]
+
+
+def documents(megabytes: int) -> list[str]:
+    """The standard library's files over and over, each time a little different."""
+    found, size, texts = [], 0, standard_library()
+    while size < megabytes * 1_000_000:
+        found.append(f"# copy {len(found)}\n" + texts[len(found) % len(texts)])
+        size += len(found[-1].encode())
+    return found
+
+
+def prepare(arguments: list[str]) -> float:
+    began = time.monotonic()
+    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *arguments], check=True, stdout=subprocess.DEVNULL)
+    return time.monotonic() - began
+
+
+def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
+    from nib.tokenizer import BpeTokenizer, load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    assert isinstance(loaded, BpeTokenizer), "only a BPE tokenizer has something to be compared with"
+    texts = documents(settings.megabytes)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    one, many, lines = directory / "one.txt", directory / "many", directory / "lines.jsonl"
+    one.write_text("".join(texts), "utf-8")
+    many.mkdir()
+    for index, text in enumerate(texts):
+        (many / f"{index:06d}.txt").write_text(text, "utf-8")
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(settings.rounds):
+        began = time.monotonic()
+        loaded.encoding.encode_ordinary_batch(texts, num_threads=settings.workers)
+        seconds.setdefault("tiktoken", []).append(time.monotonic() - began)
+        for source in (many, one, lines):
+            taken = prepare(
+                [str(source), f"--tokenizer={tokenizer}", f"--workers={settings.workers}", "--overwrite"]
+                + [f"--out={directory / 'out'}"]
+            )
+            seconds.setdefault(source.name, []).append(taken)
+    speeds = {name: size / statistics.median(times) for name, times in seconds.items()}
+    print(f"{size:.0f} MB, {settings.tokenizer}, {settings.workers} at a time, median of {settings.rounds}")
+    print(f"{'':40}{'MB/s':>8}{'share':>8}")
+    shown = {
+        "tiktoken": "tiktoken encode_ordinary_batch, in memory",
+        "many": f"prepare_data.py, {len(texts)} files",
+        "one.txt": "prepare_data.py, one file",
+        "lines.jsonl": "prepare_data.py, JSONL",
+    }
+    for name, line in shown.items():
+        print(f"{line:42}{speeds[name]:>6.1f}{speeds[name] / speeds['tiktoken']:>8.2f}")
+    shares = {
+        f"{name.partition('.')[0]}_share": round(speeds[name] / speeds["tiktoken"], 3) for name in list(shown)[1:]
+    }
+    return {"tiktoken_mb_per_s": round(speeds["tiktoken"], 2), **shares}
+
+
+def measure_memory(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
+    text = "".join(standard_library()).encode()
+    big = directory / "big.txt"
+    with open(big, "wb") as file:
+        while file.tell() < settings.memory_megabytes * 1_000_000:
+            file.write(text)
+    command = [sys.executable, str(ROOT / "prepare_data.py"), str(big), f"--tokenizer={tokenizer}"]
+    command += [f"--workers={settings.workers}", f"--out={directory / 'big'}"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak = Peak(process.pid)
+    began = time.monotonic()
+    if process.wait():
+        raise RunError(f"prepare_data.py ended with status {process.returncode}")
+    seconds = time.monotonic() - began
+    megabytes = peak.stop() / 1e6
+    print(
+        f"one text file of {settings.memory_megabytes} MB: {seconds:.0f} s, peak {megabytes:.0f} MB over all processes"
+    )
+    return {"memory_input_megabytes": settings.memory_megabytes, "peak_megabytes": round(megabytes, 1)}
+
+
+class Peak:
+    """Watches the resident memory of a process and all its descendants (Linux), twenty times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.bytes, self.running = pid, 0, True
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+
+    def _watch(self) -> None:
+        while self.running:
+            self.bytes = max(self.bytes, tree_bytes(self.pid))
+            time.sleep(0.05)
+
+    def stop(self) -> int:
+        self.running = False
+        self.thread.join()
+        return self.bytes
+
+
+def tree_bytes(root: int) -> int:
+    """The resident bytes of a process and its descendants, shared pages counted in each."""
+    parents, sizes = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it ended just now
+            continue
+        parents[int(stat.parent.name)], sizes[int(stat.parent.name)] = int(fields[1]), int(fields[21]) * 4096
+    tree = {root}
+    while more := {pid for pid, parent in parents.items() if parent in tree} - tree:
+        tree |= more
+    return sum(sizes.get(pid, 0) for pid in tree)
+
+
+if __name__ == "__main__":
+    run_script(main)
