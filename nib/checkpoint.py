@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
     return Checkpoint(path, optimizer)
 
 
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str]) -> dict[str, Tensor]:
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
     return {
         f"{names[parameter]}:{kind}": value
@@ -244,7 +245,7 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: dict[Tenso
 
 
 def load_optimizer_tensors(
-    optimizers: list[torch.optim.Optimizer], names: dict[Tensor, str], tensors: dict[str, Tensor]
+    optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
     """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}

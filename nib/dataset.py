@@ -202,10 +202,13 @@ def validation_windows(stream: TokenStream, block_size: int, limit: int) -> int:
     return math.ceil((tokens - 1) / block_size) if tokens > 1 else 0
 
 
-def validation_batch(stream: TokenStream, block_size: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Windows first to first + count, side by side in the split; targets past its end are -1."""
-    tokens = stream.read(first * block_size, (first + count) * block_size + 1)
-    inputs = np.zeros(count * block_size, dtype=np.int64)
-    targets = np.full(count * block_size, -1, dtype=np.int64)
+def validation_batch(
+    stream: TokenStream, block_size: int, first: int, count: int, windows: int
+) -> tuple[Tensor, Tensor]:
+    """Windows first to first + count, side by side in the split; targets past window number `windows` are -1."""
+    end = min(first + count, windows)
+    tokens = torch.from_numpy(stream.read(first * block_size, end * block_size + 1))
+    inputs = torch.zeros(count * block_size, dtype=torch.int64)
+    targets = torch.full((count * block_size,), -1)
     inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
-    return tuple(torch.from_numpy(part).view(count, block_size) for part in (inputs, targets))  # type: ignore[return-value]
+    return inputs.view(count, block_size), targets.view(count, block_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -64,3 +65,23 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Precision:
+    """Autocast for the dtype of the matrix products, and the loss scaling that float16 needs (arXiv 1710.03740)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.dtype, self.device = pick_dtype(name, device), device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the device, or the CPU's allocator, had no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(Exception):
@@ -15,22 +16,29 @@ class RunError(Exception):
     """A run that was asked for rightly and failed; exit status 1."""
 
 
-def run_script(main: Callable[[], int | None]) -> None:
-    """Call `main` and leave the process with the exit status of the contract.
+@contextlib.contextmanager
+def script_errors() -> Iterator[None]:
+    """Leave the process with the exit status of the contract when the body ends in one of these errors.
 
-    0 done, 2 `InputError`, 1 `RunError`, 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
-    Under torchrun every process meets the same error; only the first one says it.
+    2 `InputError`, 1 `RunError`, 130 Ctrl-C. Any other exception is a bug and keeps its traceback. Under torchrun
+    every process meets the same error; only the first one says it.
     """
     try:
-        status = main() or 0
-        sys.stdout.flush()
+        yield
     except (InputError, RunError) as error:
         if os.environ.get("RANK", "0") == "0":
             print("error:", " ".join(str(error).split()), file=sys.stderr)
-        status = 2 if isinstance(error, InputError) else 1
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
-        status = 130
+        sys.exit(130)
     except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
-    sys.exit(status)
+        sys.exit(0)
+
+
+def run_script(main: Callable[[], int | None]) -> None:
+    """Call `main` and leave the process with the status it returns (None: 0), or that of its error."""
+    with script_errors():
+        status = main() or 0
+        sys.stdout.flush()
+        sys.exit(status)

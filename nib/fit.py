@@ -1,0 +1,92 @@
+"""Fitting a run to its device: how many sequences at once, compiled or not, joined to the other processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nib.device import Precision, is_out_of_memory
+from nib.distributed import Cluster
+from nib.errors import InputError, RunError
+from nib.report import Reporter
+from nib.settings import TrainSettings
+
+# Larger micro-batches are no faster on a CPU, only larger.
+CPU_TOKENS = 16384
+
+
+def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
+    """The micro-batch sizes that split one process's share of the batch evenly, largest first; one where it is set.
+
+    Raises InputError for a split that does not come out even.
+    """
+    if batch_size % world:
+        near = max(1, round(batch_size / world)) * world
+        raise InputError(f"batch_size {batch_size} does not divide by {world} processes. Use {near}")
+    local = batch_size // world
+    sizes = [size for size in range(local, 0, -1) if local % size == 0]
+    if not micro_batch_size:
+        return sizes
+    if micro_batch_size not in sizes:
+        allowed = ", ".join(map(str, sizes))
+        raise InputError(
+            f"micro_batch_size {micro_batch_size} does not divide the {local} sequences of one process. "
+            f"Use {allowed}, or 0 for an automatic one"
+        )
+    return [micro_batch_size]
+
+
+def fit_to_device(
+    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
+) -> tuple[int, nn.Module]:
+    """The micro-batch size of a process, and the model ready to train: compiled where asked, joined by DDP.
+
+    An automatic size is the largest that a trial forward and backward pass has memory for; on a CPU one that is
+    known to be large enough. Raises RunError when not even one sequence fits.
+    """
+    sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
+    if cluster.device.type == "cpu" and not settings.micro_batch_size:
+        sizes = [size for size in sizes if size * settings.block_size <= CPU_TOKENS] or sizes[-1:]
+    ready: nn.Module = model
+    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
+        ready = torch.compile(model)  # type: ignore[assignment]
+    while True:
+        failure = trial(ready, model, sizes[0], settings.block_size, precision)
+        out_of_memory = failure is not None and is_out_of_memory(failure)
+        short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
+        if not short and not broken:
+            break
+        if broken and ready is not model:
+            reason = str(failure or "another process failed").strip().splitlines()[0]
+            report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
+            ready = model
+        elif broken:
+            raise failure or RunError("another process could not run the model. See its message")
+        elif len(sizes) == 1:
+            raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
+        else:
+            sizes = sizes[1:]
+    if cluster.world > 1:
+        ready = DistributedDataParallel(ready, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return sizes[0], ready
+
+
+def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> RuntimeError | None:
+    """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take."""
+    device = precision.device
+    try:
+        room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        tokens = torch.zeros(size, block_size, dtype=torch.int64, device=device)
+        with precision.autocast():
+            _, loss = ready(tokens, tokens)
+        loss.backward()
+        del room, loss
+    except RuntimeError as error:
+        return error.with_traceback(None)
+    finally:
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return None

@@ -1,0 +1,118 @@
+"""What a run tells: a progress line for people, metrics.jsonl for programs, log.txt for later, wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
+
+
+class Reporter:
+    """Reports one run; on every process but the first it is silent and writes nothing."""
+
+    def __init__(self, out_dir: Path, active: bool) -> None:
+        self.out_dir, self.active = out_dir, active
+        self.bar: tqdm[Any] | None = None
+        self.wandb: Any = None
+        self.last_line = time.monotonic()
+
+    def resume_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that came after `step`: they are about to be written again."""
+        path = self.out_dir / "metrics.jsonl"
+        if not self.active or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a kill
+        aside = path.with_suffix(".partial")
+        aside.write_text("".join(kept), encoding="utf-8")
+        aside.replace(path)
+
+    def say(self, text: str) -> None:
+        """A line for people, on the terminal and in log.txt."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+        with (self.out_dir / "log.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
+        """The progress bar, over the steps or, where only time ends the run, over the seconds."""
+        if self.active and sys.stderr.isatty():
+            unit, total = ("step", steps) if steps else ("s", max_seconds)
+            shape = "{percentage:3.0f}% {bar} {n:.0f}/{total:.0f} {unit} [{elapsed}, {remaining} left{postfix}]"
+            self.bar = tqdm(total=total, initial=step if steps else 0, unit=unit, bar_format=shape, dynamic_ncols=True)
+
+    def progress(
+        self, step: int, steps: int, seconds: float, max_seconds: float, loss: float, rate: float, mfu: float
+    ) -> None:
+        """Move the bar; where there is none, print a line now and then."""
+        text = f"loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else "")
+        if self.bar is not None:
+            self.bar.n = step if steps else min(seconds, max_seconds)
+            self.bar.set_postfix_str(text)
+        elif self.active and time.monotonic() - self.last_line >= QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            print(f"step {step}{f'/{steps}' if steps else ''}: {text}, {seconds:.0f} s", flush=True)
+
+    def metrics(self, **values: Any) -> None:
+        """One line of metrics.jsonl, and the same to wandb."""
+        if not self.active:
+            return
+        with (self.out_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(values, step=values["step"])
+
+    def start_wandb(self, project: str, name: str, settings: dict[str, Any]) -> None:
+        """Log to wandb too. A run never fails because of it: what goes wrong is said and left."""
+        if not self.active:
+            return
+        path = self.out_dir / "wandb_id.txt"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        try:
+            import wandb
+
+            self.wandb = wandb.init(
+                project=project, name=name, config=settings, id=path.read_text(), resume="allow", dir=self.out_dir
+            )
+        except ImportError:
+            self.say("warning: wandb is not installed, so nothing is logged there. pip install wandb")
+        except Exception as error:  # wandb raises many kinds; none of them is worth a training run
+            self.say(f"warning: wandb did not start, so nothing is logged there: {' '.join(str(error).split())}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def command_line() -> str:
+    """The command this process was started by, as a person would type it again."""
+    import shlex
+
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        launcher = f"torchrun --standalone --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+        if nodes > 1:
+            launcher = f"torchrun --nnodes={nodes} --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')} ..."
+    return " ".join([launcher, *map(shlex.quote, sys.argv)])

@@ -1,0 +1,151 @@
+"""What a training run is besides its loop: where it stands, what it resumes from, when it is asked to stop."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nib.checkpoint import BrokenCheckpoint, Checkpoint, load_optimizer_tensors, newest_good, optimizer_tensors
+from nib.dataset import Dataset
+from nib.device import Precision
+from nib.distributed import Cluster
+from nib.errors import InputError, RunError
+from nib.prepare import BUILTIN_DATASETS, prepare_builtin
+from nib.report import Reporter
+from nib.saver import Saver, cpu_copy
+from nib.settings import TrainSettings, as_dict, same_run
+
+
+@dataclass
+class Progress:
+    """How far the run is: what a checkpoint remembers besides tensors."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    seconds: float = 0.0  # of training, without validation and saving
+    best_val_loss: float = 1e30  # JSON has no infinity
+
+
+class StopSignal:
+    """Remembers that SIGINT or SIGTERM came, so that the step can end and be saved. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._arrived)
+
+    def _arrived(self, number: int, frame: object) -> None:
+        if self.number == number:
+            os._exit(128 + number)
+        self.number = number
+
+
+class Run:
+    """One run directory while it is trained: resuming from it and saving to it."""
+
+    def __init__(self, settings: TrainSettings, dataset: Dataset, cluster: Cluster, precision: Precision) -> None:
+        self.settings, self.dataset, self.cluster, self.precision = settings, dataset, cluster, precision
+        self.out_dir = Path(settings.out_dir)
+        self.progress = Progress()
+        self.saver = Saver(self.out_dir, settings.keep_checkpoints, dataset.tokenizer)
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        self.micro_batch_size = 0
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The newest whole checkpoint, agreed on by all processes, or None for a new run. Raises InputError."""
+        found = newest_good(self.out_dir / "checkpoints", optimizer=True) if self.cluster.first else None
+        path = self.cluster.from_first(found.directory if found else None)
+        if path is None:
+            if self.settings.resume == "must":
+                raise InputError(
+                    f"there is no checkpoint in {self.out_dir} to resume. Use --resume=auto to start a run"
+                )
+            return None
+        if self.settings.resume == "never":
+            raise InputError(f"{self.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
+        checkpoint = found or Checkpoint(path, optimizer=True)
+        try:
+            saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
+        except (KeyError, TypeError, ValueError):
+            raise BrokenCheckpoint(f"{path} lacks the settings of its run. Use another checkpoint") from None
+        same_run(self.settings, saved, str(self.out_dir))
+        if corpus != self.dataset.fingerprint():
+            what = f"{self.dataset.directory} is not the corpus that the run in {self.out_dir} began with"
+            raise InputError(f"{what}. Give another --out_dir to train on it")
+        return checkpoint
+
+    def restore(self, checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+        """Put everything back as it was when the checkpoint was made."""
+        try:
+            model.load_state_dict(checkpoint.weights())
+            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+            load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
+            self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
+            self.progress = Progress(**checkpoint.state["progress"])
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        self.saved_step = self.progress.step
+
+    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool = False) -> None:
+        """Copy the state and write it in the background. Raises RunError when the write before this one failed."""
+        if not self.cluster.first:
+            return
+        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+        state = {
+            "model_config": asdict(model.config),  # type: ignore[call-overload]
+            "progress": asdict(self.progress),
+            "step": self.progress.step,
+            "settings": as_dict(self.settings),
+            "corpus": self.dataset.fingerprint(),
+            "scaler": self.precision.scaler.state_dict(),
+            "processes": self.cluster.world,
+            "micro_batch_size": self.micro_batch_size,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        }
+        tensors = cpu_copy(model.state_dict()), cpu_copy(optimizer_tensors(optimizers, names))
+        self.saver.save(*tensors, state, best)
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+
+    def save_or_warn(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool, report: Reporter
+    ) -> None:
+        """Save while training: say that the disk did not take the checkpoint before this one, and go on."""
+        try:
+            self.save(model, optimizers, best)
+        except RunError as error:
+            report.say(f"warning: {error}")
+            self.save(model, optimizers, best)
+
+    def overdue(self) -> bool:
+        """Whether checkpoint_seconds have passed since the last save, by the first process's clock."""
+        limit = self.settings.checkpoint_seconds
+        return bool(limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit))
+
+
+def open_dataset(name: str, cluster: Cluster) -> Dataset:
+    """data/NAME, or the directory NAME; a built-in corpus that is missing is prepared by the first process."""
+    directory = Path(name) if Path(name).is_dir() else Path("data") / name
+    if cluster.first and not directory.exists() and name in BUILTIN_DATASETS:
+        prepare_builtin(name)
+    cluster.from_first(None)
+    if not directory.exists():
+        have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
+        prepared = f" Prepared: {', '.join(have)}." if have else ""
+        raise InputError(
+            f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
+            f"Make it with: python prepare_data.py SOURCE --out data/{Path(name).name}"
+        )
+    return Dataset(directory)
+
+
+def due(step: int, interval: int) -> bool:
+    return bool(interval) and step % interval == 0

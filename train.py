@@ -1,0 +1,306 @@
+"""Train a GPT: on a CPU, on one GPU, or on many by torchrun. `python train.py --help` lists the settings.
+
+`train` is the whole run, with its loop; `optimizer_step` is what happens in one step; `build_model` is where the
+weights come from.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nib.cli import Parsed, parse
+from nib.errors import InputError, run_script, script_errors
+from nib.settings import TrainSettings, as_dict
+
+
+def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
+    """The settings from the config file and the command line, checked. Raises InputError."""
+    usage = "python train.py [CONFIG.py] [--name=value ...]"
+    about = "Train a GPT language model. CONFIG.py is plain Python that assigns settings; options override it."
+    parsed = parse(TrainSettings, argv, usage=usage, about=about, config_file=True)
+    parsed.settings.check()
+    if not parsed.settings.out_dir:
+        parsed.settings.out_dir = str(Path("out") / Path((parsed.arguments or ["run"])[0]).stem)
+    return parsed
+
+
+if __name__ == "__main__":  # before torch is imported, so that --help and a typing error answer at once
+    with script_errors():
+        PARSED = read_settings(sys.argv[1:])
+
+import hashlib
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from model import GPT, GPTConfig, KVCache
+from nib.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from nib.dataset import Dataset, WindowOrder, training_batch
+from nib.device import Precision, device_name, peak_flops, peak_memory
+from nib.distributed import Cluster, start_cluster
+from nib.evaluation import Evaluation, evaluate
+from nib.fit import fit_to_device
+from nib.generation import generate_text
+from nib.optimizer import make_optimizers, set_learning_rate
+from nib.report import Reporter, command_line
+from nib.run import Run, StopSignal, due, open_dataset
+from nib.samples import SamplingSettings
+from nib.saver import lock_run
+from nib.schedule import finished, rate_factor
+
+
+def train(parsed: Parsed[TrainSettings]) -> int:
+    """The whole run. Returns the exit status: 0 done, 130 or 143 stopped by a signal after saving."""
+    settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
+    cluster = start_cluster(settings.device)
+    lock = lock_run(out_dir) if cluster.first else None  # held until the process ends
+    report = Reporter(out_dir, cluster.first)
+    stop = StopSignal()
+
+    # data, model, optimizers
+    dataset = open_dataset(settings.dataset, cluster)
+    precision = Precision(settings.dtype, cluster.device)
+    run = Run(settings, dataset, cluster, precision)
+    checkpoint = run.checkpoint()
+    model = build_model(parsed, dataset, checkpoint).to(cluster.device)
+    model.activation_checkpointing = settings.activation_checkpointing
+    order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+    optimizers = make_optimizers(
+        model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
+        muon_learning_rate=settings.muon_learning_rate, weight_decay=settings.weight_decay,
+    )  # fmt: skip
+    if checkpoint is not None:
+        run.restore(checkpoint, model, optimizers)
+    run.micro_batch_size, ready = fit_to_device(model, settings, precision, cluster, report)
+    progress = run.progress
+    byte_lengths = dataset.tokenizer.byte_lengths()
+
+    def validate() -> Evaluation:
+        return evaluate(
+            ready, dataset.val, byte_lengths, block_size=settings.block_size, batch=run.micro_batch_size,
+            cluster=cluster, autocast=precision.autocast(), limit=settings.eval_tokens,
+        )  # fmt: skip
+
+    if settings.eval_only:
+        report.say(f"step {progress.step}: {describe(validate())}")
+        return 0
+    announce(report, run, model)
+    report.resume_metrics(progress.step)
+    if settings.wandb_log:
+        report.start_wandb(settings.wandb_project, settings.wandb_run_name or out_dir.name, as_dict(settings))
+
+    # the loop
+    steps, local = settings.steps(), settings.batch_size // cluster.world
+    tokens_per_step = settings.batch_size * settings.block_size
+    flops = model.flops_per_token(settings.block_size)
+    peak = peak_flops(cluster.device, precision.dtype) * cluster.world
+    logged_step, logged_seconds = progress.step, progress.seconds
+    report.start_bar(progress.step, steps, settings.max_seconds)
+    while not finished(progress.step, steps, progress.seconds, settings.max_seconds):
+        began = time.perf_counter()
+        factor = rate_factor(
+            progress.step, steps, progress.seconds, settings.max_seconds, schedule=settings.schedule,
+            warmup_iters=settings.warmup_iters, decay_fraction=settings.decay_fraction,
+            floor=settings.min_lr / settings.learning_rate,
+        )  # fmt: skip
+        set_learning_rate(optimizers, factor)
+        first = progress.step * settings.batch_size + cluster.rank * local
+        inputs, targets = training_batch(dataset.train, order, first, local)
+        loss, grad_norm = optimizer_step(
+            ready, optimizers, precision, cluster, inputs, targets,
+            micro=run.micro_batch_size, draw=(settings.seed, progress.step), grad_clip=settings.grad_clip,
+        )  # fmt: skip
+        progress.step += 1
+        progress.tokens += tokens_per_step
+        progress.seconds += time.perf_counter() - began
+        progress.seconds, signalled = agree(cluster, progress.seconds, stop.number)
+        done = finished(progress.step, steps, progress.seconds, settings.max_seconds)
+
+        if done or due(progress.step, settings.log_interval):
+            rate = (progress.step - logged_step) * tokens_per_step / max(1e-9, progress.seconds - logged_seconds)
+            logged_step, logged_seconds = progress.step, progress.seconds
+            mfu = {"mfu": round(rate * flops / peak, 4)} if peak else {}
+            report.metrics(
+                step=progress.step, tokens=progress.tokens, loss=loss, lr=factor * settings.learning_rate,
+                grad_norm=grad_norm, tokens_per_second=round(rate, 1), seconds=round(progress.seconds, 3),
+                memory_bytes=peak_memory(cluster.device), **mfu,
+            )  # fmt: skip
+            report.progress(
+                progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, mfu.get("mfu", 0.0)
+            )
+
+        best = False
+        if dataset.val.tokens > 1 and (done or due(progress.step, settings.eval_interval)):
+            found = validate()
+            best = found.loss < progress.best_val_loss
+            progress.best_val_loss = min(found.loss, progress.best_val_loss)
+            report.say(f"step {progress.step}: {describe(found)}")
+            report.metrics(
+                step=progress.step, tokens=progress.tokens, seconds=round(progress.seconds, 3),
+                val_loss=found.loss, val_bits_per_byte=found.bits_per_byte,
+            )  # fmt: skip
+        if due(progress.step, settings.sample_interval) and cluster.first:
+            report.say(sample_text(model, dataset, settings.seed))
+        if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
+            run.save_or_warn(model, optimizers, best, report)
+        if signalled:
+            break
+
+    if run.saved_step != progress.step:
+        run.save(model, optimizers)
+    run.saver.finish()
+    report.close()
+    farewell(report, run, stop.number)
+    cluster.stop()
+    del lock
+    return 128 + stop.number if stop.number else 0
+
+
+def optimizer_step(
+    ready: nn.Module, optimizers: list[torch.optim.Optimizer], precision: Precision, cluster: Cluster,
+    inputs: Tensor, targets: Tensor, *, micro: int, draw: tuple[int, int], grad_clip: float,
+) -> tuple[float, float]:  # fmt: skip
+    """One update from this process's share (sequences, T) of the global batch, `micro` sequences at a time.
+
+    Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
+    before clipping to `grad_clip` (0: no clipping). `draw` is (seed, step): with the process and the micro-batch it
+    decides every random number, so that a resumed run draws what an unbroken one would have.
+    """
+    device, scaler = cluster.device, precision.scaler
+    (counted,) = cluster.total([float((targets >= 0).sum())])
+    total = torch.zeros((), device=device)
+    parts = list(zip(inputs.split(micro), targets.split(micro), strict=True))
+    for index, (part, target) in enumerate(parts):
+        torch.manual_seed(seed_for(*draw, cluster.rank, index))
+        # DDP exchanges gradients in the last backward pass of a step only, and divides them by the processes.
+        alone = index < len(parts) - 1 and cluster.world > 1
+        with ready.no_sync() if alone else nullcontext():  # type: ignore[operator]
+            with precision.autocast():
+                _, loss = ready(to_device(part, device), to_device(target, device))
+            share = loss * (float((target >= 0).sum()) / counted)
+            scaler.scale(share * cluster.world).backward()
+        total += share.detach()
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf)
+    for optimizer in optimizers:
+        scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    (loss_sum,) = cluster.total([float(total)])
+    return loss_sum, float(grad_norm)
+
+
+def seed_for(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def agree(cluster: Cluster, seconds: float, signal_number: int) -> tuple[float, int]:
+    """The first process's clock, and whether any process was told to stop: all take the same decisions by them."""
+    if cluster.world == 1:
+        return seconds, signal_number
+    clock, told = cluster.total([seconds if cluster.first else 0.0, float(signal_number > 0)])
+    return clock, int(told)
+
+
+def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None) -> GPT:
+    """A model of the shape that the settings say, drawn from the seed, or with init_from that of a checkpoint.
+
+    Raises InputError for a shape that cannot be, or that is not the one init_from has.
+    """
+    settings = parsed.settings
+    torch.manual_seed(settings.seed)
+    try:
+        if settings.init_from == "scratch":
+            return GPT(GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings()))
+        source = checkpoint or open_checkpoint(find_checkpoint(settings.init_from))
+        config = GPTConfig(**{**source.model_config, "dropout": settings.dropout})
+        if config.vocab_size != dataset.vocab_size:
+            sizes = f"{config.vocab_size} token ids, {dataset.directory} {dataset.vocab_size}"
+            raise InputError(
+                f"{settings.init_from} has {sizes}. Prepare the data with --tokenizer={settings.init_from}"
+            )
+        for name, wanted in settings.model_settings().items():
+            has = getattr(config, name)
+            if (
+                name in parsed.given - {"block_size"}
+                and wanted != has
+                and (wanted or name not in ("n_kv_head", "mlp_hidden"))
+            ):
+                raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
+        if "block_size" not in parsed.given:
+            settings.block_size = config.block_size
+        elif settings.block_size > config.block_size:
+            raise InputError(
+                f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
+            )
+        model = GPT(config)
+        model.load_state_dict(source.weights())
+        return model
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise InputError(str(error)) from None
+
+
+def announce(report: Reporter, run: Run, model: GPT) -> None:
+    """Say what is about to be trained on what, and write config.json."""
+    settings, cluster, dataset = run.settings, run.cluster, run.dataset
+    if cluster.first:
+        config = {"settings": as_dict(settings), "model_config": asdict(model.config), "command": command_line()}
+        (run.out_dir / "config.json").write_text(json.dumps(config, indent=1))
+    processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
+    micro, steps = run.micro_batch_size, settings.steps()
+    tokens = steps * settings.batch_size * settings.block_size
+    budget = f"{steps} steps, {tokens / 1e6:.1f}M tokens" if steps else f"{settings.max_seconds:g} seconds"
+    report.say(
+        f"model:  {model.num_parameters() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token"
+    )
+    report.say(
+        f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
+        f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, {dataset.vocab_size} ids)"
+    )
+    accumulation = settings.batch_size // cluster.world // micro
+    report.say(
+        f"run:    {budget}, {settings.batch_size} x {settings.block_size} tokens a step "
+        f"({accumulation} micro-batches of {micro}), {processes}{device_name(cluster.device)}, "
+        f"{str(run.precision.dtype).removeprefix('torch.')}"
+    )
+    if run.progress.step:
+        report.say(f"resume: step {run.progress.step} of {run.out_dir}")
+
+
+def describe(found: Evaluation) -> str:
+    return (
+        f"validation loss {found.loss:.4f}, {found.bits_per_byte:.4f} bits per byte, perplexity {found.perplexity:.2f}"
+    )
+
+
+def sample_text(model: GPT, dataset: Dataset, seed: int) -> str:
+    """A short text from the model as it is, drawn without touching the random numbers of training."""
+    settings = SamplingSettings(max_new_tokens=120, seed=seed)
+    (sample,) = generate_text(model, KVCache, dataset.tokenizer, [""], settings)
+    return f"--- sample ---\n{sample.text}\n--- end of sample ---"
+
+
+def farewell(report: Reporter, run: Run, signal_number: int) -> None:
+    """Say where the run is and what to type next."""
+    if signal_number:
+        report.say(f"stopped at step {run.progress.step}, which is saved. Go on with: {command_line()}")
+    else:
+        report.say(
+            f"done: step {run.progress.step}, {run.progress.seconds:.0f} s of training; the run is in {run.out_dir}"
+        )
+        report.say(f"sample from it: python sample.py {run.out_dir}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(PARSED))
