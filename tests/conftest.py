@@ -1,0 +1,39 @@
+"""What several test files use: a tiny corpus, prepared once, and the scripts run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+# Two test processes on two cores: more threads than that would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """`python SCRIPT ARGUMENTS` in `cwd`, as a process of its own, with its output as text."""
+    options.setdefault("timeout", 120)
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, **options
+    )
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory that holds data/words: a small byte-level dataset of 40 documents."""
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "texts").mkdir()
+    for number in range(40):
+        lines = [f"line {line} of text {number} counts {line * number}\n" for line in range(60)]
+        (root / "texts" / f"{number:02d}.txt").write_text("".join(lines))
+    done = run_script(
+        "prepare_data.py", "texts", "--out=data/words", "--tokenizer=byte", "--val-fraction=0.1", "--workers=1", cwd=root
+    )
+    assert done.returncode == 0, done.stderr
+    return root
