@@ -128,6 +128,15 @@ class KVCache:
         taken.lengths = [self.lengths[row] for row in rows]
         return taken
 
+    def put_rows(self, rows: list[int], source: KVCache) -> None:
+        """Replace these rows, one each, by the rows of `source`, which are no longer than max_length."""
+        end = max(source.lengths)
+        index = torch.tensor(rows, device=self.keys.device)
+        self.keys[:, index, :, :end] = source.keys[:, :, :, :end]
+        self.values[:, index, :, :end] = source.values[:, :, :, :end]
+        for row, length in zip(rows, source.lengths, strict=True):
+            self.lengths[row] = length
+
     def start(self, new: int) -> int | Tensor:
         """Where `new` positions will be written: a number, or (B, 1) when the rows differ."""
         if max(self.lengths) + new > self.max_length:

@@ -1,0 +1,191 @@
+"""Text from a model: one prefill for all prompts, then one token a step for every sample that goes on.
+
+When the context is full: the model sees at most block_size tokens of a row. A longer prompt is seen from its last
+block_size tokens on. When a token comes to a row that shows block_size of them already, the row goes on with its
+newest block_size - block_size // 2, the new one included, at positions from 0 on. That costs one refill of half a
+context every half context, thus about one more token's work a token; moving the window at every token would
+cost a refill at every token. With and without a cache, and for every kind of position, the model sees the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nib.errors import RunError
+from nib.samples import Sample, SamplingSettings, make_samples
+from nib.sampling import choose, row_generator
+from nib.tokenizer import Tokenizer
+
+DRAWN = 256  # uniform numbers that are drawn, and moved to the device, at a time
+
+
+class LanguageModel(Protocol):
+    """What generation needs of model.GPT."""
+
+    config: Any
+    training: bool
+
+    def hidden(self, tokens: Tensor, cache: Any = None) -> Tensor: ...
+    def logits(self, x: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[Any]: ...
+    def train(self, mode: bool = True) -> Any: ...
+
+
+def generate_text(
+    model: LanguageModel, make_cache: Any, tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings
+) -> list[Sample]:
+    """The finished samples of all prompts, `num_samples` of each, prompt by prompt; `make_cache` is model.KVCache.
+
+    Leaves torch's random state and the model's mode as they were. Raises InputError for a prompt that the
+    tokenizer cannot encode and RunError for a model whose logits are not finite.
+    """
+    samples = make_samples(prompts, tokenizer, settings)
+    for _ in stream_text(model, make_cache, samples, settings):
+        pass
+    return samples
+
+
+def stream_text(
+    model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
+) -> Iterator[tuple[Sample, str]]:
+    """Write all samples at once, and yield each with its new text token by token, until all are finished."""
+    unfinished = [sample for sample in samples if not sample.finish_reason]
+    if not unfinished:  # max_new_tokens is 0
+        return
+    was_training, written, seconds = model.training, 0, 0.0
+    model.train(False)
+    try:
+        rows = Rows(model, make_cache, unfinished, settings)
+        tokens = rows.choose()
+        while True:
+            for sample, token in zip(rows.samples, tokens, strict=True):
+                yield sample, sample.append(token)
+            going_on = [row for row, sample in enumerate(rows.samples) if not sample.finish_reason]
+            if not going_on:
+                break
+            began = time.perf_counter()
+            rows.keep(going_on)
+            rows.advance()
+            tokens = rows.choose()
+            seconds += time.perf_counter() - began
+            written += len(tokens)
+    finally:
+        model.train(was_training)
+        for sample in samples:
+            sample.tokens_per_second = written / seconds if seconds else None
+
+
+class Rows:
+    """The samples being written, one row each: what the model sees of it, its cache and its random numbers."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
+    ) -> None:
+        self.model, self.make_cache, self.samples, self.settings = model, make_cache, samples, settings
+        self.block_size: int = model.config.block_size
+        self.device = next(iter(model.parameters())).device
+        # The model's vocabulary may be padded to a round number; what is beyond the tokenizer's is never written.
+        self.vocab_size = min(model.config.vocab_size, samples[0].tokenizer.vocab_size)
+        self.random = [row_generator(settings.seed, sample.number) for sample in samples]
+        self.steps = 0
+
+        # Each prompt is computed once, and then branched into its samples.
+        contexts: list[list[int]] = []
+        branch = []
+        for sample in samples:
+            context = sample.prompt_tokens[-self.block_size :]
+            if not contexts or context != contexts[-1]:
+                contexts.append(context)
+            branch.append(len(contexts) - 1)
+        room = max(map(len, contexts)) + settings.max_new_tokens
+        self.cache: Any = self.new_cache(len(contexts), room) if settings.cache else None
+        self.logits = self.last_logits(contexts, self.cache)[branch]  # (B, V)
+        if not self.logits.isfinite().all():
+            raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
+        self.contexts = [list(contexts[row]) for row in branch]
+        if self.cache is not None and branch != list(range(len(contexts))):
+            self.cache = self.cache.take_rows(branch)
+        self.seen = None
+        if settings.repetition_penalty != 1:
+            self.seen = torch.zeros(len(samples), self.vocab_size, dtype=torch.bool, device=self.device)
+            for row, context in enumerate(self.contexts):
+                self.seen[row, context] = True
+
+    def new_cache(self, rows: int, room: int) -> Any:
+        weight = next(iter(self.model.parameters()))
+        return self.make_cache(self.model.config, rows, room, device=self.device, dtype=weight.dtype)
+
+    def encode(self, contexts: list[list[int]], cache: Any) -> Tensor:
+        """The stream (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
+        tokens = np.zeros((len(contexts), max(map(len, contexts))), dtype=np.int64)
+        for row, context in enumerate(contexts):
+            tokens[row, : len(context)] = context
+        x = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache)
+        if cache is not None:
+            cache.truncate([len(context) for context in contexts])
+        return x
+
+    def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
+        """The logits (B, V) after each of the contexts; those of the positions before are not computed."""
+        x = self.encode(contexts, cache)
+        last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
+        return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, : self.vocab_size]
+
+    @torch.inference_mode()
+    def choose(self) -> list[int]:
+        """Draw each row's next token. Reading them here is the one wait for the device in a step."""
+        column = self.steps % DRAWN
+        if column == 0:
+            drawn = np.stack([generator.random(DRAWN, dtype=np.float32) for generator in self.random])
+            self.uniforms = torch.from_numpy(drawn).to(self.device)  # (B, DRAWN)
+        self.steps += 1
+        self.tokens = choose(self.logits, self.uniforms[:, column], self.settings, self.seen)  # (B,)
+        return self.tokens.tolist()
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only; the model has not seen their newest tokens yet."""
+        if len(rows) == len(self.samples):
+            return
+        self.samples = [self.samples[row] for row in rows]
+        self.random = [self.random[row] for row in rows]
+        self.contexts = [self.contexts[row] for row in rows]
+        self.tokens, self.uniforms = self.tokens[rows], self.uniforms[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.cache = None if self.cache is None else self.cache.take_rows(rows)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Show the model each row's newest token and take the logits that follow it."""
+        full = []
+        for row, (context, sample) in enumerate(zip(self.contexts, self.samples, strict=True)):
+            context.append(sample.tokens[-1])
+            if len(context) > self.block_size:
+                del context[: -(self.block_size - self.block_size // 2)]
+                full.append(row)
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
+        if self.cache is None:
+            self.logits = self.last_logits(self.contexts, None)
+            return
+        if full:
+            self.refill(full)
+        x = self.model.hidden(self.tokens[:, None], self.cache)  # (B, 1, C)
+        self.logits = self.model.logits(x[:, 0])[:, : self.vocab_size]
+
+    def refill(self, rows: list[int]) -> None:
+        """Fill the cache of these rows anew with their contexts, which have become shorter, but the newest token."""
+        contexts = [self.contexts[row][:-1] for row in rows]
+        if not contexts[0]:  # block_size is 1 or 2: the newest token is all there is
+            self.cache.truncate([0 if row in rows else length for row, length in enumerate(self.cache.lengths)])
+            return
+        filled = self.new_cache(len(rows), len(contexts[0]))
+        self.encode(contexts, filled)
+        self.cache.put_rows(rows, filled)

@@ -1,0 +1,223 @@
+"""Write text with a trained model.
+
+    python sample.py                                     the newest run under out/, from nothing
+    python sample.py small --prompt 'def ' --num-samples 3
+    python sample.py out/small/checkpoints/best --prompt FILE:notes.txt --stop 'END' --json
+    python sample.py --interactive
+
+From the command line down: the options, the prompts, the model, and the ways to print what it writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nib.cli import option, parse
+from nib.errors import InputError, run_script
+from nib.samples import Sample, SamplingSettings, TextStream, make_samples
+
+if TYPE_CHECKING:
+    from model import GPT
+    from nib.tokenizer import Tokenizer
+
+INTERRUPTED = 130
+USAGE = "python sample.py [RUN|CHECKPOINT] [--prompt TEXT|FILE:path|-]... [--name=value]..."
+ABOUT = (
+    "Continue texts with a model that train.py made: the newest run under out/, or the run, checkpoint or file "
+    "(checkpoints/best) that is named. The text goes to standard output, all else to standard error."
+)
+
+
+@dataclass
+class Options(SamplingSettings):
+    prompt: list[str] = option(  # noqa: RUF009  (a fresh list each time)
+        [], "the text to continue, FILE:path for a file's, - for standard input's; several are written as one batch",
+        group="input and output",
+    )  # fmt: skip
+    interactive: bool = option(False, "continue each line that is typed; Ctrl-D ends", group="input and output")
+    json: bool = option(
+        False, "print a JSON object a sample: prompt, text, tokens, finish_reason, tokens_per_second",
+        group="input and output",
+    )  # fmt: skip
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
+    dtype: str = option(
+        "auto", "of the weights; auto takes 16 bits on a GPU",
+        choices=("auto", "float32", "bfloat16", "float16"), group="system",
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    parsed = parse(Options, sys.argv[1:] if argv is None else argv, usage=USAGE, about=ABOUT, max_arguments=1)
+    options = parsed.settings
+    prompts = read_prompts(options)
+    TextStream(options.stop)  # says now what is wrong with them
+    # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    model, tokenizer = load_model(parsed.arguments[0] if parsed.arguments else None, options.device, options.dtype)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
+        sys.stdout.reconfigure(errors="replace")
+    if options.interactive:
+        return converse(lambda line: write([line], model, tokenizer, options))
+    return write(prompts, model, tokenizer, options)
+
+
+def read_prompts(options: Options) -> list[str]:
+    """The texts that --prompt means; one empty text where there is none. Raises InputError."""
+    if options.interactive and options.prompt:
+        raise InputError("--interactive reads the prompts from standard input. Leave out --prompt or --interactive")
+    if options.prompt.count("-") > 1:
+        raise InputError("--prompt - is there twice, but standard input can be read once. Leave one out")
+    return [read_prompt(source) for source in options.prompt] or [""]
+
+
+def read_prompt(source: str) -> str:
+    if source != "-" and not source.startswith("FILE:"):
+        return source
+    name = "standard input" if source == "-" else source.removeprefix("FILE:")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(name).read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
+
+
+def load_model(target: str | None, device_name: str, dtype_name: str) -> tuple[GPT, Tokenizer]:
+    """The model of a run or checkpoint, on its device, in its dtype, with its tokenizer. Raises InputError."""
+    from model import GPT, GPTConfig
+    from nib.checkpoint import find_checkpoint, open_checkpoint
+    from nib.device import pick_device, pick_dtype
+
+    device = pick_device(device_name)
+    dtype = pick_dtype(dtype_name, device)
+    path = find_checkpoint(target)
+    if is_hugging_face(path):
+        raise InputError(f"{path} is a Hugging Face directory, not yet read by nib. Give a run or checkpoint of nib's")
+    checkpoint = open_checkpoint(path)
+    try:
+        model = GPT(GPTConfig(**checkpoint.model_config))
+        model.load_state_dict(checkpoint.weights())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{checkpoint.directory} does not fit this model.py: {error}. Use the one that trained it"
+        ) from (None)
+    status(f"{checkpoint.directory} on {device}, {str(dtype).removeprefix('torch.')}")
+    return model.to(device, dtype).eval(), checkpoint.tokenizer()
+
+
+def is_hugging_face(path: Path) -> bool:
+    try:
+        config = json.loads((path / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and ("architectures" in config or "model_type" in config)
+
+
+def write(prompts: list[str], model: GPT, tokenizer: Tokenizer, options: Options) -> int:
+    """Continue the prompts and print the samples; returns the exit status. Raises InputError, RunError."""
+    from model import KVCache
+    from nib.generation import stream_text
+
+    samples = make_samples(prompts, tokenizer, options)
+    warn_of_long_prompts(samples, model.config.block_size)
+    printer = None if options.json else Printer(samples)
+    interrupted = False
+    try:
+        for sample, text in stream_text(model, KVCache, samples, options):
+            if printer:
+                printer.show(sample, text)
+    except KeyboardInterrupt:
+        interrupted = True
+        for sample in samples:
+            if not sample.finish_reason:
+                text = sample.finish("interrupted")
+                if printer:
+                    printer.show(sample, text)
+    if options.json:
+        for sample in samples:
+            print(json.dumps(as_json(sample)), flush=True)
+    return INTERRUPTED if interrupted else 0
+
+
+def warn_of_long_prompts(samples: list[Sample], block_size: int) -> None:
+    for sample in samples:
+        if sample.number == 0 and len(sample.prompt_tokens) > block_size:
+            length = len(sample.prompt_tokens)
+            which = f"prompt {sample.prompt_number + 1}" if samples[-1].prompt_number else "the prompt"
+            status(f"{which} has {length} tokens; the model sees its last {block_size}")
+
+
+def as_json(sample: Sample) -> dict[str, Any]:
+    speed = sample.tokens_per_second
+    return {
+        "prompt": sample.prompt,
+        "text": sample.text,
+        "tokens": sample.tokens,
+        "finish_reason": sample.finish_reason,
+        "tokens_per_second": None if speed is None else round(speed, 1),
+    }
+
+
+class Printer:
+    """Prints samples in their order: one as it comes; those after it are kept until it is their turn."""
+
+    def __init__(self, samples: list[Sample]) -> None:
+        self.samples, self.turn = samples, 0
+        self.begin()
+
+    def begin(self) -> None:
+        """Print what there is of the sample whose turn it is, and go on to the next when it is finished."""
+        while self.turn < len(self.samples):
+            sample = self.samples[self.turn]
+            if len(self.samples) > 1:
+                several = f"prompt {sample.prompt_number + 1}, " if self.samples[-1].prompt_number else ""
+                print(f"--- {several}sample {sample.number + 1} ---")
+            print(sample.prompt + sample.text, end="", flush=True)
+            if not sample.finish_reason:
+                return
+            self.end()
+
+    def end(self) -> None:
+        print(flush=True)
+        self.turn += 1
+
+    def show(self, sample: Sample, text: str) -> None:
+        if sample is self.samples[self.turn]:
+            print(text, end="", flush=True)
+            if sample.finish_reason:
+                self.end()
+                self.begin()
+
+
+def converse(answer: Callable[[str], int]) -> int:
+    """Answer each line of standard input until it ends. What is wrong with a line is said, and the next one read."""
+    typed = sys.stdin.isatty()
+    if typed:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  line editing and history for input()
+    while True:
+        try:
+            line = input("> " if typed else "")
+        except EOFError:
+            return 0
+        except UnicodeDecodeError:
+            raise InputError("standard input is not UTF-8. Give text") from None
+        try:
+            answer(line)
+        except InputError as error:
+            status(f"error: {error}")
+
+
+def status(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main)
