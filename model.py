@@ -71,9 +71,16 @@ class GPTConfig:
             raise ValueError("window, mlp_hidden and head_size cannot be negative, dropout lies in [0, 1). Correct it")
 
 
+class RMSNorm(nn.RMSNorm):
+    """Root-mean-square normalisation (arXiv 1910.07467), in the dtype of its input under autocast too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 def make_norm(size: int, config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(size, eps=config.norm_eps)  # arXiv 1910.07467
+        return RMSNorm(size, eps=config.norm_eps)
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
@@ -172,8 +179,8 @@ class Attention(nn.Module):
         heads = config.n_head + 2 * config.n_kv_head
         self.qkv = nn.Linear(config.n_embd, heads * config.head_size, bias=config.bias)
         self.out = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.bias)
-        self.q_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:

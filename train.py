@@ -89,6 +89,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
 
     if settings.eval_only:
         report.say(f"step {progress.step}: {describe(validate())}")
+        stop.restore()
         return 0
     announce(report, run, model)
     report.resume_metrics(progress.step)
@@ -100,7 +101,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     tokens_per_step = settings.batch_size * settings.block_size
     flops = model.flops_per_token(settings.block_size)
     peak = peak_flops(cluster.device, precision.dtype) * cluster.world
-    logged_step, logged_seconds = progress.step, progress.seconds
+    logged_step, logged_seconds, rate = progress.step, progress.seconds, 0.0
     report.start_bar(progress.step, steps, settings.max_seconds)
     while not finished(progress.step, steps, progress.seconds, settings.max_seconds):
         began = time.perf_counter()
@@ -116,7 +117,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             ready, optimizers, precision, cluster, inputs, targets,
             micro=run.micro_batch_size, draw=(settings.seed, progress.step), grad_clip=settings.grad_clip,
         )  # fmt: skip
-        progress.step += 1
+        run.count_step(loss, grad_norm, report)
         progress.tokens += tokens_per_step
         progress.seconds += time.perf_counter() - began
         progress.seconds, signalled = agree(cluster, progress.seconds, stop.number)
@@ -125,15 +126,13 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         if done or due(progress.step, settings.log_interval):
             rate = (progress.step - logged_step) * tokens_per_step / max(1e-9, progress.seconds - logged_seconds)
             logged_step, logged_seconds = progress.step, progress.seconds
-            mfu = {"mfu": round(rate * flops / peak, 4)} if peak else {}
+            mfu = {"mfu": round(rate * flops / peak, 4)} if peak < math.inf else {}
             report.metrics(
                 step=progress.step, tokens=progress.tokens, loss=loss, lr=factor * settings.learning_rate,
                 grad_norm=grad_norm, tokens_per_second=round(rate, 1), seconds=round(progress.seconds, 3),
                 memory_bytes=peak_memory(cluster.device), **mfu,
             )  # fmt: skip
-            report.progress(
-                progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, mfu.get("mfu", 0.0)
-            )
+        report.progress(progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, rate * flops / peak)
 
         best = False
         if dataset.val.tokens > 1 and (done or due(progress.step, settings.eval_interval)):
@@ -145,7 +144,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
                 step=progress.step, tokens=progress.tokens, seconds=round(progress.seconds, 3),
                 val_loss=found.loss, val_bits_per_byte=found.bits_per_byte,
             )  # fmt: skip
-        if due(progress.step, settings.sample_interval) and cluster.first:
+        if due(progress.step, settings.sample_interval):
             report.say(sample_text(model, dataset, settings.seed))
         if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
             run.save_or_warn(model, optimizers, best, report)
@@ -158,7 +157,9 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     report.close()
     farewell(report, run, stop.number)
     cluster.stop()
-    del lock
+    stop.restore()
+    if lock:
+        lock.close()
     return 128 + stop.number if stop.number else 0
 
 
@@ -169,8 +170,9 @@ def optimizer_step(
     """One update from this process's share (sequences, T) of the global batch, `micro` sequences at a time.
 
     Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
-    before clipping to `grad_clip` (0: no clipping). `draw` is (seed, step): with the process and the micro-batch it
-    decides every random number, so that a resumed run draws what an unbroken one would have.
+    before clipping to `grad_clip` (0: no clipping); where one of them is not finite, nothing is updated. `draw` is
+    (seed, step): with the process and the micro-batch it decides every random number, so that a resumed run draws
+    what an unbroken one would have.
     """
     device, scaler = cluster.device, precision.scaler
     (counted,) = cluster.total([float((targets >= 0).sum())])
@@ -188,13 +190,14 @@ def optimizer_step(
         total += share.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf)
+    grad_norm = float(nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf))
+    (loss_sum,) = cluster.total([float(total)])
     for optimizer in optimizers:
-        scaler.step(optimizer)
+        if math.isfinite(loss_sum + grad_norm) or scaler.is_enabled():  # the scaler skips by itself, and adapts
+            scaler.step(optimizer)
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
-    (loss_sum,) = cluster.total([float(total)])
-    return loss_sum, float(grad_norm)
+    return loss_sum, grad_norm
 
 
 def seed_for(*parts: int) -> int:

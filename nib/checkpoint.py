@@ -259,7 +259,7 @@ def load_optimizer_tensors(
                 for kind, value in saved.items():
                     if value.ndim and value.shape != parameter.shape:
                         raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
-                    # The step count stays where the fused kernels want it: with its parameter.
-                    optimizer.state[parameter][kind] = value.to(parameter.device)
+                    # A copy: what was read may lie in a mapped file, at an address that is not aligned.
+                    optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
     if by_name:
         raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -52,11 +53,11 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Dense FLOP/s of the device at 16 bits, or 0 where it is not known."""
+    """Dense FLOP/s of the device at 16 bits, or infinity where it is not known."""
     if device.type != "cuda" or dtype == torch.float32:
-        return 0.0
+        return math.inf
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0.0)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), math.inf)
 
 
 def peak_memory(device: torch.device) -> int:

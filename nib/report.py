@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -54,30 +55,31 @@ class Reporter:
     def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
         """The progress bar, over the steps or, where only time ends the run, over the seconds."""
         if self.active and sys.stderr.isatty():
-            unit, total = ("step", steps) if steps else ("s", max_seconds)
-            shape = "{percentage:3.0f}% {bar} {n:.0f}/{total:.0f} {unit} [{elapsed}, {remaining} left{postfix}]"
+            unit, total = ("step", steps) if steps else ("second", max_seconds)
+            shape = "{percentage:3.0f}% {bar} {unit} {n:.0f}/{total:.0f} [{elapsed}, {remaining} left{postfix}]"
             self.bar = tqdm(total=total, initial=step if steps else 0, unit=unit, bar_format=shape, dynamic_ncols=True)
 
     def progress(
         self, step: int, steps: int, seconds: float, max_seconds: float, loss: float, rate: float, mfu: float
     ) -> None:
-        """Move the bar; where there is none, print a line now and then."""
+        """Move the bar; where there is none, print a line now and then. Called at every step."""
         text = f"loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else "")
         if self.bar is not None:
-            self.bar.n = step if steps else min(seconds, max_seconds)
-            self.bar.set_postfix_str(text)
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update((step if steps else min(seconds, max_seconds)) - self.bar.n)
         elif self.active and time.monotonic() - self.last_line >= QUIET_SECONDS:
             self.last_line = time.monotonic()
             print(f"step {step}{f'/{steps}' if steps else ''}: {text}, {seconds:.0f} s", flush=True)
 
-    def metrics(self, **values: Any) -> None:
+    def metrics(self, **values: float) -> None:
         """One line of metrics.jsonl, and the same to wandb."""
         if not self.active:
             return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         with (self.out_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+            file.write(json.dumps(finite) + "\n")
         if self.wandb is not None:
-            self.wandb.log(values, step=values["step"])
+            self.wandb.log(values, step=int(values["step"]))
 
     def start_wandb(self, project: str, name: str, settings: dict[str, Any]) -> None:
         """Log to wandb too. A run never fails because of it: what goes wrong is said and left."""

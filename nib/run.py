@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import signal
@@ -12,7 +13,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from nib.checkpoint import BrokenCheckpoint, Checkpoint, load_optimizer_tensors, newest_good, optimizer_tensors
+from nib.checkpoint import (
+    BrokenCheckpoint,
+    Checkpoint,
+    load_optimizer_tensors,
+    named_checkpoint,
+    newest_good,
+    optimizer_tensors,
+)
 from nib.dataset import Dataset
 from nib.device import Precision
 from nib.distributed import Cluster
@@ -31,6 +39,8 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0  # of training, without validation and saving
     best_val_loss: float = 1e30  # JSON has no infinity
+    skipped_steps: int = 0  # because the loss or the gradient was not finite
+    skipped_in_a_row: int = 0
 
 
 class StopSignal:
@@ -38,13 +48,16 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.number = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._arrived)
+        self.before = {number: signal.signal(number, self._arrived) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _arrived(self, number: int, frame: object) -> None:
         if self.number == number:
             os._exit(128 + number)
         self.number = number
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -93,6 +106,28 @@ class Run:
         except (RuntimeError, KeyError, TypeError) as error:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
         self.saved_step = self.progress.step
+
+    def count_step(self, loss: float, grad_norm: float, report: Reporter) -> None:
+        """Count a step that was done, or skipped because its numbers were not finite.
+
+        Raises RunError after max_skipped_steps of these in a row.
+        """
+        progress, limit = self.progress, self.settings.max_skipped_steps
+        progress.step += 1
+        if math.isfinite(loss + grad_norm):
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped_steps += 1
+        progress.skipped_in_a_row += 1
+        report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
+        if limit and progress.skipped_in_a_row >= limit:
+            self.saver.finish()
+            latest = named_checkpoint(self.saver.checkpoints, "latest")
+            back = f"The newest checkpoint is {self.saver.checkpoints / latest}" if latest else "There is no checkpoint"
+            raise RunError(
+                f"loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}. "
+                f"{back}; lower the learning rate, or check the data"
+            )
 
     def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool = False) -> None:
         """Copy the state and write it in the background. Raises RunError when the write before this one failed."""

@@ -67,6 +67,9 @@ class TrainSettings:
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
     grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: never", at_least=0, group="optimizer")
 
+    max_skipped_steps: int = option(20, "end the run after so many steps in a row that were skipped because the loss "
+                                    "or gradient was not finite; 0: never", at_least=0, group="optimizer")
+
     max_iters: int = option(2000, "stop after so many optimizer steps; 0: no such limit", at_least=0, group="schedule")
     max_tokens: int = option(0, "stop after so many tokens; 0: no such limit", at_least=0, group="schedule")
     max_seconds: float = option(0.0, "stop after so many seconds of training; 0: no such limit",
