@@ -47,7 +47,7 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
             size = path.stat().st_size
             if fetch.complete:
                 break
-            if size == 0:
+            if have == size == 0:
                 raise InputError(f"cannot fetch {url}: {reason}. Check the URL and the network")
             failures = 0 if size > have else failures + 1
             if failures == ATTEMPTS:
@@ -82,6 +82,7 @@ class _Fetch:
                     self.total is None
                     or answer.headers["Content-Range"] != f"bytes {have}-{self.total - 1}/{self.total}"
                 ):
+                    self.path.write_bytes(b"")
                     raise ConnectionError("the file has changed on the server")
             self.version = answer.headers["ETag"] or answer.headers["Last-Modified"] or ""
             length = answer.headers["Content-Length"]

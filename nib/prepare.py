@@ -104,7 +104,7 @@ def prepare(
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
             raise InputError(f"cannot write {out}: {error.strerror}. Give another --out") from None
         raise
     _print_summary(out, meta, writer.replaced, time.monotonic() - began)
@@ -253,7 +253,7 @@ def dataset_name(sources: list[str]) -> str:
     if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
         return source
     is_url = source.startswith(("http://", "https://"))
-    path = Path(urlsplit(source).path) if is_url else Path(source).resolve()
+    path = Path(urlsplit(source).path) if is_url else Path(os.path.abspath(source))
     name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", path.name if path.is_dir() else path.stem)
     if not name:
         raise InputError(f"{source} has no name. Give --out=data/NAME")

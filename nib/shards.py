@@ -235,6 +235,7 @@ class SplitWriter:
         sha256 = {}
         size = self.dtype.itemsize
         for split, file in self.files.items():
+            end = self.tokens[split] * size
             for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
                 shard = self.directory / f"{split}-{index:05d}.bin"
                 start = index * shard_tokens * size
@@ -243,9 +244,10 @@ class SplitWriter:
                     os.rename(file.name, shard)
                 else:
                     with open(shard, "wb") as part:
-                        for data in _chunks(file, start, os.fstat(file.fileno()).st_size - start):
+                        for data in _chunks(file, start, end - start):
                             part.write(data)
                     file.truncate(start)
+                    end = start
                 sha256[shard.name] = file_sha256(shard)
                 sync(shard)
             file.close()

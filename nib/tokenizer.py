@@ -73,13 +73,12 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`; special tokens stand for none. Raises InputError for an id outside the vocabulary."""
-        table, size = self.token_bytes, self.vocab_size
-        parts = []
-        for token in ids:
-            if not 0 <= token < size:
-                raise InputError(f"token id {token} is not in the vocabulary of {self.name}, 0 to {size - 1}")
-            parts.append(table[token])
-        return b"".join(parts)
+        ids = list(ids)
+        for outside in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= outside < self.vocab_size:
+                size = self.vocab_size
+                raise InputError(f"token id {outside} is not in the vocabulary of {self.name}, 0 to {size - 1}")
+        return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, with U+FFFD where their bytes are not whole characters."""
@@ -256,6 +255,8 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
     seen = np.zeros(0x110000, dtype=bool)
     for text in texts:
         seen[code_points(text)] = True
+    if not seen.any():
+        raise InputError("there is no text to take characters from. Give a source that has some")
     return CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
 
 

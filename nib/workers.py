@@ -121,7 +121,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
 
 def _json_text(line: str, field: str, where: str) -> str:
     try:
-        document = json.loads(line.removeprefix("\ufeff"))  # a byte-order mark
+        document = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not valid JSON: {error}. JSONL has one object a line") from None
     if not isinstance(document, dict):
