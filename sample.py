@@ -58,13 +58,15 @@ def main(argv: list[str] | None = None) -> int:
     options = parsed.settings
     prompts = read_prompts(options)
     TextStream(options.stop)  # says now what is wrong with them
-    # Here, not at the top, so that --help and a typing error answer before torch is loaded.
-    model, tokenizer = load_model(parsed.arguments[0] if parsed.arguments else None, options.device, options.dtype)
+    model, tokenizer, origin = load_model(parsed.arguments, options.device, options.dtype)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
     if options.interactive:
-        return converse(lambda line: write([line], model, tokenizer, options))
-    return write(prompts, model, tokenizer, options)
+        status(origin)
+        return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
+    samples = make_samples(prompts, tokenizer, options)
+    status(origin)
+    return write(samples, model, options)
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -89,15 +91,19 @@ def read_prompt(source: str) -> str:
         raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
 
 
-def load_model(target: str | None, device_name: str, dtype_name: str) -> tuple[GPT, Tokenizer]:
-    """The model of a run or checkpoint, on its device, in its dtype, with its tokenizer. Raises InputError."""
+def load_model(arguments: list[str], device_name: str, dtype_name: str) -> tuple[GPT, Tokenizer, str]:
+    """The model of a run or checkpoint, on its device, in its dtype; its tokenizer; and a line that says which.
+
+    Raises InputError.
+    """
+    # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     from model import GPT, GPTConfig
     from nib.checkpoint import find_checkpoint, open_checkpoint
     from nib.device import pick_device, pick_dtype
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
-    path = find_checkpoint(target)
+    path = find_checkpoint(arguments[0] if arguments else None)
     if is_hugging_face(path):
         raise InputError(f"{path} is a Hugging Face directory, not yet read by nib. Give a run or checkpoint of nib's")
     checkpoint = open_checkpoint(path)
@@ -105,11 +111,13 @@ def load_model(target: str | None, device_name: str, dtype_name: str) -> tuple[G
         model = GPT(GPTConfig(**checkpoint.model_config))
         model.load_state_dict(checkpoint.weights())
     except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(
-            f"{checkpoint.directory} does not fit this model.py: {error}. Use the one that trained it"
-        ) from (None)
-    status(f"{checkpoint.directory} on {device}, {str(dtype).removeprefix('torch.')}")
-    return model.to(device, dtype).eval(), checkpoint.tokenizer()
+        fault = f"{checkpoint.directory} does not fit this model.py: {error}"
+        raise InputError(f"{fault}. Use the one that trained it") from None
+    model.to(device)
+    for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
+        parameter.data = parameter.data.to(dtype)
+    origin = f"{checkpoint.directory} on {device}, {str(dtype).removeprefix('torch.')}"
+    return model.eval(), checkpoint.tokenizer(), origin
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -120,12 +128,11 @@ def is_hugging_face(path: Path) -> bool:
     return isinstance(config, dict) and ("architectures" in config or "model_type" in config)
 
 
-def write(prompts: list[str], model: GPT, tokenizer: Tokenizer, options: Options) -> int:
-    """Continue the prompts and print the samples; returns the exit status. Raises InputError, RunError."""
+def write(samples: list[Sample], model: GPT, options: Options) -> int:
+    """Write the samples and print them; returns the exit status. Raises RunError."""
     from model import KVCache
     from nib.generation import stream_text
 
-    samples = make_samples(prompts, tokenizer, options)
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False

@@ -1,0 +1,453 @@
+"""Generation: what a model writes is the plain loop's result, whatever the cache, the batch and the stream do."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from model import GPT, GPTConfig, KVCache
+from nib.errors import InputError, RunError
+from nib.generation import DRAWN, generate_text, stream_text
+from nib.samples import Sample, SamplingSettings, TextStream, make_samples
+from nib.sampling import choose, inverse_cdf, row_generator, top_ids
+from nib.tokenizer import CharTokenizer, make_tokenizer
+
+BYTES = make_tokenizer("byte")
+ALMOST_ONE = 1 - 2**-24  # the largest uniform number
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(**changes) -> GPT:
+    """A model of a few thousand parameters with weights large enough that what comes before matters."""
+    shape = dict(vocab_size=257, block_size=16, n_layer=2, n_head=4, n_embd=16) | changes
+    model = GPT(GPTConfig(**shape)).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.4, generator=generator)
+    return model
+
+
+def make_settings(**changes) -> SamplingSettings:
+    """Wide sampling, so that a wrong logit shows as another token."""
+    return SamplingSettings(**(dict(max_new_tokens=50, temperature=1.0, top_k=0) | changes))
+
+
+def plain_loop(model: GPT, prompt: str, options: SamplingSettings, number: int = 0) -> list[int]:
+    """The contract word by word: one row, no cache, no batch, every position computed for every token."""
+    block_size = model.config.block_size
+    sees, written, generator = BYTES.encode(prompt)[-block_size:], [], row_generator(options.seed, number)
+    seen = torch.zeros(1, model.config.vocab_size, dtype=torch.bool)
+    seen[0, sees] = True
+    while len(written) < options.max_new_tokens:
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([sees]))
+        uniform = torch.tensor([generator.random(dtype=np.float32)])
+        token = int(choose(logits[:, -1], uniform, options, seen))
+        if token == BYTES.end_of_text:
+            break
+        written.append(token)
+        seen[0, token] = True
+        sees = [*sees, token]
+        if len(sees) > block_size:
+            sees = sees[-(block_size - block_size // 2) :]
+    return written
+
+
+def watch_hidden(model: GPT, monkeypatch) -> list[tuple[int, ...]]:
+    """A list that gets the shape of the tokens of each call of model.hidden."""
+    calls: list[tuple[int, ...]] = []
+    hidden = model.hidden
+
+    def watched(tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        calls.append(tuple(tokens.shape))
+        return hidden(tokens, cache)
+
+    monkeypatch.setattr(model, "hidden", watched)
+    return calls
+
+
+PROMPTS = ["a", "nine byte", "exactly 16 bytes", "a text of more than the context of 16", ""]
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rope", "none"])
+@pytest.mark.parametrize("shape", [{}, {"n_kv_head": 2}, {"n_kv_head": 1, "window": 5}, {"qk_norm": True}])
+def test_cached_and_uncached_batches_write_what_the_plain_loop_writes(position, shape):
+    model = make_model(position=position, **shape)
+    prompts = PROMPTS[:4]
+    expected = [plain_loop(model, prompt, make_settings(), number) for prompt in prompts for number in range(2)]
+    assert min(map(len, expected)) > 16, "some row must go past the context"
+    for cache in (True, False):
+        samples = generate_text(model, KVCache, BYTES, prompts, make_settings(cache=cache, num_samples=2))
+        assert [sample.tokens for sample in samples] == expected, f"cache={cache}"
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3, 5])
+def test_contexts_of_a_few_tokens_slide_as_the_plain_loop_does(block_size):
+    model = make_model(block_size=block_size, position="rope")
+    for cache in (True, False):
+        samples = generate_text(model, KVCache, BYTES, PROMPTS[:3], make_settings(cache=cache))
+        assert [sample.tokens for sample in samples] == [plain_loop(model, p, make_settings()) for p in PROMPTS[:3]]
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [dict(repetition_penalty=1.7), dict(top_k=20, top_p=0.9, min_p=0.02), dict(temperature=0, repetition_penalty=1.3)],
+)
+def test_filters_act_alike_in_a_batch_and_in_the_plain_loop(filters):
+    model, options = make_model(), make_settings(**filters)
+    samples = generate_text(model, KVCache, BYTES, PROMPTS[:4], options)
+    assert [sample.tokens for sample in samples] == [plain_loop(model, prompt, options) for prompt in PROMPTS[:4]]
+
+
+def test_a_row_does_not_depend_on_the_rest_of_the_batch():
+    model, options = make_model(position="rope"), make_settings(num_samples=3)
+    together = generate_text(model, KVCache, BYTES, PROMPTS, options)
+    backwards = generate_text(model, KVCache, BYTES, PROMPTS[::-1], options)
+    for place, prompt in enumerate(PROMPTS):
+        alone = [sample.tokens for sample in generate_text(model, KVCache, BYTES, [prompt], options)]
+        assert [sample.tokens for sample in together[3 * place : 3 * place + 3]] == alone
+        there = len(PROMPTS) - 1 - place
+        assert [sample.tokens for sample in backwards[3 * there : 3 * there + 3]] == alone
+
+
+def test_samples_differ_by_number_and_seed_and_a_longer_one_begins_with_the_shorter():
+    model = make_model()
+    short = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=3))
+    assert len({tuple(sample.tokens) for sample in short}) == 3
+    for seed in (1338, 1337 + 2**32):
+        other = generate_text(model, KVCache, BYTES, ["x"], make_settings(seed=seed))
+        assert other[0].tokens != short[0].tokens, f"seed {seed}"
+    # Without end-of-text in reach, past the first block of uniform numbers.
+    model = make_model(vocab_size=256)
+    short = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=2))
+    long = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=2, max_new_tokens=DRAWN + 50))
+    assert [sample.tokens[:50] for sample in long] == [sample.tokens for sample in short]
+    assert long[1].tokens == plain_loop(model, "x", make_settings(max_new_tokens=DRAWN + 50), 1)
+
+
+def test_samples_of_a_prompt_share_one_prefill_and_finished_rows_leave_the_batch(monkeypatch):
+    model = make_model(vocab_size=256, block_size=64)
+    options = make_settings(num_samples=4, max_new_tokens=30)
+    free = generate_text(model, KVCache, BYTES, ["a prompt", "another one"], options)
+    options.stop = [free[2].text[10]]
+    calls = watch_hidden(model, monkeypatch)
+    samples = generate_text(model, KVCache, BYTES, ["a prompt", "another one"], options)
+    assert calls[0] == (2, 11), "one prefill with a row for each prompt"
+    assert calls[1][1] == 1 and calls[1][0] <= 8
+    assert [shape[0] for shape in calls[1:]] == [
+        sum(len(sample.tokens) > step for sample in samples) for step in range(1, len(calls))
+    ]
+    assert samples[2].finish_reason == "stop" and len(samples[2].tokens) < 30
+    for sample, before in zip(samples, free, strict=True):
+        assert sample.tokens == before.tokens[: len(sample.tokens)], "a row changed when another one left"
+
+
+def test_going_past_the_context_costs_about_one_more_token_a_token(monkeypatch):
+    model = make_model(vocab_size=256, block_size=32)
+    calls = watch_hidden(model, monkeypatch)
+    generate_text(model, KVCache, BYTES, ["x" * 32, "y"], make_settings(max_new_tokens=320))
+    assert sum(rows * length for rows, length in calls) < 32 * 2 + 2.1 * 320 * 2
+
+
+def test_the_last_positions_logits_are_the_only_ones_computed(monkeypatch):
+    model, shapes = make_model(), []
+    logits = model.logits
+    monkeypatch.setattr(model, "logits", lambda x: shapes.append(tuple(x.shape)) or logits(x))
+    generate_text(model, KVCache, BYTES, PROMPTS[:3], make_settings(max_new_tokens=3))
+    assert shapes[0] == (3, 16) and all(len(shape) == 2 for shape in shapes)
+
+
+def test_greedy_is_argmax_and_equals_transformers_generate():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = make_model(vocab_size=256, block_size=64)
+    shape = dict(vocab_size=256, n_positions=64, n_embd=16, n_layer=2, n_head=4)
+    reference = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=None)).eval()
+    names = {
+        "attention_norm": "ln_1", "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj",
+        "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj",
+    }  # fmt: skip
+    weights = {"transformer.wte.weight": model.wte.weight, "transformer.wpe.weight": model.wpe.weight}
+    weights |= {f"transformer.ln_f.{part}": value for part, value in model.norm.named_parameters()}
+    for layer, block in enumerate(model.blocks):
+        for ours, theirs in names.items():
+            for part, value in block.get_submodule(ours).named_parameters():
+                weights[f"transformer.h.{layer}.{theirs}.{part}"] = value.T if value.dim() == 2 else value
+    reference.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
+    prompt = "def greedy"
+    for options in (make_settings(temperature=0.0), make_settings(top_k=1, temperature=2.0)):
+        (sample,) = generate_text(model, KVCache, BYTES, [prompt], options)
+        tokens = torch.tensor([BYTES.encode(prompt)])
+        expected = reference.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50, pad_token_id=0
+        )
+        assert sample.tokens == expected[0, len(prompt) :].tolist()
+
+
+def test_generating_leaves_random_state_mode_and_training_as_they_were():
+    model = make_model(dropout=0.5).train()
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    first = generate_text(model, KVCache, BYTES, ["x"], make_settings())
+    assert model.training and torch.equal(torch.get_rng_state(), state)
+    assert np.array_equal(np.random.get_state()[1], numpy_state)
+    _, loss = model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
+    loss.backward()
+    assert generate_text(model.eval(), KVCache, BYTES, ["x"], make_settings())[0].tokens == first[0].tokens
+    assert not model.training
+    model.train()
+    stream = stream_text(model, KVCache, make_samples(["x"], BYTES, make_settings()), make_settings())
+    next(stream)
+    stream.close()
+    assert model.training, "the mode must come back when the reader goes away in the middle"
+
+
+def test_ids_beyond_the_tokenizer_are_never_written():
+    model = make_model(vocab_size=320, tie_weights=False)
+    with torch.no_grad():
+        model.head.weight[257:] = 100 * model.head.weight[:63]
+    samples = generate_text(model, KVCache, BYTES, PROMPTS, make_settings(repetition_penalty=1.1))
+    assert max(max(sample.tokens, default=0) for sample in samples) < 257
+
+
+def test_a_model_that_diverged_is_an_error():
+    model = make_model()
+    with torch.no_grad():
+        model.norm.weight[3] = float("nan")
+    with pytest.raises(RunError, match="not finite"):
+        generate_text(model, KVCache, BYTES, ["x"], make_settings())
+    assert not model.training
+
+
+def test_no_new_tokens_need_no_model():
+    samples = generate_text(None, None, BYTES, ["x"], make_settings(max_new_tokens=0))  # type: ignore[arg-type]
+    assert [(s.text, s.tokens, s.finish_reason, s.tokens_per_second) for s in samples] == [("", [], "length", None)]
+
+
+@pytest.mark.parametrize("position", ["learned", "sinusoidal", "rope", "none"])
+def test_bfloat16_weights_make_a_bfloat16_cache(position, monkeypatch):
+    model, dtypes = make_model(position=position), []
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    update = KVCache.update
+    monkeypatch.setattr(KVCache, "update", lambda cache, *rest: dtypes.append(cache.keys.dtype) or update(cache, *rest))
+    samples = generate_text(model, KVCache, BYTES, PROMPTS, make_settings())
+    assert all(sample.finish_reason for sample in samples) and set(dtypes) == {torch.bfloat16}
+
+
+# --- sampling ----------------------------------------------------------------------------------------------------
+
+
+def reference_distribution(logits: np.ndarray, options: SamplingSettings, seen: np.ndarray) -> np.ndarray:
+    """The probabilities of one row by the definitions, in float64; sorting is stable, so ties go to low ids."""
+    logits = logits.astype(np.float64)
+    penalty = options.repetition_penalty
+    logits = np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
+    order = np.argsort(-logits, kind="stable")
+    if options.temperature == 0:
+        return (np.arange(len(logits)) == order[0]).astype(float)
+    weights = np.exp((logits - logits.max()) / options.temperature)
+    if options.top_k:
+        weights[order[options.top_k :]] = 0
+    probabilities = weights / weights.sum()
+    if options.top_p < 1:
+        reached = np.cumsum(probabilities[order])
+        assume(np.abs(reached - options.top_p).min() > 1e-5)  # else rounding decides
+        probabilities[order[np.searchsorted(reached, options.top_p) + 1 :]] = 0
+    share = probabilities / probabilities.max()
+    assume(options.min_p in (0, 1) or np.abs(share - options.min_p).min() > 1e-5)
+    probabilities[share < options.min_p] = 0
+    return probabilities / probabilities.sum()
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    quarters=st.lists(st.integers(-30, 30), min_size=2, max_size=40),
+    seen=st.sets(st.integers(0, 39)),
+    uniform=st.floats(0, ALMOST_ONE, width=32),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 2.5]),
+    top_k=st.integers(0, 45),
+    top_p=st.sampled_from([0.0, 0.3, 0.77, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.37, 1.0]),
+    penalty=st.sampled_from([0.5, 1.0, 1.0, 2.0]),
+)
+def test_choose_draws_from_the_distribution_of_the_definitions(
+    quarters, seen, uniform, temperature, top_k, top_p, min_p, penalty
+):
+    options = SamplingSettings(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    )
+    logits = np.array(quarters, dtype=np.float32) / 4  # coarse, so that there are many ties
+    is_seen = np.isin(np.arange(len(logits)), list(seen))
+    cumulative = np.cumsum(reference_distribution(logits, options, is_seen))
+    assume(np.abs(cumulative[:-1] - uniform).min(initial=1) > 1e-5)
+    token = choose(torch.tensor(logits)[None], torch.tensor([uniform]), options, torch.tensor(is_seen)[None])
+    assert token.tolist() == [int(np.searchsorted(cumulative / cumulative[-1], uniform, side="right"))]
+
+
+def shares(logits: Tensor, count: int, **options) -> np.ndarray:
+    """How often each token is chosen for `count` uniform numbers at equal distances."""
+    uniforms = (torch.arange(count) + 0.5) / count
+    tokens = choose(logits.expand(count, -1), uniforms, make_settings(**options))
+    return np.bincount(tokens.numpy(), minlength=logits.shape[-1]) / count
+
+
+def test_filters_and_their_order_are_those_of_transformers():
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper
+    from transformers import TopPLogitsWarper as TopP
+
+    logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(3)) * 2
+    for options in (
+        dict(temperature=0.7, top_k=30, top_p=0.8, min_p=0.1),
+        dict(temperature=1.5, top_k=8, top_p=0.6, min_p=0.01),
+        dict(temperature=1.5, top_k=50, top_p=0.95, min_p=0.3),
+    ):
+        filters = [TemperatureLogitsWarper, TopKLogitsWarper, TopP, MinPLogitsWarper]
+        processors = LogitsProcessorList([make(value) for make, value in zip(filters, options.values(), strict=True)])
+        expected = processors(None, logits).softmax(-1)[0].numpy()
+        assert np.abs(shares(logits, 20000, **options) - expected).max() < 1.5 / 20000  # one step each side
+
+
+def test_the_samples_of_many_rows_have_the_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, 0.0, -1.0, -3.0]])
+    uniforms = torch.tensor([row_generator(7, number).random(dtype=np.float32) for number in range(20000)])
+    tokens = choose(logits.expand(20000, -1), uniforms, make_settings())
+    expected = 20000 * logits.softmax(-1)[0].numpy()
+    found = np.bincount(tokens.numpy(), minlength=6)
+    chi_square = ((found - expected) ** 2 / expected).sum()
+    assert chi_square < 20.5, "less than one in a thousand at 5 degrees of freedom"
+
+
+def test_top_k_takes_exactly_k_with_ties_to_the_lowest_ids():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 5.0]])
+    assert top_ids(logits, 3).tolist() == [[1, 2, 3], [0, 1, 5]]
+    assert top_ids(torch.zeros(1, 50000), 7).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+    assert np.flatnonzero(shares(logits[:1], 100, top_k=3, temperature=9.0)).tolist() == [1, 2, 3]
+    assert np.flatnonzero(shares(torch.zeros(1, 9), 100, top_p=0.4)).tolist() == [0, 1, 2, 3]
+
+
+def test_edge_values_mean_what_a_user_expects():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0, -1.0]])
+    free = shares(logits, 1000).tolist()
+    best = [0.0, 1.0, 0.0, 0.0, 0.0]
+    for options in (dict(top_k=5), dict(top_k=6), dict(top_k=10**9), dict(top_p=1.0), dict(min_p=0.0)):
+        assert shares(logits, 1000, **options).tolist() == free, options
+    for options in (dict(top_k=1), dict(top_p=0.0), dict(temperature=0.0), dict(temperature=0.0, top_p=0.5)):
+        assert shares(logits, 1000, **options).tolist() == best, options
+    assert shares(logits, 1000, min_p=1.0).tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]
+    for temperature in (1e-300, 1e-45, 1e-20):
+        assert shares(logits, 1000, temperature=temperature).tolist() == [0.0, 0.5, 0.0, 0.5, 0.0]
+    assert shares(logits, 1000, temperature=1e300).tolist() == [0.2] * 5
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=300), st.sampled_from([0.0, 0.5, ALMOST_ONE]))
+def test_what_was_filtered_out_is_never_drawn(values, uniform):
+    probabilities = torch.tensor([values])
+    assume(probabilities.sum() > 1e-30)
+    assert probabilities[0, inverse_cdf(probabilities, torch.tensor([uniform]))] > 0
+
+
+# --- text --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(st.sampled_from("ab🙂中é\n"), max_size=30),
+    st.lists(st.integers(0, 90), max_size=12),
+    st.lists(st.text(st.sampled_from("ab🙂中é\n"), min_size=1, max_size=4), max_size=3),
+)
+def test_streamed_text_is_whole_characters_up_to_the_first_stop(text, cuts, stops):
+    data, stream, shown = text.encode(), TextStream(stops), ""
+    borders = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    pieces = [data[begin:end] for begin, end in itertools.pairwise(borders)]
+    come = b""
+    for piece in pieces:
+        come += piece
+        shown += stream.push(piece)
+        assert text.startswith(shown) and not any(stop in shown for stop in stops)
+        if not stops:
+            assert shown == come.decode("utf-8", errors="ignore"), "what is whole comes at once"
+    shown += stream.push(b"", final=True)
+    # The stop that is complete first ends the text, at its beginning.
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert stream.stopped == bool(ends)
+    assert any(shown == text[:begin] for _, begin in ends) if ends else shown == text
+
+
+@pytest.mark.parametrize("data", [b"ok \xff\xfe end", b"cut \xf0\x9f\x99", b"\xe4\xb8a\x80"])
+def test_bytes_that_are_no_text_are_shown_as_python_decodes_them(data):
+    stream = TextStream(["zz"])
+    shown = "".join(stream.push(bytes([byte])) for byte in data) + stream.push(b"", final=True)
+    assert shown == data.decode("utf-8", errors="replace")
+
+
+def written(tokens: list[int], **changes) -> tuple[Sample, list[str]]:
+    """A byte-level sample that was given these tokens until it was finished, and the pieces of text that came."""
+    (sample,) = make_samples(["p"], BYTES, make_settings(**changes))
+    pieces = []
+    for token in tokens:
+        pieces.append(sample.append(token))
+        if sample.finish_reason:
+            break
+    return sample, pieces
+
+
+def test_a_sample_ends_at_end_of_text_a_stop_or_its_length():
+    sample, pieces = written([*"é!".encode(), 256, 65])
+    assert (sample.text, sample.finish_reason, pieces) == ("é!", "end_of_text", ["", "é", "!", ""])
+    assert sample.tokens == list("é!".encode())
+    sample, pieces = written(list(b"one STOP two"), stop=["STOP", "two"])
+    assert (sample.text, sample.finish_reason) == ("one ", "stop")
+    assert bytes(sample.tokens) == b"one STOP" and "".join(pieces) == "one "
+    sample, pieces = written(list(b"abSTab"), stop=["STOP"], max_new_tokens=4)
+    assert (sample.text, sample.finish_reason, pieces) == ("abST", "length", ["a", "b", "", "ST"])
+    sample, pieces = written(list("🙂".encode())[:3], max_new_tokens=3)
+    assert (sample.text, pieces) == ("\ufffd", ["", "", "\ufffd"])
+    sample, _ = written(list(b"abS"), stop=["STOP"])
+    assert sample.finish("interrupted") == "S" and sample.text == "abS" and sample.finish_reason == "interrupted"
+
+
+def test_the_streamed_pieces_are_the_text_and_end_of_text_ends_it():
+    model = make_model()
+    with torch.no_grad():
+        model.wte.weight[256] *= 4  # end-of-text comes now and then
+    options = make_settings(num_samples=8, max_new_tokens=200, stop=["a"])
+    samples = make_samples(["x"], BYTES, options)
+    pieces = {sample.number: "" for sample in samples}
+    for sample, text in stream_text(model, KVCache, samples, options):
+        pieces[sample.number] += text
+        assert pieces[sample.number] == sample.text
+    assert {sample.finish_reason for sample in samples} >= {"end_of_text"}
+    for sample in samples:
+        assert 256 not in sample.tokens and "a" not in sample.text
+        if sample.finish_reason != "stop":
+            assert sample.text == BYTES.decode(sample.tokens)
+        assert sample.tokens_per_second is None or sample.tokens_per_second > 0
+
+
+def test_an_empty_prompt_starts_with_every_tokenizer():
+    assert make_samples([""], BYTES, make_settings())[0].prompt_tokens == [256]
+    assert make_samples([""], CharTokenizer("\nab"), make_settings())[0].prompt_tokens == [0]
+    assert make_samples([""], CharTokenizer("\x00\nab"), make_settings())[0].prompt_tokens == [1]
+    assert make_samples([""], CharTokenizer("ab"), make_settings())[0].prompt_tokens == [0]
+    assert make_samples(["<|endoftext|>"], BYTES, make_settings())[0].prompt_tokens == list(b"<|endoftext|>")
+
+
+def test_prompts_and_stops_that_cannot_be_used_are_errors():
+    for prompts, stop in ((["az"], []), (["\udcff"], []), (["a"], [""])):
+        with pytest.raises(InputError):
+            make_samples(prompts, CharTokenizer("ab"), make_settings(stop=stop))

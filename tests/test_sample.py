@@ -1,0 +1,279 @@
+"""sample.py as a user meets it: what it prints where, how it ends, and what it says about mistakes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import sample
+from model import GPT, GPTConfig
+from nib import errors
+from nib.checkpoint import write_checkpoint
+from nib.tokenizer import CharTokenizer, make_tokenizer
+
+
+def make_run(directory: Path, tokenizer, position: str = "learned", **changes) -> Path:
+    """A run directory with one checkpoint of an untrained model of some contrast; `changes` falsify its settings."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16, position=position)
+    model = GPT(GPTConfig(**shape))
+    with torch.no_grad():
+        model.wte.weight.mul_(20)
+    state = {"step": 3, "model_config": asdict(model.config) | changes}
+    write_checkpoint(directory / "checkpoints", model.state_dict(), {}, state, tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A working directory with out/bytes and out/chars, and all sorts of things that are no prompt and no run."""
+    place = tmp_path_factory.mktemp("place")
+    make_run(place / "out/chars", CharTokenizer("\n abcdefgh"))
+    make_run(place / "out/bytes", make_tokenizer("byte"))  # the newest
+    make_run(place / "odd/rope", make_tokenizer("byte"), position="rope")
+    make_run(place / "odd/changed", make_tokenizer("byte"), n_embd=32)
+    make_run(place / "odd/future", make_tokenizer("byte"), sparkle=1)
+    make_run(place / "odd/cut", make_tokenizer("byte"))
+    weights = place / "odd/cut/checkpoints/step-00000003/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4])
+    (place / "odd/empty").mkdir()
+    (place / "odd/hf").mkdir()
+    (place / "odd/hf/config.json").write_text('{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}')
+    (place / "prompt.txt").write_bytes("two\r\nlines é\n".encode())
+    (place / "binary").write_bytes(b"\x80\x81\xff")
+    return place
+
+
+@pytest.fixture
+def run(place, monkeypatch, capsys):
+    """Call main() in `place`; gives (exit status, standard output, standard error), as run_script leaves them."""
+
+    def run(*arguments: str, stdin: bytes = b"") -> tuple[object, str, str]:
+        monkeypatch.chdir(place)
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            errors.run_script(lambda: sample.main(list(arguments)))
+        shown = capsys.readouterr()
+        return ended.value.code, shown.out, shown.err
+
+    return run
+
+
+def test_one_sample_is_the_prompt_and_its_continuation(run):
+    code, out, err = run("bytes", "--prompt=abc", "--max-new-tokens=5", "--temperature=0")
+    assert code == 0 and out.startswith("abc") and out.endswith("\n")
+    assert err == "out/bytes/checkpoints/step-00000003 on cpu, float32\n"
+    (line,) = run("bytes", "--prompt=abc", "--max-new-tokens=5", "--temperature=0", "--json")[1].splitlines()
+    assert out == "abc" + json.loads(line)["text"] + "\n"
+
+
+def test_no_argument_takes_the_newest_run_and_no_prompt_starts_from_nothing(run):
+    assert "out/bytes/" in run("--max-new-tokens=3")[2]
+    for target in ("chars", "out/chars", "out/chars/checkpoints/latest", "out/chars/checkpoints/step-00000003"):
+        code, out, err = run(target, "--max-new-tokens=9", "--json")
+        assert code == 0 and "out/chars/" in err
+        found = json.loads(out)
+        assert found["prompt"] == "" and len(found["text"]) == len(found["tokens"]) == 9
+
+
+def test_json_is_one_object_a_sample_and_nothing_else(run):
+    code, out, _ = run("--prompt=a", "--prompt", "FILE:prompt.txt", "--num-samples=2", "--json", "--max-new-tokens=7")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and [line["prompt"] for line in lines] == ["a", "a", "two\r\nlines é\n", "two\r\nlines é\n"]
+    for line in lines:
+        assert list(line) == ["prompt", "text", "tokens", "finish_reason", "tokens_per_second"]
+        assert line["text"] == bytes(line["tokens"]).decode("utf-8", errors="replace")
+        assert line["finish_reason"] in ("length", "end_of_text") and line["tokens_per_second"] > 0
+    assert lines[0]["tokens"] != lines[1]["tokens"]
+    assert json.loads(run("--json", "--max-new-tokens=1")[1])["tokens_per_second"] is None
+
+
+def test_several_samples_are_printed_in_order_under_headers(run):
+    arguments = ["chars", "--prompt=abba", "--prompt=c", "--num-samples=2", "--max-new-tokens=30", "--stop=a"]
+    samples = [json.loads(line) for line in run(*arguments, "--json")[1].splitlines()]
+    assert len({len(one["tokens"]) for one in samples}) > 1, "they should end at different steps"
+    expected = ""
+    for place, one in enumerate(samples):
+        expected += f"--- prompt {place // 2 + 1}, sample {place % 2 + 1} ---\n{one['prompt']}{one['text']}\n"
+    assert run(*arguments)[1] == expected
+    out = run("chars", "--num-samples=3", "--max-new-tokens=4")[1]
+    assert [line for line in out.splitlines() if line.startswith("---")] == [f"--- sample {n} ---" for n in (1, 2, 3)]
+
+
+def test_the_same_command_writes_the_same_with_and_without_cache_and_another_seed_does_not(run):
+    arguments = ["--prompt=abc", "--max-new-tokens=60", "--top-k=0", "--temperature=1"]
+    first = run(*arguments)[1]
+    assert run(*arguments)[1] == first and run(*arguments, "--no-cache")[1] == first
+    assert run(*arguments, "--seed=2")[1] != first
+
+
+def test_a_stop_text_ends_the_text_before_it(run):
+    arguments = ["chars", "--prompt=abc", "--max-new-tokens=40", "--top-k=0", "--temperature=1", "--json"]
+    text = json.loads(run(*arguments)[1])["text"]
+    stop = text[20:23]
+    found = json.loads(run(*arguments, "--stop", stop, "--stop=not there")[1])
+    assert found["text"] == text[: text.index(stop)] and found["finish_reason"] == "stop"
+
+
+def test_standard_input_is_a_prompt(run):
+    code, out, _ = run("--prompt", "-", "--max-new-tokens=0", stdin="from a pipe 🙂\n".encode())
+    assert (code, out) == (0, "from a pipe 🙂\n\n")
+
+
+def test_a_prompt_longer_than_the_context_is_said_once_and_its_end_is_used(run):
+    _, out, err = run("--prompt", "x" * 5 + "y" * 20, "--num-samples=2", "--json", "--max-new-tokens=9")
+    assert err.count("\n") == 2 and "the prompt has 25 tokens; the model sees its last 16" in err
+    _, end, err = run("--prompt", "y" * 16, "--num-samples=2", "--json", "--max-new-tokens=9")
+    assert "sees" not in err
+    assert [json.loads(line)["tokens"] for line in out.splitlines()] == [
+        json.loads(line)["tokens"] for line in end.splitlines()
+    ]
+
+
+def test_each_line_of_a_conversation_is_continued_and_a_bad_one_is_said(run):
+    arguments = ["chars", "--temperature=0", "--max-new-tokens=4"]
+    code, out, err = run(*arguments, "--interactive", stdin=b"abc\nnot these\n\ndef")
+    assert code == 0 and "error: the character 'n'" in err and err.count("error") == 1
+    assert out == run(*arguments, "--prompt=abc")[1] + run(*arguments)[1] + run(*arguments, "--prompt=def")[1]
+    lines = run(*arguments, "--interactive", "--json", stdin=b"abc\ndef\n")[1].splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == ["abc", "def"]
+
+
+def test_dtype_is_that_of_the_weights_and_the_angles_of_rope_stay_exact(place, monkeypatch):
+    monkeypatch.chdir(place)
+    model, _, origin = sample.load_model(["odd/rope"], "cpu", "bfloat16")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert model.rope_cos.dtype == torch.float32 and origin.endswith("on cpu, bfloat16") and not model.training
+
+
+BAD = [
+    (["--temprature=1"], "--temperature"),
+    (["--temperature=-0.1"], "at least 0"),
+    (["--temperature=nan"], "finite"),
+    (["--temperature=inf"], "finite"),
+    (["--temperature=warm"], "a number"),
+    (["--top-k=-1"], "at least 0"),
+    (["--top-k=2.5"], "whole"),
+    (["--top-p=1.5"], "at most 1"),
+    (["--top-p=nan"], "finite"),
+    (["--min-p=-0.1"], "at least 0"),
+    (["--min-p=2"], "at most 1"),
+    (["--repetition-penalty=0"], "above 0"),
+    (["--num-samples=0"], "at least 1"),
+    (["--max-new-tokens=-1"], "at least 0"),
+    (["--seed=-1"], "at least 0"),
+    (["--stop="], "stop text"),
+    (["--json=maybe"], "true or false"),
+    (["--prompt"], "needs a value"),
+    (["--prompt=FILE:missing.txt"], "missing.txt"),
+    (["--prompt=FILE:out"], "out"),
+    (["--prompt=FILE:binary"], "UTF-8"),
+    (["--prompt=-", "--prompt=-"], "twice"),
+    (["--prompt=\udcff"], "U+DCFF"),
+    (["chars", "--prompt=xyz"], "'x'"),
+    (["--interactive", "--prompt=x"], "--interactive"),
+    (["--device=cuda:99"], "cuda:99"),
+    (["--device=toaster"], "toaster"),
+    (["--dtype=int8"], "float32"),
+    (["bytes", "chars"], "chars"),
+    (["nowhere"], "nowhere"),
+    (["odd/empty"], "odd/empty"),
+    (["prompt.txt"], "prompt.txt"),
+    (["odd/cut"], "odd/cut"),
+    (["odd/cut/checkpoints/step-00000003"], "damaged"),
+    (["odd/changed"], "does not fit"),
+    (["odd/future"], "does not fit"),
+    (["odd/hf"], "Hugging Face"),
+]
+
+
+@pytest.mark.parametrize("arguments, named", BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_a_mistake_is_one_line_and_exit_2(run, arguments, named):
+    code, out, err = run(*arguments)
+    last = err.splitlines()[-1]
+    assert (code, out) == (2, "") and last.startswith("error: ") and named in last
+    others = [line for line in err.splitlines()[:-1] if not line.startswith("warning: ")]
+    assert not others
+
+
+def test_no_run_at_all_is_said(run, place, tmp_path, monkeypatch):
+    done = run_script("sample.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: there is no run under out/") and done.stderr.count("\n") == 1
+
+
+def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path):
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import sample
+from nib.errors import InputError
+for arguments in (["--help"], ["--temprature=1"], ["--prompt=FILE:missing"], ["--stop="]):
+    try:
+        sample.main(arguments)
+    except (SystemExit, InputError) as error:
+        print(type(error).__name__)
+sys.exit("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.endswith("SystemExit\nInputError\nInputError\nInputError\n")
+        and "--repetition-penalty" in done.stdout
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--num-samples=2"], ["--json"]])
+def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
+    # The char tokenizer has no end-of-text: this ends by the signal only. It comes once text is on its way.
+    command = [sys.executable, str(ROOT / "sample.py"), "chars", "--max-new-tokens=1e9", *arguments]
+    process = subprocess.Popen(
+        command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert process.stdout and process.stderr
+    process.stderr.readline()  # the model is loaded
+    if "--json" in arguments:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+    else:
+        assert process.stdout.read(40)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and err == b""
+    if "--json" in arguments:
+        found = json.loads(out)
+        assert found["finish_reason"] == "interrupted" and len(found["tokens"]) == len(found["text"]) > 0
+    else:
+        header, _, text = out.decode().rpartition("--- sample 2 ---\n")
+        assert header and len(text) > 1 and text.endswith("\n")
+
+
+def test_a_reader_that_goes_away_is_no_error(place):
+    command = f"{sys.executable} {ROOT / 'sample.py'} chars --max-new-tokens=2e3 | head -c 20"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=place, capture_output=True, text=True)
+    assert (done.returncode, len(done.stdout)) == (0, 20) and "Traceback" not in done.stderr
+
+
+def test_a_run_that_was_moved_is_all_that_sampling_needs(place, tmp_path):
+    shutil.copytree(place / "out/bytes/checkpoints/step-00000003", tmp_path / "alone")
+    done = run_script("sample.py", "alone", "--prompt=abc", "--max-new-tokens=3", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("abc"), done.stderr
