@@ -22,6 +22,7 @@ from nib.errors import InputError
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+LARGEST = {int: 2**63, float: 2**1023}  # what 64 bits hold; Python's own whole numbers have no end
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -153,7 +154,7 @@ class _Parser:
             have = sorted(str(file) for file in Path("config").glob("*.py"))
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
             raise InputError(f"cannot read config file {path}: {reason}. There are: {' '.join(have)}") from None
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
             raise InputError(f"config file {path} is not valid Python: {error}. Write lines like n_layer = 6") from None
         for node in tree.body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -162,7 +163,7 @@ class _Parser:
         namespace: dict[str, Any] = {}
         try:
             exec(compile(tree, str(path), "exec"), namespace)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             line = error.__traceback__.tb_next.tb_lineno if error.__traceback__ and error.__traceback__.tb_next else "?"
             raise InputError(f"{path}, line {line}: {type(error).__name__}: {error}. Correct that line") from None
         values = {}
@@ -179,7 +180,9 @@ class _Parser:
             return [text]
         if kind is bool:
             if text.lower() not in TRUE + FALSE:
-                raise InputError(f"{where} is true or false, not {text!r}. Write {where} or {self.shown('no_' + name)}")
+                raise InputError(
+                    f"{where} is true or false, not {_shown(text)}. Write {where} or {self.shown('no_' + name)}"
+                )
             return text.lower() in TRUE
         if kind in (int, float):
             try:
@@ -188,7 +191,9 @@ class _Parser:
                 try:
                     value = float(text)
                 except ValueError:
-                    raise InputError(f"{where} must be {_article(kind)}, not {text!r}. {self.example(name)}") from None
+                    raise InputError(
+                        f"{where} must be {_article(kind)}, not {_shown(text)}. {self.example(name)}"
+                    ) from None
             return self.checked(name, value, where)
         if self.is_switch(name) and text.lower() in TRUE + FALSE:
             text = "true" if text.lower() in TRUE else "false"
@@ -201,25 +206,29 @@ class _Parser:
         accepted = {float: (int, float), int: (int, float), list[str]: (list, tuple)}.get(kind, (kind,))
         wrong = not isinstance(value, accepted) or (kind is not bool and isinstance(value, bool))
         if wrong or (kind == list[str] and not all(isinstance(item, str) for item in value)):
-            raise InputError(f"{where} must be {_article(kind)}, not {value!r}. {self.example(name)}")
+            raise InputError(f"{where} must be {_article(kind)}, not {_shown(value)}. {self.example(name)}")
         return list(value) if kind == list[str] else self.checked(name, value, where)
 
     def checked(self, name: str, value: Any, where: str) -> Any:
         kind, limits = self.types[name], self.fields[name].metadata
         if kind in (int, float):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise InputError(f"{where} must be a finite number, not {value}. {self.example(name)}")
             if kind is int and value != int(value):
                 raise InputError(f"{where} must be a whole number, not {value}. {self.example(name)}")
+            if abs(value) >= LARGEST[kind]:
+                raise InputError(f"{where} is too large. {self.example(name)}")
             value = kind(value)
             for limit, holds in LIMITS.items():
                 if limits[limit] is not None and not holds(value, limits[limit]):
-                    wanted = f"{limit.replace('_', ' ')} {limits[limit]:g}"
+                    wanted = f"{limit.replace('_', ' ')} {limits[limit]}"
                     raise InputError(f"{where} must be {wanted}, not {value}. {self.example(name)}")
+        elif kind is str and ("\0" in value or value != value.encode("utf-8", "ignore").decode("utf-8")):
+            raise InputError(f"{where} holds a NUL or half a character: {_shown(value)}. {self.example(name)}")
         if limits["choices"] and value not in limits["choices"]:
             near = difflib.get_close_matches(str(value), limits["choices"], n=1)
             hint = f"Did you mean {near[0]}?" if near else "Choose one of them"
-            raise InputError(f"{where} must be one of {', '.join(limits['choices'])}, not {value!r}. {hint}")
+            raise InputError(f"{where} must be one of {', '.join(limits['choices'])}, not {_shown(value)}. {hint}")
         return value
 
     def example(self, name: str) -> str:
@@ -227,7 +236,7 @@ class _Parser:
         return "See --help" if default in ("", dataclasses.MISSING) else f"The default is {_literal(default)}"
 
     def help_text(self, usage: str, about: str) -> str:
-        width = min(shutil.get_terminal_size((110, 24)).columns, 120)
+        width = max(70, min(shutil.get_terminal_size((110, 24)).columns, 120))
         lines = [f"usage: {usage}", "", *textwrap.wrap(about, width)]
         group = None
         for name, field in self.fields.items():
@@ -253,6 +262,15 @@ class _Parser:
 def _article(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
     return names.get(kind, "a list of texts")
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: its beginning, where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # a whole number of over 4300 digits, or an object that cannot say what it is
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
 
 
 def _literal(value: Any) -> str:
