@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.errors import InputError
+from nib.shards import FORMAT
 from nib.tokenizer import Tokenizer, load_tokenizer
 
 META_FILE = "meta.json"
@@ -47,20 +48,25 @@ class Dataset:
             expected = min(size, tokens - index * size) * dtype.itemsize
             try:
                 actual = path.stat().st_size
+                if actual != expected:
+                    raise InputError(f"{path} has {actual} bytes instead of {expected}. {HOW}")
+                shards.append(np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
                 raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
-            if actual != expected:
-                raise InputError(f"{path} has {actual} bytes instead of {expected}. {HOW}")
-            shards.append(np.memmap(path, dtype=dtype, mode="r"))
             self.check_content(path, shards[-1])
         return TokenStream(shards, size)
 
     def check_content(self, path: Path, shard: NDArray[Any]) -> None:
-        """Compare the shard's sha256, and its largest id, once: a stamp beside it remembers which file was seen."""
+        """Compare the shard's sha256, and its largest id, once: a stamp beside it remembers what was seen.
+
+        The time of the last change is in it, which cannot be set: a stamp that was copied with its file counts
+        nothing.
+        """
         stat, expected = path.stat(), self.meta["sha256"].get(path.name)
-        stamp, seen = path.with_suffix(".checked"), f"{expected} {stat.st_size} {stat.st_mtime_ns}"
+        stamp = path.with_suffix(".checked")
+        seen = f"{expected} {shard.dtype} {self.vocab_size} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}"
         try:
-            if stamp.read_text() == seen:
+            if stamp.read_bytes() == seen.encode():
                 return
         except OSError:
             pass
@@ -93,8 +99,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
         meta = json.loads(path.read_bytes())
         splits = [meta[key][split] for key in ("tokens", "bytes", "documents") for split in ("train", "val")]
         counts = [*splits, meta["vocab_size"], meta["shard_tokens"]]
-        sound = all(type(count) is int and count >= 0 for count in counts) and meta["shard_tokens"] > 0
+        sound = all(type(count) is int and 0 <= count < 2**48 for count in counts) and meta["shard_tokens"] > 0
         sound = sound and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["sha256"], dict)
+        sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
     except FileNotFoundError:
         raise InputError(
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {directory}"
@@ -142,9 +149,10 @@ class WindowOrder:
                 "Lower block_size or prepare more text"
             )
         self.block_size, self.seed = block_size, seed
-        # One block is kept free for the offset to move in, so that every epoch has the same number of windows.
+        # One block is kept free for the offset to move in, so that every epoch has the same number of windows, and
+        # the offset moves up to the end, so that every token has its turn.
         self.windows = max(1, (tokens - block_size) // block_size)
-        self.offsets = min(block_size, tokens - self.windows * block_size)
+        self.offsets = tokens - self.windows * block_size
 
     def begin(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """First token of each of these sequences."""
@@ -163,7 +171,7 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     A Feistel network on the next even number of bits, applied again where the image is not below `size` (cycle
     walking; Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). It needs no memory for the order.
     """
-    half = max(1, math.ceil(math.log2(max(2, size)) / 2))
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
     keys = np.array([hash_round(key, turn) for turn in range(6)], dtype=np.uint64)
     x = index.astype(np.uint64)
