@@ -20,7 +20,7 @@ from nib.cli import Parsed, option, parse
 from nib.errors import InputError
 from nib.settings import TrainSettings
 
-quick = settings(max_examples=100, deadline=None, database=None)
+quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 
 
 @dataclasses.dataclass
