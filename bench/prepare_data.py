@@ -41,7 +41,7 @@ def main() -> None:
         tokenizer = make_tokenizer_file(directory, settings.tokenizer)
         result = measure_speed(directory, tokenizer, settings)
         if settings.memory_megabytes:
-            result |= measure_memory(directory, tokenizer, settings)
+            result |= measure_memory(directory, settings)
     fast = all(share >= SPEED_TARGET for key, share in result.items() if key.endswith("_share"))
     small = result.get("peak_megabytes", 0) <= MEMORY_TARGET
     print(json.dumps({"bench": "prepare_data", "workers": settings.workers, **result, "ok": fast and small}))
@@ -122,13 +122,14 @@ def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[
     return {"tiktoken_mb_per_s": round(speeds["tiktoken"], 2), **shares}
 
 
-def measure_memory(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
+def measure_memory(directory: Path, settings: Settings) -> dict[str, float]:
+    """The peak for one large text file, with the training of the tokenizer."""
     text = "".join(standard_library()).encode()
     big = directory / "big.txt"
     with open(big, "wb") as file:
         while file.tell() < settings.memory_megabytes * 1_000_000:
             file.write(text)
-    command = [sys.executable, str(ROOT / "prepare_data.py"), str(big), f"--tokenizer={tokenizer}"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), str(big), f"--tokenizer={settings.tokenizer}"]
     command += [f"--workers={settings.workers}", f"--out={directory / 'big'}"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak = Peak(process.pid)

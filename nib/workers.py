@@ -1,4 +1,4 @@
-"""Documents to token ids, in several processes.
+"""Work in other processes.
 
 A worker process is started with pipes of its own and nothing else of the parent's: it works under any script,
 imports no torch, and ends by itself when the parent is gone, however that died.
@@ -7,227 +7,60 @@ imports no torch, and ends by itself when the parent is gone, however that died.
 from __future__ import annotations
 
 import collections
-import hashlib
-import json
 import os
 import pickle
 import queue
-import re
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any
 
-import numpy as np
-
-from nib.corpus import Part
 from nib.errors import InputError, RunError
-from nib.pieces import PIECE_BYTES, cut
-from nib.tokenizer import load_tokenizer
 
-BATCH_BYTES = 1 << 20
-BATCH_PARTS = 4096
+_ROOT = Path(__file__).resolve().parent.parent
 _START = "import sys; sys.path[0] = sys.argv[1]; from nib.workers import serve; serve()"
 
 
-class Encoded(NamedTuple):
-    """What became of one `Part`: its share of the batch's tokens, or why it is left out."""
+class Worker:
+    """A process that makes one object, `make(*arguments)`, and then calls it as often as it is asked to.
 
-    tokens: int
-    bytes: int  # of the text as encoded
-    replaced: int  # U+FFFD put in for invalid bytes
-    content_hash: int  # 64 bits, of the document's first piece; 0 for later pieces
-    invalid: str  # not empty: the document is left out, for this reason
-
-
-@dataclass(frozen=True)
-class EncoderSettings:
-    tokenizer_file: Path
-    field: str
-    invalid: str  # error, replace, skip
-    seed: int
-    dtype: str
-
-
-class Encoder:
-    """Encodes batches of parts; each document ends with the end-of-text id where the tokenizer has one."""
-
-    def __init__(self, settings: EncoderSettings) -> None:
-        self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer_file)
-        self.key = str(settings.seed).encode()
-
-    def encode(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
-        """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
-        results, arrays = [], []
-        end = self.tokenizer.end_of_text
-        end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
-        for part in parts:
-            text, replaced, invalid = part_text(part, self.settings.field, self.settings.invalid)
-            tokens = self.tokenizer.encode_array(text).astype(self.settings.dtype)
-            arrays.append(tokens)
-            count = len(tokens)
-            # An empty document gives nothing, not even an end.
-            if part.last and not invalid and (count or not part.first):
-                arrays.append(end_array)
-                count += len(end_array)
-            data = text.encode("utf-8")
-            content_hash = self.content_hash(data) if part.first else 0
-            results.append(Encoded(count, len(data), replaced, content_hash, invalid))
-        return results, np.concatenate(arrays)
-
-    def content_hash(self, data: bytes) -> int:
-        """64 bits from the seed and the first piece of a document: equal for equal documents from any source."""
-        first = data if len(data) < PIECE_BYTES else data[: cut(data[:PIECE_BYTES])]
-        return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=self.key).digest(), "big")
-
-
-def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
-    """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
-
-    `invalid` says what to do about invalid UTF-8: error, replace or skip. Raises InputError, also for a JSONL line
-    that is not an object with a text in `field`.
+    `make` is a class or function of a module of ours.
     """
-    if part.skip_invalid:
-        invalid = "skip"
-    data = part.data
-    try:
-        text, replaced = data.decode("utf-8"), 0
-    except UnicodeDecodeError as error:
-        where = part.where.partition(", line ")[0] if part.is_json else part.where
-        reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
-        if invalid == "error":
-            raise InputError(f"{reason}. Is it text? --invalid=replace or skip go on") from None
-        if invalid == "skip":
-            return "", 0, reason
-        text = data.decode("utf-8", errors="replace")
-        replaced = text.count("\ufffd") - data.count("\ufffd".encode())
-    if not part.is_json:
-        return text, replaced, ""
-    text = _json_text(text, field, part.where)
-    if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
-        reason = f"{part.where}: U+{ord(halves[0]):04X} is half a character"
-        if invalid == "error":
-            raise InputError(f"{reason}. --invalid=replace or skip go on")
-        if invalid == "skip":
-            return "", 0, reason
-        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-    return text, replaced + len(halves), ""
 
-
-def _json_text(line: str, field: str, where: str) -> str:
-    try:
-        document = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON: {error}. JSONL has one object a line") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{where}: {type(document).__name__}, not an object. JSONL has one object a line")
-    if field not in document:
-        names = ", ".join(list(document)[:10])
-        raise InputError(f"{where}: no field {field!r} among {names or 'none'}. Give --field=NAME")
-    text = document[field]
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} holds {type(text).__name__}, not text. Give --field=NAME")
-    return text
-
-
-def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Group parts to about `BATCH_BYTES`, so that many small files cost no more than a large one."""
-    batch: list[Part] = []
-    size = 0
-    for part in parts:
-        batch.append(part)
-        size += len(part.data)
-        if size >= BATCH_BYTES or len(batch) >= BATCH_PARTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def encode_all(
-    parts: Iterable[Part], settings: EncoderSettings, workers: int
-) -> Generator[tuple[list[Part], list[Encoded], np.ndarray], None, None]:
-    """Encode batches of `parts` in `workers` processes (1: in this one), in order, a bounded number at a time.
-
-    Raises InputError of the first bad part, RunError when a worker dies.
-    """
-    if workers == 1:
-        encoder = Encoder(settings)
-        for batch in batches(parts):
-            yield (batch, *encoder.encode(batch))
-        return
-    pool = _WorkerPool(settings, workers)
-    pending: collections.deque[tuple[list[Part], Future]] = collections.deque()
-    try:
-        for batch in batches(parts):
-            pending.append((batch, pool.submit(batch)))
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield (done, *future.result())
-        while pending:
-            done, future = pending.popleft()
-            yield (done, *future.result())
-    finally:
-        pool.close()
-
-
-class _WorkerPool:
-    """Threads that each keep one worker process busy: a request, its answer, the next request."""
-
-    def __init__(self, settings: EncoderSettings, count: int) -> None:
-        self.settings = settings
-        self.threads = ThreadPoolExecutor(count)
-        self.idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-        self.processes: list[subprocess.Popen] = []
-        self.closed = False
-
-    def submit(self, batch: list[Part]) -> Future:
-        return self.threads.submit(self._encode, batch)
-
-    def _encode(self, batch: list[Part]) -> tuple[list[Encoded], np.ndarray]:
-        try:
-            process = self.idle.get_nowait()
-        except queue.Empty:  # there are never more requests under way than threads
-            process = self._start()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            _send(process.stdin, batch)
-            answer = pickle.load(process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            raise RunError(
-                f"a worker process died (status {process.wait()}), short of memory perhaps. Try --workers=1"
-            ) from None
-        self.idle.put(process)
-        if isinstance(answer, str):
-            raise InputError(answer)
-        return answer
-
-    def _start(self) -> subprocess.Popen:
-        root = str(Path(__file__).resolve().parent.parent)
+    def __init__(self, make: Callable[..., Callable], *arguments: object) -> None:
         # A session of its own: Ctrl-C at the terminal reaches the parent alone, which then ends its workers.
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, root],
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(_ROOT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
-        self.processes.append(process)
-        if self.closed:
-            process.kill()
-        assert process.stdin is not None
-        _send(process.stdin, self.settings)
-        return process
+        self.first: list[object] = [(make, arguments)]
+
+    def __call__(self, *arguments: object) -> Any:
+        """Raises InputError as the object does, RunError when the process died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            for message in [*self.first, arguments]:
+                _send(self.process.stdin, message)
+            self.first = []
+            answer, error = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            status = self.process.wait()
+            raise RunError(
+                f"a worker process died (status {status}), short of memory perhaps. Try --workers=1"
+            ) from None
+        if error is not None:
+            raise InputError(error)
+        return answer
+
+    def kill(self) -> None:
+        self.process.kill()
 
     def close(self) -> None:
-        self.closed = True
-        for process in self.processes:
-            process.kill()
-        self.threads.shutdown(cancel_futures=True)
-        for process in self.processes:
-            process.communicate()
+        self.process.kill()
+        self.process.communicate()
 
 
 def _send(pipe: IO[bytes], message: object) -> None:
@@ -236,18 +69,81 @@ def _send(pipe: IO[bytes], message: object) -> None:
 
 
 def serve() -> None:
-    """A worker process: settings, then batches on standard input; answers on standard output, until the end."""
+    """The worker process: what to make, then what to call it with, on standard input; answers on standard output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # a stray print must not get among the answers
     try:
-        encoder = Encoder(pickle.load(requests))
+        make, arguments = pickle.load(requests)
+        function = make(*arguments)
         while True:
-            batch = pickle.load(requests)
+            arguments = pickle.load(requests)
             try:
-                answer: object = encoder.encode(batch)
+                answer: tuple[object, str | None] = function(*arguments), None
             except InputError as error:
-                answer = str(error)
+                answer = None, str(error)
             _send(answers, answer)
     except (EOFError, BrokenPipeError):  # the parent is done, or gone; do not flush what it will not read
         os._exit(0)
+
+
+def map_in_order(
+    make: Callable[[Any], Callable], setting: object, items: Iterable[Any], count: int
+) -> Generator[tuple[Any, Any], None, None]:
+    """Yield (item, `make(setting)(item)`) in the order of `items`, worked on by `count` processes.
+
+    With a `count` of 1 the work is done in this process. Only so many items are read ahead as keep all busy.
+    Raises the first item's error, in order; close the generator to end the processes.
+    """
+    if count == 1:
+        function = make(setting)
+        for item in items:
+            yield item, function(item)
+        return
+    pool = _Pool(make, setting, count)
+    pending: collections.deque[tuple[Any, Future]] = collections.deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(item)))
+            if len(pending) > 2 * count:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        pool.close()
+
+
+class _Pool:
+    """Threads that each keep one worker busy: a request, its answer, the next request."""
+
+    def __init__(self, make: Callable[[Any], Callable], setting: object, count: int) -> None:
+        self.make, self.setting = make, setting
+        self.threads = ThreadPoolExecutor(count)
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.workers: list[Worker] = []
+        self.closed = False
+
+    def submit(self, item: object) -> Future:
+        return self.threads.submit(self._call, item)
+
+    def _call(self, item: object) -> object:
+        try:
+            worker = self.idle.get_nowait()
+        except queue.Empty:  # never more than `count`: there are no more requests under way than threads
+            worker = Worker(self.make, self.setting)
+            self.workers.append(worker)
+            if self.closed:  # while it was started
+                worker.kill()
+        answer = worker(item)
+        self.idle.put(worker)
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+        for worker in self.workers:
+            worker.kill()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.close()
