@@ -93,7 +93,6 @@ class Rows:
         self.device = next(iter(model.parameters())).device
         # The model's vocabulary may be padded to a round number; what is beyond the tokenizer's is never written.
         self.vocab_size = min(model.config.vocab_size, samples[0].tokenizer.vocab_size)
-        self.random = [row_generator(settings.seed, sample.number) for sample in samples]
         self.steps = 0
 
         # Each prompt is computed once, and then branched into its samples.
@@ -110,6 +109,10 @@ class Rows:
         if not self.logits.isfinite().all():
             raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
         self.contexts = [list(contexts[row]) for row in branch]
+        self.random = [
+            row_generator(settings.seed, sample.number, context)
+            for sample, context in zip(samples, self.contexts, strict=True)
+        ]
         if self.cache is not None and branch != list(range(len(contexts))):
             self.cache = self.cache.take_rows(branch)
         self.seen = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -78,10 +80,11 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     return torch.where(possible, chosen, probabilities.argmax(-1, keepdim=True))[:, 0]
 
 
-def row_generator(seed: int, number: int) -> np.random.Generator:
-    """The uniform numbers of sample `number` of a prompt: its own stream, whatever else is in the batch.
+def row_generator(seed: int, number: int, prompt: Sequence[int]) -> np.random.Generator:
+    """The uniform numbers of sample `number` of a prompt (token ids): its own stream, whatever else is in the batch.
 
-    PCG64 seeded through numpy's SeedSequence: torch's CPU generator uses 32 bits of its seed only, and of those
-    neighbouring seeds would have to be mixed first.
+    The prompt is part of the seed, or else the same numbers would meet similar distributions in a batch of
+    prompts, and their samples would end at the same steps. PCG64 through numpy's SeedSequence takes it all;
+    torch's CPU generator uses 32 bits of its seed.
     """
-    return np.random.Generator(np.random.PCG64([seed, number]))
+    return np.random.Generator(np.random.PCG64([seed, number, *prompt]))
