@@ -356,7 +356,7 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.wpe(context.positions)
         elif self.config.position == "sinusoidal":  # embeddings scaled as in arXiv 1706.03762, section 3.4
-            x = x * math.sqrt(self.config.n_embd) + self.sinusoid[context.positions]
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoid[context.positions].to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
             if self.activation_checkpointing and self.training:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from nib.cli import Parsed, parse
-from nib.errors import InputError, run_script, script_errors
+from nib.errors import InputError, script_errors
 from nib.settings import TrainSettings, as_dict
 
 
@@ -33,19 +33,21 @@ import hashlib
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, KVCache
 from nib.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from nib.dataset import Dataset, WindowOrder, training_batch
 from nib.device import Precision, device_name, peak_flops, peak_memory
-from nib.distributed import Cluster, start_cluster
+from nib.distributed import Cluster, lost_processes, start_cluster, whole
 from nib.evaluation import Evaluation, evaluate
-from nib.fit import fit_to_device
+from nib.fit import fit_to_device, place
 from nib.generation import generate_text
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
@@ -58,18 +60,18 @@ from nib.schedule import finished, rate_factor
 def train(parsed: Parsed[TrainSettings]) -> int:
     """The whole run. Returns the exit status: 0 done, 130 or 143 stopped by a signal after saving."""
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
+    dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)
     lock = lock_run(out_dir) if cluster.first else None  # held until the process ends
     report = Reporter(out_dir, cluster.first)
     stop = StopSignal()
 
-    # data, model, optimizers
-    dataset = open_dataset(settings.dataset, cluster)
+    # model, optimizers, and the state to go on from
     precision = Precision(settings.dtype, cluster.device)
     run = Run(settings, dataset, cluster, precision)
     checkpoint = run.checkpoint()
-    model = build_model(parsed, dataset, checkpoint).to(cluster.device)
-    model.activation_checkpointing = settings.activation_checkpointing
+    model = build_model(parsed, dataset, checkpoint)
+    place(model, settings, precision, cluster)
     order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
     optimizers = make_optimizers(
         model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
@@ -89,6 +91,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
 
     if settings.eval_only:
         report.say(f"step {progress.step}: {describe(validate())}")
+        cluster.stop()
         stop.restore()
         return 0
     announce(report, run, model)
@@ -180,9 +183,8 @@ def optimizer_step(
     parts = list(zip(inputs.split(micro), targets.split(micro), strict=True))
     for index, (part, target) in enumerate(parts):
         torch.manual_seed(seed_for(*draw, cluster.rank, index))
-        # DDP exchanges gradients in the last backward pass of a step only, and divides them by the processes.
-        alone = index < len(parts) - 1 and cluster.world > 1
-        with ready.no_sync() if alone else nullcontext():  # type: ignore[operator]
+        # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
+        with exchanging(ready, index == len(parts) - 1):
             with precision.autocast():
                 _, loss = ready(to_device(part, device), to_device(target, device))
             share = loss * (float((target >= 0).sum()) / counted)
@@ -190,7 +192,7 @@ def optimizer_step(
         total += share.detach()
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = float(nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf))
+    grad_norm = float(whole(nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf)))
     (loss_sum,) = cluster.total([float(total)])
     for optimizer in optimizers:
         if math.isfinite(loss_sum + grad_norm) or scaler.is_enabled():  # the scaler skips by itself, and adapts
@@ -198,6 +200,15 @@ def optimizer_step(
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss_sum, grad_norm
+
+
+def exchanging(ready: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
+    if isinstance(ready, FSDPModule):
+        ready.set_requires_gradient_sync(last)
+    elif isinstance(ready, DistributedDataParallel) and not last:
+        return ready.no_sync()
+    return nullcontext()
 
 
 def seed_for(*parts: int) -> int:
@@ -306,4 +317,5 @@ def farewell(report: Reporter, run: Run, signal_number: int) -> None:
 
 
 if __name__ == "__main__":
-    run_script(lambda: train(PARSED))
+    with script_errors(), lost_processes():
+        sys.exit(train(PARSED))

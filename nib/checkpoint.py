@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nib.distributed import like
 from nib.errors import InputError
 from nib.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
@@ -260,6 +261,7 @@ def load_optimizer_tensors(
                     if value.ndim and value.shape != parameter.shape:
                         raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
                     # A copy: what was read may lie in a mapped file, at an address that is not aligned.
-                    optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
+                    value = value.to(parameter.device, copy=True)
+                    optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
     if by_name:
         raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")

@@ -214,9 +214,10 @@ def validation_batch(
     stream: TokenStream, block_size: int, first: int, count: int, windows: int
 ) -> tuple[Tensor, Tensor]:
     """Windows first to first + count, side by side in the split; targets past window number `windows` are -1."""
-    end = min(first + count, windows)
-    tokens = torch.from_numpy(stream.read(first * block_size, end * block_size + 1))
     inputs = torch.zeros(count * block_size, dtype=torch.int64)
     targets = torch.full((count * block_size,), -1)
-    inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+    end = min(first + count, windows)
+    if first < end:
+        tokens = torch.from_numpy(stream.read(first * block_size, end * block_size + 1))
+        inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
     return inputs.view(count, block_size), targets.view(count, block_size)

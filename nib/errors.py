@@ -21,12 +21,12 @@ def script_errors() -> Iterator[None]:
     """Leave the process with the exit status of the contract when the body ends in one of these errors.
 
     2 `InputError`, 1 `RunError`, 130 Ctrl-C. Any other exception is a bug and keeps its traceback. Under torchrun
-    every process meets the same error; only the first one says it.
+    every process meets the same InputError; only the first one says it.
     """
     try:
         yield
     except (InputError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:

@@ -43,8 +43,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = np.zeros(3)  # nats, tokens, bytes
-    for first in range(cluster.rank * batch, windows, cluster.world * batch):
-        inputs, targets = validation_batch(stream, block_size, first, batch, windows)
+    for first in range(0, windows, cluster.world * batch):  # as often on every process: sharded models need that
+        inputs, targets = validation_batch(stream, block_size, first + cluster.rank * batch, batch, windows)
         counted = targets[targets >= 0].numpy()
         with autocast:
             _, loss = model(inputs.to(cluster.device), targets.to(cluster.device))

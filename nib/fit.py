@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from nib.device import Precision, is_out_of_memory
@@ -37,6 +39,26 @@ def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> lis
     return [micro_batch_size]
 
 
+def place(model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster) -> nn.Module:
+    """The model on its device: whole, or with parallel=fsdp sharded over the processes (arXiv 2304.11277).
+
+    Blocks go to the device one by one, so that no device ever holds the whole model.
+    """
+    model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
+    if settings.parallel == "ddp" or cluster.world == 1:
+        return model.to(cluster.device)
+    if precision.dtype == torch.float16:
+        raise InputError("parallel=fsdp does not work with float16. Use --dtype=bfloat16 or float32")
+    policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(cluster.device.type, (cluster.world,))
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for method in ("hidden", "logits"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
 def fit_to_device(
     model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
 ) -> tuple[int, nn.Module]:
@@ -67,7 +89,7 @@ def fit_to_device(
             raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
         else:
             sizes = sizes[1:]
-    if cluster.world > 1:
+    if cluster.world > 1 and settings.parallel == "ddp":
         ready = DistributedDataParallel(ready, broadcast_buffers=False, gradient_as_bucket_view=True)
     return sizes[0], ready
 

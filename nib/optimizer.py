@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from nib.distributed import like, whole
 
 # Newton-Schulz coefficients tuned for a steep start at zero, so that five steps bring all singular values near 1:
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
@@ -35,7 +39,8 @@ class Muon(torch.optim.Optimizer):
     The update of a matrix is scaled by sqrt(max(1, rows / columns)), decay is decoupled and multiplied by the
     learning rate. `parts` gives the row counts by which a parameter that holds several matrices one above the
     other (queries, keys and values) is cut before each is orthogonalised by itself. Matrices of the same shape
-    are orthogonalised in one batched product.
+    are orthogonalised in one batched product. With several processes each orthogonalises its share of them and
+    they exchange the results; parameters sharded by FSDP are put together for that, a few at a time.
     """
 
     def __init__(
@@ -47,25 +52,54 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+            by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(buffer, group["momentum"])  # Nesterov
-                sizes = self.parts.get(parameter, [parameter.shape[0]])
-                for matrix, weight in zip(update.split(sizes), parameter.split(sizes), strict=True):
-                    by_shape.setdefault(matrix.shape, []).append((matrix, weight))
-            for (rows, columns), pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([matrix for matrix, _ in pairs]))
-                scale = max(1.0, rows / columns) ** 0.5
-                for (_, weight), update in zip(pairs, updates, strict=True):
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
+                if parameter.grad is not None:
+                    sizes = self.parts.get(parameter, [parameter.shape[0]])
+                    by_parts.setdefault((parameter.shape[1], *sizes), []).append(parameter)
+            for alike in by_parts.values():
+                # Sharded parameters are whole only here, so that no more of them than processes are at a time.
+                several = dist.get_world_size() if isinstance(alike[0], DTensor) else len(alike)
+                for begin in range(0, len(alike), several):
+                    self._update(alike[begin : begin + several], group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Update parameters of one shape and the same parts."""
+        sizes = self.parts.get(parameters[0], [parameters[0].shape[0]])
+        by_size: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffer, grad = state["momentum_buffer"], parameter.grad
+            assert grad is not None
+            buffer.lerp_(grad, 1 - group["momentum"])
+            update = whole(grad.lerp(buffer, group["momentum"]))  # Nesterov
+            for size, matrix in zip(sizes, update.split(sizes), strict=True):
+                by_size.setdefault(size, []).append(matrix)
+        done = {size: iter(shared_orthogonalise(torch.stack(matrices))) for size, matrices in by_size.items()}
+        for parameter in parameters:
+            columns = parameter.shape[1]
+            scaled = [next(done[size]) * max(1.0, size / columns) ** 0.5 for size in sizes]
+            update = torch.cat(scaled).to(parameter.dtype) if len(scaled) > 1 else scaled[0].to(parameter.dtype)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(like(parameter, update), alpha=-group["lr"])
+
+
+def shared_orthogonalise(matrices: Tensor) -> Tensor:
+    """`orthogonalise` of (K, rows, columns), which all processes hold, each doing its share of the work."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return orthogonalise(matrices)
+    share = -(-len(matrices) // world)
+    begin = dist.get_rank() * share
+    mine = torch.zeros(share, *matrices.shape[1:], device=matrices.device, dtype=matrices.dtype)
+    own = matrices[begin : begin + share]
+    if len(own):
+        mine[: len(own)] = orthogonalise(own)
+    everyone = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(everyone, mine)
+    return torch.cat(everyone)[: len(matrices)]
 
 
 def make_optimizers(

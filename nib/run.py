@@ -23,11 +23,11 @@ from nib.checkpoint import (
 )
 from nib.dataset import Dataset
 from nib.device import Precision
-from nib.distributed import Cluster
+from nib.distributed import Cluster, like, reshard, whole
 from nib.errors import InputError, RunError
 from nib.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.report import Reporter
-from nib.saver import Saver, cpu_copy
+from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
 
 
@@ -82,7 +82,8 @@ class Run:
                     f"there is no checkpoint in {self.out_dir} to resume. Use --resume=auto to start a run"
                 )
             return None
-        if self.settings.resume == "never":
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: it is this run's own
+        if self.settings.resume == "never" and not restarted:
             raise InputError(f"{self.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
         checkpoint = found or Checkpoint(path, optimizer=True)
         try:
@@ -97,9 +98,9 @@ class Run:
 
     def restore(self, checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
         """Put everything back as it was when the checkpoint was made."""
+        names = parameter_names(model)
         try:
-            model.load_state_dict(checkpoint.weights())
-            names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+            load_weights(model, checkpoint.weights())
             load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
             self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
             self.progress = Progress(**checkpoint.state["progress"])
@@ -130,10 +131,22 @@ class Run:
             )
 
     def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool = False) -> None:
-        """Copy the state and write it in the background. Raises RunError when the write before this one failed."""
+        """Copy the state and write it in the background. Raises RunError when the write before this one failed.
+
+        Sharded tensors are put together one at a time, in the first process's memory, not on its device.
+        """
+        reshard(model)
+        names = parameter_names(model)
+        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
+        copies: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
+        for kind, named in tensors.items():
+            for name, tensor in named.items():
+                full = whole(tensor.detach())
+                if self.cluster.first:
+                    copies[kind][name] = full.to("cpu", copy=True).contiguous()
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.cluster.first:
             return
-        names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         state = {
             "model_config": asdict(model.config),  # type: ignore[call-overload]
             "progress": asdict(self.progress),
@@ -146,9 +159,7 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        tensors = cpu_copy(model.state_dict()), cpu_copy(optimizer_tensors(optimizers, names))
-        self.saver.save(*tensors, state, best)
-        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.saver.save(copies["model"], copies["optimizer"], state, best)
 
     def save_or_warn(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool, report: Reporter
@@ -166,12 +177,18 @@ class Run:
         return bool(limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit))
 
 
-def open_dataset(name: str, cluster: Cluster) -> Dataset:
-    """data/NAME, or the directory NAME; a built-in corpus that is missing is prepared by the first process."""
+def open_dataset(name: str) -> Dataset:
+    """data/NAME, or the directory NAME. A built-in corpus that is missing is prepared by the first process.
+
+    Called before the processes connect: preparing may take longer than they would wait for each other.
+    Raises InputError.
+    """
     directory = Path(name) if Path(name).is_dir() else Path("data") / name
-    if cluster.first and not directory.exists() and name in BUILTIN_DATASETS:
-        prepare_builtin(name)
-    cluster.from_first(None)
+    if not directory.exists() and name in BUILTIN_DATASETS:
+        if os.environ.get("RANK", "0") == "0":
+            prepare_builtin(name)
+        while not directory.exists():
+            time.sleep(0.2)
     if not directory.exists():
         have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
         prepared = f" Prepared: {', '.join(have)}." if have else ""
@@ -180,6 +197,16 @@ def open_dataset(name: str, cluster: Cluster) -> Dataset:
             f"Make it with: python prepare_data.py SOURCE --out data/{Path(name).name}"
         )
     return Dataset(directory)
+
+
+def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """`load_state_dict` of whole tensors for a model that may be sharded. Raises RuntimeError when they do not fit."""
+    current = model.state_dict()
+    model.load_state_dict({name: like(current.get(name, value), value) for name, value in weights.items()})
 
 
 def due(step: int, interval: int) -> bool:

@@ -34,11 +34,6 @@ def lock_run(out_dir: Path) -> IO[str]:
     return lock
 
 
-def cpu_copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in CPU memory that training cannot change any more."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
 class Saver:
     """Writes checkpoints in a thread, one at a time; training waits only for the copy of its state.
 
