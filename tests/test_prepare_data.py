@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import json
+import operator
 import os
 import random
 import resource
@@ -21,11 +22,13 @@ import pytest
 from data_helpers import TORTURE, Data, gpt2_cache
 
 from nib import download as download_module
-from nib.corpus import Part
+from nib.corpus import Part, Source, read_parts
+from nib.encoding import Encoder, EncoderSettings
 from nib.errors import InputError, RunError
 from nib.pieces import PIECE_BYTES
 from nib.prepare import BPE_SAMPLE_BYTES, _sample
 from nib.tokenizer import train_char
+from nib.workers import map_in_order
 
 SCRIPT = Path(__file__).resolve().parent.parent / "prepare_data.py"
 
@@ -133,15 +136,15 @@ def test_shards_are_the_whole_cut_evenly(tmp_path: Path) -> None:
 
 def test_directories_are_read_in_order_without_what_is_hidden(tmp_path: Path) -> None:
     root = tmp_path / "texts"
-    for name in ("b/2.py", "a.txt", "b/1.py", ".hidden/x.py", "b/.x.py", "c.py"):
+    for name in ("b/21.py", "a.txt", "b/12.py", ".hidden/x.py", "b/.x.py", "c.py"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(name)
     (root / "empty.py").write_text("")
     read = functools.partial(prepared, tmp_path, "--tokenizer=byte", "--val-fraction=0")
-    assert read("texts").documents("train") == ["a.txt", "b/1.py", "b/2.py", "c.py"]
-    assert read("texts", "--glob=*.py").documents("train") == ["b/1.py", "b/2.py", "c.py"]
-    assert read("texts", "--glob=b/*").documents("train") == ["b/1.py", "b/2.py"]
-    assert read("texts/c.py", "texts/b").documents("train") == ["c.py", "b/1.py", "b/2.py"]
+    assert read("texts").documents("train") == ["a.txt", "b/12.py", "b/21.py", "c.py"]
+    assert read("texts", "--glob=*.py").documents("train") == ["b/12.py", "b/21.py", "c.py"]
+    assert read("texts", "--glob=b/*").documents("train") == ["b/12.py", "b/21.py"]
+    assert read("texts/c.py", "texts/b").documents("train") == ["c.py", "b/12.py", "b/21.py"]
 
 
 def test_jsonl_parquet_and_files_of_the_same_documents_agree(tmp_path: Path) -> None:
@@ -196,8 +199,6 @@ def test_a_small_corpus_says_that_its_vocabulary_is_smaller(tmp_path: Path) -> N
 
 
 def test_the_bpe_sample_is_spread_over_the_corpus() -> None:
-    from nib.corpus import Source
-
     def parts() -> Iterator[Part]:
         return (Part(str(index), block) for index in range(1000))
 
@@ -258,6 +259,22 @@ def test_a_single_document_is_not_cut_inside_a_character(tmp_path: Path, seed: i
     assert data.text("train") + data.text("val") == text  # each is valid UTF-8 by itself
     total = len(text.encode()) + 1
     assert 0 <= len(data.ids("train")) - int(total * (1 - fraction)) < 4
+
+
+def test_a_long_document_has_one_hash_in_every_format(tmp_path: Path) -> None:
+    from nib.tokenizer import ByteTokenizer
+
+    encoder = Encoder(EncoderSettings(ByteTokenizer().save(tmp_path), "text", "error", 1337, "uint16"))
+    text = ("some words " * 200_000)[: 2 * PIECE_BYTES + 1]
+    (tmp_path / "t.txt").write_text(text)
+    write_jsonl(tmp_path / "t.jsonl", [text])
+    hashes = []
+    for name, format in (("t.txt", "text"), ("t.jsonl", "jsonl")):
+        parts = list(read_parts([Source(name, format, tmp_path / name)], "text"))
+        results, _ = encoder(parts)
+        assert [result.content_hash != 0 for result in results] == [part.first for part in parts]
+        hashes.append(results[0].content_hash)
+    assert len(results) == 1 and hashes[0] == hashes[1]
 
 
 # Invalid text
@@ -494,12 +511,14 @@ def test_a_cut_download_is_resumed_and_prepared(tmp_path: Path, serve: Callable[
     assert left_over(tmp_path / "data") == ["poem"]
 
 
-@pytest.mark.parametrize("etag", ["v1", ""])
-def test_a_cut_download_of_a_changed_file_starts_again(tmp_path: Path, serve: Callable[..., Server], etag: str) -> None:
+@pytest.mark.parametrize("etag, new", [("v1", POEM[::-1]), ("v1", POEM[:100_000]), ("", POEM[::-1] + b"longer")])
+def test_a_cut_download_of_a_changed_file_starts_again(
+    tmp_path: Path, serve: Callable[..., Server], etag: str, new: bytes
+) -> None:
     server = serve(POEM, cut_after=200_000, cuts=1, etag=etag)
-    server.changes_to = POEM[::-1] + b"longer"
-    assert download_module.download(server.url, tmp_path / "x") == len(POEM) + 6
-    assert (tmp_path / "x").read_bytes() == POEM[::-1] + b"longer"
+    server.changes_to = new
+    assert download_module.download(server.url, tmp_path / "x") == len(new)
+    assert (tmp_path / "x").read_bytes() == new
 
 
 def test_a_server_without_ranges_is_asked_again(tmp_path: Path, serve: Callable[..., Server]) -> None:
@@ -645,6 +664,22 @@ def test_help_and_usage_errors_import_nothing_heavy(tmp_path: Path) -> None:
         line = [sys.executable, "-c", program, str(SCRIPT), str(SCRIPT.parent), *arguments]
         done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == (0 if arguments == ["--help"] else 2) and "heavy: []" in done.stdout
+
+
+def test_workers_keep_the_order_and_are_not_read_far_ahead_of() -> None:
+    taken = 0
+
+    def items() -> Iterator[str]:
+        nonlocal taken
+        for number in range(60):
+            taken += 1
+            yield f"item {number}"
+
+    # Any picklable callable serves: this one calls a method of the item.
+    for given, (item, answer) in enumerate(map_in_order(operator.methodcaller, "upper", items(), 2)):
+        assert (item, answer) == (f"item {given}", f"ITEM {given}")
+        assert taken - given <= 6
+    assert given == 59
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
