@@ -36,7 +36,8 @@ class TrainSettings:
 
     dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
     block_size: int = option(256, "tokens in a sequence: the context of the model", at_least=1, group="data")
-    batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, group="data")
+    batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
+                             group="data")
     micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0 finds one that fits",
                                    at_least=0, group="data")
 
