@@ -202,7 +202,7 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizers: dict[str, Tokenizer], m
         for letters, units in (("abcXYZ019", between), ("中本に한д", foreign)):
             words = ["".join(draw.choices(letters, k=draw.randint(1, 5))) for _ in range(300)]
             text = "".join(word + draw.choice(units) for word in words for _ in range(3))
-            for size in (64, 100, 333):
+            for size in (128, 200, 333):  # half of it always holds a safe place
                 parts = [piece.decode() for piece, _ in pieces.read_pieces(io.BytesIO(text.encode()), size)]
                 assert "".join(parts) == text and len(parts) > 3
                 matches = [match for part in parts for match in regex.findall(pattern, part)]
