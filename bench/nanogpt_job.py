@@ -1,0 +1,123 @@
+"""nanoGPT's README job for a CPU, side by side: character level, 4 layers, 4 heads, width 128, context 64, batch 12.
+
+    python bench/nanogpt_job.py --nanogpt PATH_TO_CLONE --text input.txt [--rounds 3]
+
+Both train 2000 steps on the same text with the same split, each with its own train.py, and both models are measured
+by nib on the whole validation split, in the same windows. Prints a table and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from nib.dataset import Dataset, validation_batch, validation_windows
+
+NANOGPT = (
+    "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 --eval_interval=2000 "
+    "--log_interval=500 --block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 "
+    "--dropout=0.0 --always_save_checkpoint=True"
+).split()
+
+
+def timed(command: list[str], cwd: Path) -> float:
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return time.perf_counter() - began
+
+
+@torch.no_grad()
+def full_loss(logits_of, dataset: Dataset, block_size: int) -> float:  # type: ignore[no-untyped-def]
+    """Mean loss over the whole validation split in windows side by side."""
+    total, count, batch = 0.0, 0, 64
+    windows = validation_windows(dataset.val, block_size, 0)
+    for first in range(0, windows, batch):
+        inputs, targets = validation_batch(dataset.val, block_size, first, batch, windows)
+        loss = torch.nn.functional.cross_entropy(
+            logits_of(inputs).flatten(0, 1).double(), targets.flatten(), ignore_index=-1, reduction="sum"
+        )
+        total, count = total + float(loss), count + int((targets >= 0).sum())
+    return total / count
+
+
+def run_nib(text: Path, directory: Path, seed: int) -> tuple[float, float]:
+    """Seconds of the whole process, and the loss on the validation split."""
+    out = directory / f"nib-{seed}"
+    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config/shakespeare_char.py"), f"--seed={seed}"]
+    seconds = timed([*command, f"--dataset={text}", f"--out_dir={out}", "--eval_interval=0", "--device=cpu"], ROOT)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return seconds, lines[-1]["val_loss"]
+
+
+def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tuple[float, float]:
+    out = directory / f"nanogpt-{seed}"
+    # nanoGPT fixes its seed in the source; the runs of several rounds differ by that one number.
+    source = (clone / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
+    (clone / "train_seeded.py").write_text(source)
+    seconds = timed([sys.executable, "train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
+    sys.path.insert(0, str(clone))
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    model.eval()
+    return seconds, full_loss(lambda inputs: model(inputs, inputs)[0], dataset, 64)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--text", type=Path, required=True, help="the text, such as tiny Shakespeare's input.txt")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--check", action="store_true", help="exit 1 when nib's median loss is beyond nanoGPT's spread")
+    arguments = parser.parse_args()
+    clone, text = arguments.nanogpt.resolve(), arguments.text.resolve()
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        prepared = directory / "text"
+        prepare = [sys.executable, str(ROOT / "prepare_data.py"), str(text), f"--out={prepared}"]
+        timed([*prepare, "--tokenizer=char", "--val-fraction=0.1"], ROOT)
+        dataset = Dataset(prepared)
+        theirs = clone / "data/shakespeare_char"
+        for split, stream in (("train", dataset.train), ("val", dataset.val)):
+            stream.read(0, stream.tokens).astype("uint16").tofile(theirs / f"{split}.bin")
+        (theirs / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size}))
+        rows = []
+        for seed in range(1337, 1337 + arguments.rounds):
+            rows.append((*run_nib(prepared, directory, seed), *run_nanogpt(clone, dataset, directory, seed)))
+            print("nib {:6.1f} s, loss {:.4f}    nanoGPT {:6.1f} s, loss {:.4f}".format(*rows[-1]), flush=True)
+    nib_seconds, nib_loss, seconds, loss = (statistics.median(column) for column in zip(*rows, strict=True))
+    spread = max(row[3] for row in rows) - min(row[3] for row in rows)
+    print(
+        f"medians: nib {nib_loss:.4f}, nanoGPT {loss:.4f} (its spread {spread:.4f}); time ratio {nib_seconds / seconds:.2f}"
+    )
+    result = dict(nib_loss=nib_loss, nanogpt_loss=loss, spread=spread, nib_seconds=nib_seconds, nanogpt_seconds=seconds)
+    print(json.dumps({**result, "cpus": os.cpu_count(), "torch": torch.__version__}))
+    if arguments.check and nib_loss > loss + max(spread, 0.01):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

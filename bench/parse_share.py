@@ -1,0 +1,79 @@
+"""How much of what a model of Python source writes is Python: the share of sampled functions that ast.parse accepts.
+
+    python bench/parse_share.py out/small
+
+Each sample begins with "def " and ends before the first line that is not indented any more; a sample that never gets
+that far counts as a failure, unless --open is given, which leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import sys
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from model import GPT, GPTConfig, KVCache
+from nib.checkpoint import find_checkpoint, open_checkpoint
+from nib.generation import generate_text
+from nib.samples import SamplingSettings
+
+PROMPT = "def "
+
+
+def first_function(text: str) -> str | None:
+    """The function that `text` begins with, or None when the text ends before the function does."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines[1:], start=1):
+        if line.strip() and not line.startswith((" ", "\t", "#", ")")):
+            return "\n".join(lines[:number])
+    return None
+
+
+def parses(source: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(source)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a run or checkpoint (default: the newest run)")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--max-new-tokens", type=int, default=250)
+    parser.add_argument("--open", action="store_true", help="leave out functions that had not ended")
+    parser.add_argument("--check", type=float, default=None, metavar="SHARE", help="exit 1 when the share is lower")
+    arguments = parser.parse_args()
+
+    checkpoint = open_checkpoint(find_checkpoint(arguments.run))
+    model = GPT(GPTConfig(**checkpoint.model_config))
+    model.load_state_dict(checkpoint.weights())
+    tokenizer = checkpoint.tokenizer()
+    settings = SamplingSettings(
+        num_samples=arguments.samples, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens
+    )
+    with torch.no_grad():
+        texts = [PROMPT + sample.text for sample in generate_text(model, KVCache, tokenizer, [PROMPT], settings)]
+    functions = [first_function(text) for text in texts]
+    ended = [function for function in functions if function is not None]
+    accepted = sum(map(parses, ended))
+    share = accepted / max(1, len(ended) if arguments.open else len(functions))
+    print(f"{len(functions)} samples, {len(ended)} ended, {accepted} parse: {100 * share:.0f} %")
+    print(json.dumps({"samples": len(functions), "ended": len(ended), "parse": accepted, "share": round(share, 3)}))
+    if arguments.check is not None and share < arguments.check:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
