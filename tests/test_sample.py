@@ -267,6 +267,19 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
         assert header and len(text) > 1 and text.endswith("\n")
 
 
+def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monkeypatch):
+    def interrupted(model, make_cache, samples, options):
+        for letter in "abc":
+            yield samples[0], samples[0].append("\n abc".index(letter))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nib.generation.stream_text", interrupted)
+    code, out, _ = run("chars", "--prompt=h", "--stop=bcd", "--num-samples=2")
+    assert (code, out) == (130, "--- sample 1 ---\nhabc\n--- sample 2 ---\nh\n")
+    code, out, _ = run("chars", "--interactive", "--stop=bcd", stdin=b"a\nb\n")
+    assert (code, out) == (0, "aabc\nbabc\n")
+
+
 def test_a_reader_that_goes_away_is_no_error(place):
     command = f"{sys.executable} {ROOT / 'sample.py'} chars --max-new-tokens=2e3 | head -c 20"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], cwd=place, capture_output=True, text=True)
