@@ -1,4 +1,4 @@
-"""For the tests of the data side: GPT-2's vocabulary without a download, and data directories read back."""
+"""For the tests of the data side: GPT-2's vocabulary without a download, prepare_data.py run, its output read back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,42 @@ class Data:
         assert not len(ids) or ids[-1] == self.tokenizer.end_of_text
         parts = np.split(ids, np.flatnonzero(ids == self.tokenizer.end_of_text) + 1)[:-1]
         return [self.tokenizer.decode_bytes(part.tolist()).decode("utf-8") for part in parts]
+
+
+SCRIPT = Path(__file__).resolve().parent.parent / "prepare_data.py"
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def run(cwd: Path, *arguments: object, stdin: bytes = b"", **options: object) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(  # type: ignore[call-overload, no-any-return]
+        command(*arguments), cwd=cwd, input=stdin, capture_output=True, timeout=120, **options
+    )
+
+
+def prepared(cwd: Path, *arguments: object, **options: object) -> Data:
+    """Run it, expect success, and read data/out."""
+    done = run(cwd, *arguments, "--out=data/out", "--overwrite", **options)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stderr == b""
+    return Data(cwd / "data" / "out")
+
+
+def left_over(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+def write_texts(directory: Path, count: int, first: int = 0) -> list[str]:
+    """`count` text files, each a document, numbered from `first`."""
+    directory.mkdir(exist_ok=True)
+    texts = [f"document {number}\n" + f"line {number * 7}\n" * (number % 5) for number in range(first, first + count)]
+    for number, text in enumerate(texts, start=first):
+        (directory / f"{number:04d}.txt").write_text(text)
+    return texts
+
+
+def write_jsonl(path: Path, texts: list[str], **other: object) -> Path:
+    path.write_text("".join(json.dumps({"text": text, **other}) + "\n" for text in texts))
+    return path
