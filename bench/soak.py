@@ -1,0 +1,180 @@
+"""Kill training over and over, damage what it left, and see whether the same model comes out.
+
+    python bench/soak.py --kills 200
+
+Trains one undisturbed run; then runs of the same settings whose processes are killed with SIGKILL at random moments,
+also while they write a checkpoint, whose newest checkpoint is now and then damaged (a bit flipped, cut short, a file
+missing, a file of something else), and which are resumed by the same command line until they are done. Their final
+weights, optimizer state and the loss of every step must be those of the undisturbed run, bit by bit. With --change the
+number of processes changes too, between 1, 2 and 2 with fsdp, and the losses must follow to rounding.
+
+Dropout, accumulation, Muon and AdamW are on. Prints a table and one JSON line last; exit status 1 at any difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from safetensors.torch import load_file
+
+from nib.checkpoint import FILES, list_checkpoints
+
+SETTINGS = (
+    "--dataset=words --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 --micro_batch_size=2 "
+    "--warmup_iters=10 --eval_interval=50 --log_interval=1 --checkpoint_interval=5 --keep_checkpoints=3 "
+    "--learning_rate=1e-3 --device=cpu"
+).split()
+# Between processes the same sums are taken in another order: float32 rounding, about 1e-7 of a loss at first, which
+# training then magnifies; after 200 steps of this job differences stay well below this.
+ROUNDING = 5e-3
+
+
+def make_corpus(root: Path) -> None:
+    numbers = random.Random(1)
+    (root / "texts").mkdir()
+    for number in range(60):
+        words = " ".join(numbers.choice(["alpha", "beta", "gamma", "delta\n", "epsilon"]) for _ in range(400))
+        (root / "texts" / f"{number}.txt").write_text(words)
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "texts", "--out=data/words", "--tokenizer=byte"]
+    subprocess.run([*command, "--val-fraction=0.1"], cwd=root, check=True, capture_output=True)
+
+
+def command_for(processes: int, parallel: str, settings: list[str], run: str) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, str(ROOT / "train.py"), *SETTINGS, *settings, f"--out_dir=out/{run}", f"--parallel={parallel}"]
+
+
+def train_for(command: list[str], root: Path, seconds: float | None) -> int | None:
+    """Run the command to its end and return its status, or kill it and all its children after `seconds`: None."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with (root / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
+
+
+def last_step(run: Path) -> int:
+    try:
+        return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def damage(run: Path, dice: random.Random) -> str:
+    """Spoil the newest checkpoint in one of five ways, when there is one before it to go back to."""
+    checkpoints = list_checkpoints(run / "checkpoints")
+    if len(checkpoints) < 2:
+        return ""
+    path = checkpoints[0] / dice.choice(FILES)
+    kind = dice.choice(["bit flipped", "cut short", "missing", "foreign", "emptied"])
+    content = bytearray(path.read_bytes())
+    if kind == "bit flipped":
+        content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    elif kind == "cut short":
+        del content[dice.randrange(len(content)) :]
+    elif kind == "foreign":
+        content = bytearray(dice.randbytes(len(content)))
+    elif kind == "emptied":
+        content.clear()
+    path.unlink() if kind == "missing" else path.write_bytes(content)
+    return kind
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def compare(one: Path, other: Path) -> tuple[int, int]:
+    """How many bytes of weights, optimizer state and losses were compared, and how many differ."""
+    compared = differ = 0
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        left, right = (load_file(list_checkpoints(run / "checkpoints")[0] / file) for run in (one, other))
+        differ += sum(value.nbytes for name, value in left.items() if name not in right)
+        for name in left.keys() & right.keys():
+            a, b = left[name].contiguous().numpy().tobytes(), right[name].contiguous().numpy().tobytes()
+            compared += len(a)
+            differ += sum(x != y for x, y in zip(a, b, strict=True)) if a != b else 0
+    for a, b in zip(losses(one), losses(other), strict=True):
+        compared += 8
+        differ += 8 * (a != b)
+    return compared, differ
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
+    parser.add_argument("--dropout", type=float, default=0.1, help="0 with --change, where draws depend on processes")
+    parser.add_argument("--damage", type=float, default=0.25, help="how often the newest checkpoint is damaged")
+    parser.add_argument("--change", action="store_true", help="change the number of processes at every start")
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    dice = random.Random(arguments.seed)
+    dropout = 0.0 if arguments.change else arguments.dropout
+    settings = [f"--max_iters={arguments.steps}", f"--dropout={dropout}"]
+    ways = [(1, "ddp"), (2, "ddp"), (2, "fsdp")] if arguments.change else [(1, "ddp")]
+    kills = writing = damaged = runs = compared = differ = 0
+    largest = 0.0
+
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        make_corpus(root)
+        if train_for(command_for(1, "ddp", settings, "whole"), root, None) != 0:
+            sys.exit((root / "log").read_text())
+        while kills < arguments.kills:
+            runs += 1
+            run = root / "out" / f"killed-{runs}"
+            while True:
+                before = last_step(run)
+                # A start takes seconds and a step milliseconds: kills fall from the import of torch to the last save.
+                alive = dice.uniform(0.5, 6.0 if not arguments.change else 14.0)
+                status = train_for(command_for(*dice.choice(ways), settings, run.name), root, alive)
+                if status == 0:
+                    break
+                if status is not None:
+                    sys.exit(f"training failed with status {status}:\n{(root / 'log').read_text()[-3000:]}")
+                kills += 1
+                writing += any((run / "checkpoints").glob(".step-*"))
+                if dice.random() < arguments.damage and damage(run, dice):
+                    damaged += 1
+                print(f"kill {kills}: run {runs}, step {before} -> {last_step(run)}", flush=True)
+            if arguments.change:
+                pairs = zip(losses(root / "out/whole"), losses(run), strict=True)
+                largest = max(largest, *(abs(a - b) / abs(a) for a, b in pairs))
+                differ += largest > ROUNDING
+            else:
+                found = compare(root / "out/whole", run)
+                compared, differ = compared + found[0], differ + found[1]
+            shutil.rmtree(run)
+
+    result = dict(kills=kills, while_writing=writing, damaged=damaged, runs=runs, bytes_compared=compared)
+    result |= dict(largest_relative_loss_difference=largest) if arguments.change else {}
+    for key, value in {**result, "differences": differ}.items():
+        print(f"{key.replace('_', ' '):>36}  {value}")
+    print(json.dumps({**result, "differences": differ}))
+    sys.exit(1 if differ else 0)
+
+
+if __name__ == "__main__":
+    main()
