@@ -111,7 +111,7 @@ def load_model(arguments: list[str], device_name: str, dtype_name: str) -> tuple
         model = GPT(GPTConfig(**checkpoint.model_config))
         model.load_state_dict(checkpoint.weights())
     except (TypeError, ValueError, RuntimeError) as error:
-        fault = f"{checkpoint.directory} does not fit this model.py: {error}"
+        fault = f"{checkpoint.directory} does not fit this model.py: {' '.join(str(error).split())[:200]}"
         raise InputError(f"{fault}. Use the one that trained it") from None
     model.to(device)
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
@@ -213,6 +213,8 @@ def converse(answer: Callable[[str], int]) -> int:
         try:
             line = input("> " if typed else "")
         except EOFError:
+            if typed:
+                print()
             return 0
         except UnicodeDecodeError:
             raise InputError("standard input is not UTF-8. Give text") from None

@@ -47,7 +47,7 @@ from nib.dataset import Dataset, WindowOrder, training_batch
 from nib.device import Precision, device_name, peak_flops, peak_memory
 from nib.distributed import Cluster, lost_processes, start_cluster, whole
 from nib.evaluation import Evaluation, evaluate
-from nib.fit import fit_to_device, place
+from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
@@ -62,17 +62,22 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)
-    lock = lock_run(out_dir) if cluster.first else None  # held until the process ends
-    report = Reporter(out_dir, cluster.first)
-    stop = StopSignal()
+    micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
 
-    # model, optimizers, and the state to go on from
+    # model, optimizers, and the state to go on from; nothing is written before all that is known to fit
     precision = Precision(settings.dtype, cluster.device)
     run = Run(settings, dataset, cluster, precision)
     checkpoint = run.checkpoint()
+    if settings.eval_only and dataset.val.tokens < 2:
+        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
+    if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
+        raise InputError(f"there is no checkpoint in {out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint)
-    place(model, settings, precision, cluster)
     order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+    lock = lock_run(out_dir) if cluster.first else None  # held until the process ends
+    report = Reporter(out_dir, cluster.first)
+    stop = StopSignal()
+    place(model, settings, precision, cluster)
     optimizers = make_optimizers(
         model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
         muon_learning_rate=settings.muon_learning_rate, weight_decay=settings.weight_decay,
@@ -236,6 +241,8 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
     torch.manual_seed(settings.seed)
     try:
         if settings.init_from == "scratch":
+            # Before a model with a table of that many positions is built.
+            WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
             return GPT(GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings()))
         source = checkpoint or open_checkpoint(find_checkpoint(settings.init_from))
         config = GPTConfig(**{**source.model_config, "dropout": settings.dropout})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,9 +27,15 @@ def script_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, RunError):
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {error.filename} is longer than a name can be. Give a shorter one", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader went away, as in `python sample.py | head`

@@ -5,10 +5,13 @@ from __future__ import annotations
 import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from nib.cli import option
 from nib.errors import InputError
-from nib.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from nib.tokenizer import Tokenizer
 
 
 @dataclass
