@@ -15,7 +15,6 @@ from nib.sampling import choose, row_generator
 from nib.tokenizer import make_tokenizer
 
 BYTES = make_tokenizer("byte")
-ALMOST_ONE = 1 - 2**-24  # the largest uniform number
 
 
 @pytest.fixture(autouse=True, scope="module")
