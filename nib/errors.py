@@ -31,6 +31,9 @@ def script_errors() -> Iterator[None]:
         if rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -38,9 +41,6 @@ def script_errors() -> Iterator[None]:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
 
 
 def run_script(main: Callable[[], int | None]) -> None:

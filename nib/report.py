@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nib.errors import RunError
+
 QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
 
 
@@ -49,8 +51,16 @@ class Reporter:
             self.bar.write(text)
         else:
             print(text, flush=True)
-        with (self.out_dir / "log.txt").open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def append(self, name: str, text: str) -> None:
+        """Raises RunError when the disk does not take it: a run that cannot be recorded is not worth going on."""
+        try:
+            with (self.out_dir / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            reason = f"cannot write to {self.out_dir / name}: {error.strerror}"
+            raise RunError(f"{reason}. Make room, and give the same command again to go on") from None
 
     def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
         """The progress bar, over the steps or, where only time ends the run, over the seconds."""
@@ -76,8 +86,7 @@ class Reporter:
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
-        with (self.out_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(finite) + "\n")
+        self.append("metrics.jsonl", json.dumps(finite) + "\n")
         if self.wandb is not None:
             self.wandb.log(values, step=int(values["step"]))
 

@@ -356,13 +356,14 @@ def test_cached_rows_of_one_length_agree(changes: dict[str, Any]) -> None:
     """Rows that do not differ take a path of their own, to the very last position of the context."""
     model, tokens = random_model(**changes), random_tokens(2, 24)
     expected, _ = model(tokens)
-    cache = KVCache(model.config, 2)
-    begin = 0
-    for step in [1, 6, 1, 1, 5, *[1] * 10]:
-        logits, _ = model(tokens[:, begin : begin + step], cache=cache)
-        near(logits, expected[:, begin : begin + step])
-        begin += step
-    assert begin == 24
+    for steps in ([1, 6, 1, 1, 5, *[1] * 10], [2, 21, 1], [24]):
+        cache = KVCache(model.config, 2)
+        begin = 0
+        for step in steps:
+            logits, _ = model(tokens[:, begin : begin + step], cache=cache)
+            near(logits, expected[:, begin : begin + step])
+            begin += step
+        assert begin == 24
 
 
 @pytest.mark.parametrize("lengths", [[20, 20], [20, 3]])

@@ -1,0 +1,238 @@
+"""What may happen to a run: signals, kills, full disks, damaged and hostile files, lost and changing processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
+
+from nib.checkpoint import FILES, Checkpoint, list_checkpoints, open_checkpoint
+from nib.errors import InputError
+
+__all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "a flipped bit": flip,
+    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-3]),
+    "missing": Path.unlink,
+    "emptied": lambda path: path.write_bytes(b""),
+    "a file of something else": lambda path: path.write_bytes(pickle.dumps({"weights": list(range(99))})),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("file", [*FILES, "checksums.json"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(
+    kind: str, file: str, capsys: pytest.CaptureFixture[str], once: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(once / "out", tmp_path / "out")
+    run = Path("out/run")
+    newest = run / "checkpoints/step-00000006"
+    DAMAGE[kind](newest / file)
+    # A changed sum cannot be told from a changed file.
+    with pytest.raises(InputError, match="step-00000006" if file == "checksums.json" else file):
+        Checkpoint(newest, optimizer=True)
+    assert train("--max_iters=6", "--checkpoint_interval=3") == 0
+    assert "warning: step-00000006 is passed over" in capsys.readouterr().err
+    assert_same_run(str(once / "out/run"), "out/run")
+
+
+@pytest.fixture(scope="module")
+def once(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a finished run of checkpoints 3 and 6, to be copied."""
+    root = tmp_path_factory.mktemp("once")
+    (root / "data").symlink_to(corpus / "data")
+    done = run_script("train.py", *TINY, "--max_iters=6", "--checkpoint_interval=3", "--out_dir=out/run", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def test_a_checkpoint_that_carries_code_does_not_run_it(once: Path, tmp_path: Path) -> None:
+    """A pickle in place of the weights, with checksums that agree: it is refused as what it is."""
+    shutil.copytree(once / "out", tmp_path / "out")
+    checkpoint = tmp_path / "out/run/checkpoints/step-00000006"
+
+    class Hostile:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
+            return os.system, (f"touch {tmp_path}/it-ran",)
+
+    for file in ("model.safetensors", "nib_tokenizer.json", "state.json"):
+        kept = (checkpoint / file).read_bytes()
+        (checkpoint / file).write_bytes(pickle.dumps(Hostile()))
+        sums = {name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in FILES}
+        (checkpoint / "checksums.json").write_text(json.dumps(sums))
+        done = run_script("sample.py", str(checkpoint), "--prompt=x", cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        (checkpoint / file).write_bytes(kept)
+    assert not (tmp_path / "it-ran").exists()
+
+
+def test_latest_names_a_checkpoint_and_no_path(once: Path, tmp_path: Path) -> None:
+    shutil.copytree(once / "out", tmp_path / "out")
+    (tmp_path / "out/run/checkpoints/latest").write_text("../../../elsewhere")
+    done = run_script("sample.py", "out/run/checkpoints/latest", cwd=tmp_path)
+    assert done.returncode == 2
+
+
+def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_good(once: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writing fails in the middle of the weights."""
+    shutil.copytree(once / "out", tmp_path / "out")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    settings = [*TINY, "--max_iters=20", "--checkpoint_interval=3", "--log_interval=5", "--out_dir=out/run"]
+    done = run_script("train.py", *settings, cwd=tmp_path, preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    assert "warning: the checkpoint could not be written" in done.stdout, "training goes on"
+    assert "error: the checkpoint could not be written" in done.stderr
+    assert [path.name for path in list_checkpoints(Path("out/run/checkpoints"))] == ["step-00000006", "step-00000003"]
+    assert open_checkpoint(Path("out/run"), optimizer=True).state["step"] == 6
+    assert train("--max_iters=20", "--checkpoint_interval=3", "--log_interval=5") == 0
+
+
+def test_a_changed_corpus_is_not_resumed_on(once: Path, tmp_path: Path) -> None:
+    shutil.copytree(once / "out", tmp_path / "out")
+    prepared = run_script(
+        "prepare_data.py",
+        str(ROOT / "nib"),
+        "--glob=*.py",
+        "--out=other",
+        "--tokenizer=byte",
+        "--workers=1",
+        cwd=tmp_path,
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    (tmp_path / "data").unlink()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "other").rename(tmp_path / "data/words")
+    with pytest.raises(InputError, match="not the corpus that the run in out/run began with"):
+        train("--max_iters=9")
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    slow = ["--n_layer=8", "--n_embd=256", "--batch_size=64", "--block_size=128", "--max_iters=1000"]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *slow, "--out_dir=out/slow"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        wait_for(lambda: (tmp_path / "out/slow/metrics.jsonl").exists() or process.poll() is not None)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "is saved" not in output
+
+
+def start_torchrun(root: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *launcher]
+    return subprocess.Popen(
+        [*command, str(ROOT / "train.py"), *TINY, *arguments], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def workers_of(process: subprocess.Popen[str]) -> list[int]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in listed.stdout.split()]
+
+
+# Long enough to be interrupted, and the same in every test that compares with `whole`.
+SHARED = ["--max_iters=400", "--checkpoint_interval=20", "--dropout=0.1", "--micro_batch_size=2"]
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed run of two processes."""
+    root = tmp_path_factory.mktemp("whole")
+    (root / "data").symlink_to(corpus / "data")
+    done = torchrun(2, *SHARED, "--out_dir=out/whole", cwd=root)
+    assert done.returncode == 0, done.stderr
+    return root / "out/whole"
+
+
+def test_sigterm_under_torchrun_saves_one_step_of_all(whole: Path, tmp_path: Path) -> None:
+    with start_torchrun(tmp_path, *SHARED, "--out_dir=out/told") as process:
+        wait_for(lambda: (tmp_path / "out/told/metrics.jsonl").exists())
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert "is saved. Go on with: torchrun --standalone --nproc_per_node=2" in output, output
+    assert len(losses("out/told")) < 400
+    assert torchrun(2, *SHARED, "--out_dir=out/told", cwd=tmp_path).returncode == 0
+    assert_same_run(str(whole), "out/told")
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_process_that_dies_is_noticed_and_torchrun_brings_the_run_back(
+    whole: Path, tmp_path: Path, restarts: int
+) -> None:
+    path = tmp_path / "out/hit/metrics.jsonl"
+    with start_torchrun(
+        tmp_path, *SHARED, "--out_dir=out/hit", launcher=(f"--max-restarts={restarts}", "--monitor-interval=0.5")
+    ) as process:
+        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 30)
+        os.kill(workers_of(process)[-1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=90)
+    assert "error: process 0 lost the others" in output, output
+    assert (process.returncode == 0) == bool(restarts)
+    if not restarts:
+        assert torchrun(2, *SHARED, "--out_dir=out/hit", cwd=tmp_path).returncode == 0
+    assert_same_run(str(whole), "out/hit")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_the_number_of_processes_may_change(tmp_path: Path, parallel: str) -> None:
+    """1 -> 2 -> 1 processes: the same sums in another order, so the losses agree to float32 rounding, grown."""
+    settings = ["--schedule=constant", "--micro_batch_size=2", f"--parallel={parallel}"]
+    train(*settings, "--max_iters=45", "--out_dir=out/one")
+    train(*settings, "--max_iters=15", "--out_dir=out/mixed")
+    done = torchrun(2, *settings, "--max_iters=30", "--out_dir=out/mixed", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    train(*settings, "--max_iters=45", "--out_dir=out/mixed")
+    assert losses("out/mixed")[:16] == losses("out/one")[:16]
+    assert losses("out/mixed") == pytest.approx(losses("out/one"), rel=1e-3)
+    assert tensors("out/mixed").keys() == tensors("out/one").keys()
+
+
+def test_fsdp_follows_one_process(tmp_path: Path) -> None:
+    settings = ["--max_iters=50", "--micro_batch_size=2", "--eval_interval=20", "--activation_checkpointing"]
+    train(*settings, "--out_dir=out/one")
+    done = torchrun(2, *settings, "--parallel=fsdp", "--sample_interval=20", "--out_dir=out/two", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert losses("out/two") == pytest.approx(losses("out/one"), rel=2e-3)
+    assert metrics("out/two")[-1]["val_loss"] == pytest.approx(metrics("out/one")[-1]["val_loss"], rel=2e-3)
+
+
+def test_the_soak_in_short(tmp_path: Path) -> None:
+    """Random kills and damage, as bench/soak.py does by the hundred."""
+    done = run_script("bench/soak.py", "--kills=3", "--steps=120", "--damage=0.5", cwd=tmp_path, timeout=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["kills"] >= 3 and result["bytes_compared"] > 500_000 and result["differences"] == 0
