@@ -34,7 +34,7 @@ class Options:
     compile: str = option("auto", "torch.compile", choices=("auto", "true", "false"), group="more")
     norm: str = option("rmsnorm", "which", choices=("layernorm", "rmsnorm"), group="more")
     out_dir: str = option("", "where", group="more")
-    stop: list[str] = option([], "texts", group="more")  # noqa: RUF009  (a fresh list each time)
+    stop: list[str] = option([], "texts", group="more")
 
 
 def read(*argv: str, config_file: bool = False, max_arguments: int | None = None) -> Parsed[Options]:
@@ -416,6 +416,7 @@ def test_any_text_as_a_config_is_parsed_or_refused(tmp_path_factory: pytest.Temp
     read_config_text(shared_directory(tmp_path_factory), text)
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @quick
 @given(st.integers(0, 60), st.integers(0, 8), st.text("'\"()[]{}=:;,.#\\ \n\tab19_\0é😀", max_size=3))
 def test_a_damaged_config_is_parsed_or_refused(

@@ -542,8 +542,8 @@ def test_initialisation(norm: str) -> None:
             assert not parameter.any(), name
         else:
             # The deviation of n >= 36864 numbers is known to 1/sqrt(2n) < 0.4 %; five times that.
-            assert float(parameter.std()) == pytest.approx(kinds[kind], rel=0.02), name
-            assert abs(float(parameter.mean())) <= 0.03 * kinds[kind], name
+            assert parameter.std().item() == pytest.approx(kinds[kind], rel=0.02), name
+            assert abs(parameter.mean().item()) <= 0.03 * kinds[kind], name
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:
