@@ -37,7 +37,7 @@ ABOUT = (
 
 @dataclass
 class Options(SamplingSettings):
-    prompt: list[str] = option(  (a fresh list each time)
+    prompt: list[str] = option(
         [], "the text to continue, FILE:path for a file's, - for standard input's; several are written as one batch",
         group="input and output",
     )  # fmt: skip

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nib.cli import option, parse  # noqa: E402
-from nib.errors import RunError, run_script  # noqa: E402
+from nib.cli import option, parse
+from nib.errors import RunError, run_script
 
 SPEED_TARGET, MEMORY_TARGET = 0.9, 500.0  # share of tiktoken's speed; MB of the whole process tree
 

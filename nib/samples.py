@@ -40,9 +40,7 @@ class SamplingSettings:
     repetition_penalty: float = option(
         1.0, "above 1 makes tokens of the prompt and of the text so far less probable", above=0, group="sampling"
     )
-    stop: list[str] = option(  (a fresh list each time)
-        [], "end before this text; may be given several times", group="sampling"
-    )
+    stop: list[str] = option([], "end before this text; may be given several times", group="sampling")
     seed: int = option(
         1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
     )

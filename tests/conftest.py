@@ -32,8 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         lines = [f"line {line} of text {number} counts {line * number}\n" for line in range(60)]
         (root / "texts" / f"{number:02d}.txt").write_text("".join(lines))
-    done = run_script(
-        "prepare_data.py", "texts", "--out=data/words", "--tokenizer=byte", "--val-fraction=0.1", "--workers=1", cwd=root
-    )
+    options = ["--out=data/words", "--tokenizer=byte", "--val-fraction=0.1", "--workers=1"]
+    done = run_script("prepare_data.py", "texts", *options, cwd=root)
     assert done.returncode == 0, done.stderr
     return root
