@@ -1,4 +1,4 @@
-"""model.py: the network against Hugging Face's, its loss, its cache, its masks, and the numbers it states."""
+"""model.py: the network against Hugging Face's, its positions, how it begins, and the numbers it states."""
 
 from __future__ import annotations
 
@@ -14,41 +14,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from model_helpers import LLAMA, random_model, random_tokens, randomise, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model as model_file
 from model import GPT, MLPS, POSITIONS, GPTConfig, KVCache
 
-torch.set_num_threads(1)
-
-
-def tiny(**changes: Any) -> GPTConfig:
-    settings: dict[str, Any] = dict(vocab_size=40, block_size=24, n_layer=2, n_head=4, n_embd=32)
-    return GPTConfig(**{**settings, **changes})
-
-
-@torch.no_grad()
-def randomise(module: nn.Module, seed: int = 0) -> None:
-    """Weights so large that no part of the network can be left out, or two of its parts swapped, unnoticed."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in module.named_parameters():
-        drawn = torch.randn(parameter.shape, generator=generator)
-        is_gain = parameter.ndim == 1 and name.endswith("weight")
-        parameter.copy_(1 + 0.3 * drawn if is_gain else 0.3 * drawn)
-
-
-def random_model(**changes: Any) -> GPT:
-    model = GPT(tiny(**changes))
-    randomise(model)
-    return model.eval()
-
-
-def random_tokens(*shape: int, seed: int = 0, vocab_size: int = 40) -> Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
-# ---- the same model as Hugging Face's ----------------------------------------------------------------------------
+# ---- the same model as Hugging Face's ------------------------------------------------------------------------------
 
 # Ours: theirs, one above the other. N is the layer.
 GPT2_NAMES = {
@@ -112,7 +85,6 @@ def llama_like(config: GPTConfig) -> dict[str, Any]:
     )  # fmt: skip
 
 
-LLAMA = dict(norm="rmsnorm", position="rope", mlp="swiglu", bias=False, tie_weights=False)
 SAME_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-2": ("GPT2", {}),
     "Llama": ("Llama", LLAMA),
@@ -154,7 +126,7 @@ def test_logits_equal_hugging_face(name: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6 * scale)
 
 
-# ---- positions ---------------------------------------------------------------------------------------------------
+# ---- positions -----------------------------------------------------------------------------------------------------
 
 
 def test_sinusoidal_positions_are_those_of_the_formula() -> None:
@@ -218,276 +190,7 @@ def test_overfits_one_batch(position: str, mlp: str) -> None:
     pytest.fail(f"loss {loss.item():.3f} after 300 steps on one batch")
 
 
-# ---- the loss ----------------------------------------------------------------------------------------------------
-
-
-def masked_targets(seed: int = 1) -> Tensor:
-    targets = random_tokens(3, 20, seed=seed)
-    targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(seed)) < 0.25] = -1
-    return targets
-
-
-def loss_and_gradients(
-    model: GPT, targets: Tensor, *, rows: int, dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Loss and gradients, in chunks of `rows` rows of logits; "stream" is the gradient of what the head reads."""
-    model.max_logits = rows * model.config.vocab_size
-    model.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        x = model.hidden(random_tokens(3, 20))
-        x.retain_grad()
-        loss = model.loss(x, targets)
-    assert loss.dtype == torch.float32
-    (loss * 3).backward()
-    assert x.grad is not None
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), "stream": x.grad, **found}
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rows", [1, 7, 59])
-def test_chunked_loss_is_the_plain_loss(tied: bool, rows: int) -> None:
-    model, targets = random_model(tie_weights=tied), masked_targets()
-    plain = loss_and_gradients(model, targets, rows=60)
-    by_hand = F.cross_entropy(model(random_tokens(3, 20))[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
-    torch.testing.assert_close(plain["loss"], by_hand)
-    chunked = loss_and_gradients(model, targets, rows=rows)
-    assert chunked.keys() == plain.keys()
-    for name, expected in plain.items():
-        # The same terms in another order: float32 rounding of the largest of them.
-        bound = 2e-6 * float(expected.abs().max())
-        torch.testing.assert_close(chunked[name], expected, rtol=0, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("rows", [7, 60])
-def test_loss_with_no_target_is_zero(rows: int) -> None:
-    found = loss_and_gradients(random_model(), torch.full((3, 20), -1), rows=rows)
-    assert all(not value.any() for value in found.values()), "and so are all gradients"
-
-
-@pytest.mark.parametrize("rows", [7, 60])
-def test_masked_targets_count_nothing(rows: int) -> None:
-    model, targets = random_model(), masked_targets()
-    model.max_logits = rows * 40
-    kept = targets.flatten() >= 0
-    x = model.hidden(random_tokens(3, 20)).flatten(0, 1)[kept]
-    expected = F.cross_entropy(model.logits(x), targets.flatten()[kept])
-    torch.testing.assert_close(model(random_tokens(3, 20), targets)[1], expected, rtol=2e-6, atol=0)
-
-
-@pytest.mark.parametrize("rows", [1, 7])
-def test_chunked_loss_is_the_plain_loss_under_autocast(rows: int) -> None:
-    model, targets = random_model(), masked_targets()
-    plain = loss_and_gradients(model, targets, rows=60, dtype=torch.bfloat16)
-    chunked = loss_and_gradients(model, targets, rows=rows, dtype=torch.bfloat16)
-    # Both round the logits to bfloat16 at the same place, and sum in float32.
-    torch.testing.assert_close(chunked["loss"], plain["loss"], rtol=2e-6, atol=0)
-    for name in plain.keys() - {"loss"}:
-        # The gradient of each logit is rounded to bfloat16, 2^-9 of it, before or after the mean is taken; the
-        # rounding errors of the layers behind are as large, and not the same.
-        error = (chunked[name] - plain[name]).norm() / plain[name].norm().clamp_min(1e-9)
-        assert error < 2**-6, (name, float(error))
-
-
-def test_chunked_loss_keeps_no_logits() -> None:
-    """What is alive between forward and backward is the size of x and W, not of the logits."""
-    model = GPT(GPTConfig(vocab_size=5000, block_size=64, n_layer=1, n_head=2, n_embd=16))
-    model.max_logits = 4 * 5000
-    tokens = random_tokens(4, 64, vocab_size=5000)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
-        model(tokens, tokens)
-    assert max(saved) <= 5000 * 16 < 4 * 64 * 5000
-
-
-def test_chunked_loss_without_gradients() -> None:
-    model = random_model()
-    model.max_logits = 7 * 40
-    with torch.no_grad():
-        _, quiet = model(random_tokens(3, 20), masked_targets())
-    assert not quiet.requires_grad
-    torch.testing.assert_close(quiet, model(random_tokens(3, 20), masked_targets())[1].detach())
-
-
-# ---- the cache ---------------------------------------------------------------------------------------------------
-
-CACHED = [
-    *({"position": position} for position in POSITIONS),
-    {"position": "rope", "n_kv_head": 2, "qk_norm": True, "norm": "rmsnorm", "mlp": "swiglu"},
-    {"position": "rope", "n_kv_head": 1, "window": 5},
-    {"position": "learned", "window": 1},
-    {"position": "none", "window": 9, "bias": False},
-]
-
-
-def near(actual: Tensor, expected: Tensor) -> None:
-    """Equal but for the order in which attention adds up float32 numbers."""
-    torch.testing.assert_close(actual, expected, rtol=0, atol=3e-6 * float(expected.abs().max()))
-
-
-@pytest.mark.parametrize("changes", CACHED, ids=str)
-@torch.no_grad()
-def test_cached_and_uncached_logits_agree(changes: dict[str, Any]) -> None:
-    """Rows of different lengths, filled from a padded batch, go on in steps of several tokens and of one."""
-    model, tokens = random_model(**changes), random_tokens(3, 24)
-    expected, _ = model(tokens)
-    lengths = [3, 9, 1]
-    padded = tokens[:, :9].clone()
-    for row, length in enumerate(lengths):
-        padded[row, length:] = 39 - row  # padding, which nothing may see
-    cache = KVCache(model.config, 3)
-    logits, _ = model(padded, cache=cache)
-    for row, length in enumerate(lengths):
-        near(logits[row, :length], expected[row, :length])
-    cache.truncate(lengths)
-    while max(lengths) < 24:
-        step = 4 if max(lengths) in (9, 14) else 1
-        new = torch.stack([tokens[row, length : length + step] for row, length in enumerate(lengths)])
-        logits, _ = model(new, cache=cache)
-        for row, length in enumerate(lengths):
-            near(logits[row], expected[row, length : length + step])
-        lengths = [length + step for length in lengths]
-        assert cache.lengths == lengths
-
-
-@pytest.mark.parametrize("changes", CACHED, ids=str)
-@torch.no_grad()
-def test_cached_rows_of_one_length_agree(changes: dict[str, Any]) -> None:
-    """Rows that do not differ take a path of their own, to the very last position of the context."""
-    model, tokens = random_model(**changes), random_tokens(2, 24)
-    expected, _ = model(tokens)
-    for steps in ([1, 6, 1, 1, 5, *[1] * 10], [2, 21, 1], [24]):
-        cache = KVCache(model.config, 2)
-        begin = 0
-        for step in steps:
-            logits, _ = model(tokens[:, begin : begin + step], cache=cache)
-            near(logits, expected[:, begin : begin + step])
-            begin += step
-        assert begin == 24
-
-
-@pytest.mark.parametrize("lengths", [[20, 20], [20, 3]])
-@torch.no_grad()
-def test_full_cache_refuses_and_changes_nothing(lengths: list[int]) -> None:
-    model, tokens = random_model(), random_tokens(2, 24)
-    cache = KVCache(model.config, 2)
-    model(tokens[:, :20], cache=cache)
-    cache.truncate(lengths)
-    before = cache.keys.clone(), cache.values.clone()
-    with pytest.raises(ValueError, match="context is full: 20 \\+ 5 positions do not fit into 24"):
-        model(tokens[:, :5], cache=cache)
-    assert cache.lengths == lengths and torch.equal(cache.keys, before[0]) and torch.equal(cache.values, before[1])
-    model(tokens[:, :4], cache=cache)
-    assert cache.lengths == [length + 4 for length in lengths]
-    with pytest.raises(ValueError, match="context is full"):
-        model(tokens[:, :1], cache=cache)
-
-
-def test_more_tokens_than_the_context_are_refused() -> None:
-    model = random_model()
-    with pytest.raises(ValueError, match="25 tokens do not fit into block_size 24"):
-        model(random_tokens(1, 25))
-
-
-def test_a_cache_may_be_shorter_than_the_context_but_never_longer() -> None:
-    assert KVCache(tiny(), 1, 10).max_length == 10
-    assert KVCache(tiny(), 1, 100).max_length == KVCache(tiny(), 1).max_length == 24
-
-
-@torch.no_grad()
-def test_truncated_rows_go_on_as_if_never_longer() -> None:
-    model, tokens = random_model(position="rope", n_kv_head=2), random_tokens(2, 24)
-    cache = KVCache(model.config, 2)
-    model(random_tokens(2, 20, seed=9), cache=cache)
-    cache.truncate([0, 0])
-    model(tokens[:, :10], cache=cache)
-    cache.truncate([4, 7])
-    logits, _ = model(torch.stack([tokens[0, 4:8], tokens[1, 7:11]]), cache=cache)
-    expected, _ = model(tokens)
-    near(logits, torch.stack([expected[0, 4:8], expected[1, 7:11]]))
-    for wrong in ([9, 3], [4], [4, 4, 4]):
-        with pytest.raises(ValueError, match="cannot truncate"):
-            cache.truncate(wrong)
-    assert cache.lengths == [8, 11]
-
-
-@torch.no_grad()
-def test_taken_rows_are_copies_that_branch() -> None:
-    model, tokens = random_model(position="rope"), random_tokens(3, 24)
-    cache = KVCache(model.config, 2)
-    model(tokens[:2, :10], cache=cache)
-    cache.truncate([6, 10])
-    kept = cache.keys.clone()
-    branches = cache.take_rows([1, 0, 1])
-    assert branches.lengths == [10, 6, 10] and branches.max_length == 24
-    logits, _ = model(tokens[[2, 0, 1], 10:12], cache=branches)
-    joined = [torch.cat([tokens[row, :length], tokens[then, 10:12]]) for row, length, then in
-              [(1, 10, 2), (0, 6, 0), (1, 10, 1)]]  # fmt: skip
-    for row, text in enumerate(joined):
-        near(logits[row], model(text[None])[0][0, -2:])
-    assert torch.equal(cache.keys, kept) and cache.lengths == [6, 10]
-
-
-@torch.no_grad()
-def test_put_rows_replaces_rows_and_no_others() -> None:
-    model, tokens = random_model(position="rope"), random_tokens(3, 24)
-    cache, other = KVCache(model.config, 3), KVCache(model.config, 2, 12)
-    model(tokens[:, :14], cache=cache)
-    cache.truncate([14, 5, 9])
-    model(tokens[[1, 0], 10:20], cache=other)
-    other.truncate([10, 4])
-    cache.put_rows([2, 0], other)
-    assert cache.lengths == [4, 5, 10]
-    logits, _ = model(tokens[:, :1], cache=cache)
-    texts = [tokens[0, 10:14], tokens[1, :5], tokens[1, 10:20]]
-    for row, text in enumerate(texts):
-        near(logits[row], model(torch.cat([text, tokens[row, :1]])[None])[0][0, -1:])
-
-
-# ---- who sees whom -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("window", [0, 1, 2, 5, 11, 12, 13])
-@pytest.mark.parametrize("lengths", [None, [0, 0], [4, 4], [4, 0], [0, 9]])
-@pytest.mark.parametrize("new", [1, 2, 12])
-def test_mask_is_the_brute_force_mask(window: int, lengths: list[int] | None, new: int) -> None:
-    model = random_model(window=window, n_layer=1)
-    cache = None
-    if lengths is not None:
-        cache = KVCache(model.config, 2)
-        cache.lengths = list(lengths)
-    context = model.context(torch.zeros(2, new, dtype=torch.int64), cache)
-    starts = lengths or [0, 0]
-    total = max(starts) + new
-    expected = [
-        [
-            [key <= start + query and (not window or key > start + query - window) for key in range(total)]
-            for query in range(new)
-        ]
-        for start in starts
-    ]
-    if context.mask is None:  # then attention is told to be causal where T > 1, and T = 1 sees everything
-        assert new == 1 or new == total
-        mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)
-    else:
-        mask = context.mask.squeeze(1) if context.mask.dim() == 4 else context.mask
-    assert torch.equal(mask.expand(2, new, total), torch.tensor(expected))
-
-
-@pytest.mark.parametrize("window", [0, 1, 3])
-@torch.no_grad()
-def test_a_token_reaches_the_positions_of_its_window_only(window: int) -> None:
-    model, tokens = random_model(window=window, n_layer=1), random_tokens(1, 9)
-    before, _ = model(tokens)
-    for changed in range(9):
-        other = tokens.clone()
-        other[0, changed] = (other[0, changed] + 1) % 40
-        moved = (model(other)[0] - before).abs().amax(-1)[0] > 1e-4
-        expected = [query >= changed and (not window or query - changed < window) for query in range(9)]
-        assert moved.tolist() == expected, f"position {changed}"
-
-
-# ---- counts ------------------------------------------------------------------------------------------------------
+# ---- counts --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -523,7 +226,7 @@ def test_swiglu_is_8_3_wide_in_multiples_of_64(n_embd: int, hidden: int) -> None
     assert tiny(n_embd=n_embd, mlp="relu").mlp_hidden == 4 * n_embd
 
 
-# ---- how it begins -----------------------------------------------------------------------------------------------
+# ---- how it begins -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
@@ -554,7 +257,7 @@ def test_initialisation_is_a_function_of_the_seed() -> None:
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
 
 
-# ---- dropout, recomputation, mixed precision ---------------------------------------------------------------------
+# ---- dropout, recomputation, mixed precision -----------------------------------------------------------------------
 
 
 def test_dropout_acts_in_training_only() -> None:
@@ -632,7 +335,7 @@ def test_bfloat16_autocast_follows_float32(changes: dict[str, Any]) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-# ---- shapes that cannot be, and the file by itself ---------------------------------------------------------------
+# ---- shapes that cannot be, and the file by itself -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
