@@ -62,15 +62,21 @@ def train_for(command: list[str], root: Path, seconds: float | None) -> int | No
     """Run the command to its end and return its status, or kill it and all its children after `seconds`: None."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (root / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        for pid in [process.pid, *descendants(process.pid)]:
+            os.kill(pid, signal.SIGKILL)
         process.wait()
         return None
+
+
+def descendants(pid: int) -> list[int]:
+    """Child processes of `pid`, theirs, and so on: torchrun puts each into a session of its own."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    children = [int(child) for child in listed.split()]
+    return children + [below for child in children for below in descendants(child)]
 
 
 def last_step(run: Path) -> int:

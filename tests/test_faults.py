@@ -236,3 +236,59 @@ def test_the_soak_in_short(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 3 and result["bytes_compared"] > 500_000 and result["differences"] == 0
+
+
+def have_namespaces() -> bool:
+    """Network namespaces take root and iproute2; without them the machine cannot play two."""
+    made = (
+        shutil.which("ip") and subprocess.run(["ip", "netns", "add", "nib-probe"], capture_output=True).returncode == 0
+    )
+    if made:
+        subprocess.run(["ip", "netns", "del", "nib-probe"], check=True)
+    return bool(made)
+
+
+@pytest.mark.skipif(not have_namespaces(), reason="needs root and iproute2 to make network namespaces")
+def test_two_machines_train_one_model(tmp_path: Path) -> None:
+    """Two network namespaces joined by a cable stand for two machines; one is lost, and comes back."""
+    names = [f"nib-{os.getpid()}-{index}" for index in range(2)]
+    script = [str(ROOT / "train.py"), *TINY, "--max_iters=300", "--checkpoint_interval=20", "--micro_batch_size=2"]
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    def start(index: int) -> subprocess.Popen[str]:
+        launcher = ["-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={index}", "--nproc_per_node=1"]
+        launcher += ["--rdzv_backend=static", "--master_addr=10.77.0.1", "--master_port=29512"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "cable"}
+        return subprocess.Popen(
+            ["ip", "netns", "exec", names[index], sys.executable, *launcher, *script, "--out_dir=out/two"],
+            cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for index, name in enumerate(names):
+            ip("-n", name, "addr", "add", f"10.77.0.{index + 1}/24", "dev", "cable")
+            ip("-n", name, "link", "set", "cable", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        machines = [start(0), start(1)]
+        path = tmp_path / "out/two/metrics.jsonl"
+        wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 30)
+        inside = subprocess.run(["ip", "netns", "pids", names[1]], capture_output=True, text=True).stdout.split()
+        for pid in inside:  # power off: nothing on that machine says good-bye
+            os.kill(int(pid), signal.SIGKILL)
+        output, _ = machines[0].communicate(timeout=90)
+        assert machines[0].returncode != 0
+        assert "lost the others" in output, output
+        machines[1].communicate()
+        for machine in [start(0), start(1)]:
+            output, _ = machine.communicate(timeout=90)
+            assert machine.returncode == 0, output
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+    train("--max_iters=300", "--micro_batch_size=2", "--out_dir=out/one")
+    assert losses("out/two") == pytest.approx(losses("out/one"), rel=5e-3)
