@@ -155,12 +155,12 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         if due(progress.step, settings.sample_interval):
             report.say(sample_text(model, dataset, settings.seed))
         if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
-            run.save_or_warn(model, optimizers, best, report)
+            run.save(model, optimizers, report, best)
         if signalled:
             break
 
     if run.saved_step != progress.step:
-        run.save(model, optimizers)
+        run.save(model, optimizers, report)
     run.saver.finish()
     report.close()
     farewell(report, run, stop.number)

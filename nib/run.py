@@ -130,20 +130,11 @@ class Run:
                 f"{back}; lower the learning rate, or check the data"
             )
 
-    def save(self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool = False) -> None:
-        """Copy the state and write it in the background. Raises RunError when the write before this one failed.
-
-        Sharded tensors are put together one at a time, in the first process's memory, not on its device.
-        """
-        reshard(model)
-        names = parameter_names(model)
-        tensors = {"model": model.state_dict(), "optimizer": optimizer_tensors(optimizers, names)}
-        copies: dict[str, dict[str, torch.Tensor]] = {"model": {}, "optimizer": {}}
-        for kind, named in tensors.items():
-            for name, tensor in named.items():
-                full = whole(tensor.detach())
-                if self.cluster.first:
-                    copies[kind][name] = full.to("cpu", copy=True).contiguous()
+    def save(
+        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter, best: bool = False
+    ) -> None:
+        """Copy the state and write it in the background; when the write before this one failed, say so and go on."""
+        weights, optimizer = snapshot(model, optimizers, keep=self.cluster.first)
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.cluster.first:
             return
@@ -159,17 +150,11 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
-        self.saver.save(copies["model"], copies["optimizer"], state, best)
-
-    def save_or_warn(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], best: bool, report: Reporter
-    ) -> None:
-        """Save while training: say that the disk did not take the checkpoint before this one, and go on."""
         try:
-            self.save(model, optimizers, best)
+            self.saver.finish()
         except RunError as error:
             report.say(f"warning: {error}")
-            self.save(model, optimizers, best)
+        self.saver.save(weights, optimizer, state, best)
 
     def overdue(self) -> bool:
         """Whether checkpoint_seconds have passed since the last save, by the first process's clock."""
@@ -197,6 +182,21 @@ def open_dataset(name: str) -> Dataset:
             f"Make it with: python prepare_data.py SOURCE --out data/{Path(name).name}"
         )
     return Dataset(directory)
+
+
+def snapshot(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Copies in CPU memory of the weights and the optimizers' state, which training cannot change any more.
+
+    Sharded tensors are put together one at a time, with the help of all processes; those with `keep` get the copies.
+    """
+    reshard(model)
+    copies: list[dict[str, torch.Tensor]] = []
+    for tensors in (model.state_dict(), optimizer_tensors(optimizers, parameter_names(model))):
+        full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        copies.append({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in full if keep})
+    return copies[0], copies[1]
 
 
 def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
