@@ -51,7 +51,7 @@ from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
-from nib.run import Run, StopSignal, due, open_dataset
+from nib.run import STOP_SIGNALS, Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
@@ -128,35 +128,32 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         run.count_step(loss, grad_norm, report)
         progress.tokens += tokens_per_step
         progress.seconds += time.perf_counter() - began
-        progress.seconds, signalled = agree(cluster, progress.seconds, stop.number)
+        progress.seconds, stop.number = agree(cluster, progress.seconds, stop.number)
         done = finished(progress.step, steps, progress.seconds, settings.max_seconds)
 
-        if done or due(progress.step, settings.log_interval):
+        report.progress(progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, rate * flops / peak)
+
+        best, measured = False, {}
+        if dataset.val.tokens > 1 and (done or due(progress.step, settings.eval_interval)):
+            found = validate()
+            best = found.loss < progress.best_val_loss
+            progress.best_val_loss = min(found.loss, progress.best_val_loss)
+            report.say(f"step {progress.step}: {describe(found)}")
+            measured = {"val_loss": found.loss, "val_bits_per_byte": found.bits_per_byte}
+        if done or measured or due(progress.step, settings.log_interval):
             rate = (progress.step - logged_step) * tokens_per_step / max(1e-9, progress.seconds - logged_seconds)
             logged_step, logged_seconds = progress.step, progress.seconds
             mfu = {"mfu": round(rate * flops / peak, 4)} if peak < math.inf else {}
             report.metrics(
                 step=progress.step, tokens=progress.tokens, loss=loss, lr=factor * settings.learning_rate,
                 grad_norm=grad_norm, tokens_per_second=round(rate, 1), seconds=round(progress.seconds, 3),
-                memory_bytes=peak_memory(cluster.device), **mfu,
-            )  # fmt: skip
-        report.progress(progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, rate * flops / peak)
-
-        best = False
-        if dataset.val.tokens > 1 and (done or due(progress.step, settings.eval_interval)):
-            found = validate()
-            best = found.loss < progress.best_val_loss
-            progress.best_val_loss = min(found.loss, progress.best_val_loss)
-            report.say(f"step {progress.step}: {describe(found)}")
-            report.metrics(
-                step=progress.step, tokens=progress.tokens, seconds=round(progress.seconds, 3),
-                val_loss=found.loss, val_bits_per_byte=found.bits_per_byte,
+                memory_bytes=peak_memory(cluster.device), **mfu, **measured,
             )  # fmt: skip
         if due(progress.step, settings.sample_interval):
             report.say(sample_text(model, dataset, settings.seed))
         if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
             run.save(model, optimizers, report, best)
-        if signalled:
+        if stop.number:
             break
 
     if run.saved_step != progress.step:
@@ -225,11 +222,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def agree(cluster: Cluster, seconds: float, signal_number: int) -> tuple[float, int]:
-    """The first process's clock, and whether any process was told to stop: all take the same decisions by them."""
+    """The first process's clock, and a signal that any process was sent: all take the same decisions by them."""
     if cluster.world == 1:
         return seconds, signal_number
-    clock, told = cluster.total([seconds if cluster.first else 0.0, float(signal_number > 0)])
-    return clock, int(told)
+    clock, *told = cluster.total([seconds if cluster.first else 0.0, *(signal_number == each for each in STOP_SIGNALS)])
+    return clock, next((each for each, count in zip(STOP_SIGNALS, told, strict=True) if count), 0)
 
 
 def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None) -> GPT:

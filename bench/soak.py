@@ -92,6 +92,8 @@ def damage(run: Path, dice: random.Random) -> str:
     if len(checkpoints) < 2:
         return ""
     path = checkpoints[0] / dice.choice(FILES)
+    if not path.exists():  # damaged before, and killed before that was noticed
+        return ""
     kind = dice.choice(["bit flipped", "cut short", "missing", "foreign", "emptied"])
     content = bytearray(path.read_bytes())
     if kind == "bit flipped":
@@ -154,7 +156,7 @@ def main() -> None:
             while True:
                 before = last_step(run)
                 # A start takes seconds and a step milliseconds: kills fall from the import of torch to the last save.
-                alive = dice.uniform(0.5, 6.0 if not arguments.change else 14.0)
+                alive = dice.uniform(1.0, 6.0 if not arguments.change else 14.0)
                 status = train_for(command_for(*dice.choice(ways), settings, run.name), root, alive)
                 if status == 0:
                     break

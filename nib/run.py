@@ -43,12 +43,15 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
 class StopSignal:
     """Remembers that SIGINT or SIGTERM came, so that the step can end and be saved. A second one stops at once."""
 
     def __init__(self) -> None:
         self.number = 0
-        self.before = {number: signal.signal(number, self._arrived) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.before = {number: signal.signal(number, self._arrived) for number in STOP_SIGNALS}
 
     def _arrived(self, number: int, frame: object) -> None:
         if self.number == number:
@@ -133,8 +136,14 @@ class Run:
     def save(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter, best: bool = False
     ) -> None:
-        """Copy the state and write it in the background; when the write before this one failed, say so and go on."""
+        """Copy the state and write it in the background; when the write before this one failed, say so and go on.
+
+        A state with numbers that are not finite is not saved: the checkpoint before it is the better one.
+        """
         weights, optimizer = snapshot(model, optimizers, keep=self.cluster.first)
+        if self.progress.skipped_in_a_row or not all(tensor.isfinite().all() for tensor in weights.values()):
+            report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
+            return
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.cluster.first:
             return

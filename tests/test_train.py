@@ -92,7 +92,7 @@ def test_a_run_writes_the_files_of_the_contract_and_its_loss_falls() -> None:
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
     keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"}
-    assert all(set(line) == keys for line in steps)
+    assert all(set(line) - {"val_loss", "val_bits_per_byte"} == keys for line in steps)
     assert steps[-1]["tokens"] == 20 * 8 * 32
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
     evaluations = [line for line in lines if "val_loss" in line]
@@ -248,6 +248,23 @@ def test_numbers_that_are_not_finite_are_skipped_and_end_the_run(monkeypatch: py
         train("--max_iters=50", "--max_skipped_steps=4", "--out_dir=out/sane")
     assert all(torch.equal(good[name], value) for name, value in tensors("out/sane").items())
     assert metrics("out/sane")[-1]["loss"] is None
+
+
+def test_a_poisoned_model_is_not_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that overflow in the very update that the checkpoint would hold: loss and gradient were still finite."""
+    train("--max_iters=4", "--schedule=constant")
+    real = train_script.optimizer_step
+
+    def poison(ready: torch.nn.Module, *rest: Any, **more: Any) -> tuple[float, float]:
+        result = real(ready, *rest, **more)
+        with torch.no_grad():
+            next(ready.parameters())[0, 0] = float("inf")
+        return result
+
+    monkeypatch.setattr(train_script, "optimizer_step", poison)
+    train("--max_iters=5", "--schedule=constant")
+    assert "step 5 is not saved: its numbers are not finite" in capsys.readouterr().out
+    assert Path("out/run/checkpoints/latest").read_text().strip() == "step-00000004"
 
 
 def test_fine_tuning_starts_from_the_weights_of_a_run() -> None:
