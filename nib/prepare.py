@@ -26,8 +26,8 @@ from nib.workers import Worker
 
 # A dataset that can be made from its name: the source and how it is prepared.
 BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
-    "stdlib": {"source": "stdlib", "tokenizer": "bpe:2048"},
-    "stdlib_char": {"source": "stdlib", "tokenizer": "char"},
+    "stdlib": {"source": "stdlib", "tokenizer": "bpe:2048", "val_fraction": 0.05},
+    "stdlib_char": {"source": "stdlib", "tokenizer": "char", "val_fraction": 0.05},
     "shakespeare": {"source": "shakespeare", "tokenizer": "gpt2", "val_fraction": 0.1},
     "shakespeare_char": {"source": "shakespeare", "tokenizer": "char", "val_fraction": 0.1},
     "openwebtext": {"source": "openwebtext", "tokenizer": "gpt2"},
