@@ -24,5 +24,6 @@ max_iters = 1300
 warmup_iters = 20
 schedule = "linear"
 
-eval_interval = 260
-checkpoint_interval = 260
+eval_interval = 325
+eval_tokens = 100_000
+checkpoint_interval = 325

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,11 +13,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nib.device import pick_device
 from nib.errors import InputError, RunError
+
+# The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
+PATIENCE = timedelta(minutes=10)
+CONNECT_TIME, CONNECT_TRIES = timedelta(seconds=20), 3
 
 
 @dataclass
@@ -26,7 +32,6 @@ class Cluster:
     rank: int
     world: int
     device: torch.device
-    control: Any = None  # the gloo group, where there are several processes
 
     @property
     def first(self) -> bool:
@@ -37,7 +42,7 @@ class Cluster:
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, group=self.control)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
     def from_first(self, value: Any) -> Any:
@@ -45,7 +50,7 @@ class Cluster:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def stop(self) -> None:
@@ -65,13 +70,32 @@ def start_cluster(device_name: str) -> Cluster:
     device = pick_device(device_name, local_rank)
     if world == 1:
         return Cluster(rank, world, device)
-    # The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
-    patience = timedelta(minutes=10)
-    if device.type == "cuda":
-        dist.init_process_group("nccl", device_id=device, timeout=patience)
-        return Cluster(rank, world, device, dist.new_group(backend="gloo", timeout=patience))
-    dist.init_process_group("gloo", timeout=patience)
-    return Cluster(rank, world, device, dist.group.WORLD)
+    connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return Cluster(rank, world, device)
+
+
+def connect(backend: str) -> None:
+    """Make the process group. Raises RuntimeError when the processes cannot reach each other.
+
+    Gloo's handshake was seen to hang, once in some dozens of starts, with both sides waiting: so each try is short,
+    and begins afresh, under names of its own, once every process is there.
+    """
+    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+    for attempt in range(1, CONNECT_TRIES + 1):
+        names = dist.PrefixStore(f"nib-connect-{attempt}", store)
+        names.add("arrived", 1)
+        while names.add("arrived", 0) < world:
+            time.sleep(0.02)
+        try:
+            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=CONNECT_TIME)
+            dist.all_reduce(torch.zeros(1))
+            break
+        except RuntimeError:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if attempt == CONNECT_TRIES:
+                raise
+    _set_pg_timeout(PATIENCE, dist.group.WORLD)
 
 
 @contextlib.contextmanager
