@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from nib.cli import Parsed, parse
-from nib.errors import InputError, script_errors
+from nib.errors import InputError, leave, script_errors
 from nib.settings import TrainSettings, as_dict
 
 
@@ -322,4 +322,4 @@ def farewell(report: Reporter, run: Run, signal_number: int) -> None:
 
 if __name__ == "__main__":
     with script_errors(), lost_processes():
-        sys.exit(train(PARSED))
+        leave(train(PARSED))

@@ -7,6 +7,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 
 class InputError(Exception):
@@ -15,6 +16,15 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that was asked for rightly and failed; exit status 1."""
+
+
+def leave(status: int) -> NoReturn:
+    """End the process. One of several goes without teardown, in which gloo's threads were seen to hang or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        sys.exit(status)
+    os._exit(status)
 
 
 @contextlib.contextmanager
@@ -30,17 +40,17 @@ def script_errors() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        leave(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        leave(0)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         print(f"error: {error.filename} is longer than a name can be. Give a shorter one", file=sys.stderr)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
 
 
 def run_script(main: Callable[[], int | None]) -> None:
@@ -48,4 +58,4 @@ def run_script(main: Callable[[], int | None]) -> None:
     with script_errors():
         status = main() or 0
         sys.stdout.flush()
-        sys.exit(status)
+        leave(status)

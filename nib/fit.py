@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import Any
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -90,7 +93,11 @@ def fit_to_device(
         else:
             sizes = sizes[1:]
     if cluster.world > 1 and settings.parallel == "ddp":
-        ready = DistributedDataParallel(ready, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Buffers are tables that never change. Newer releases of torch have another name for not sending them around.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        ready = DistributedDataParallel(ready, **options)
     return sizes[0], ready
 
 
