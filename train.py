@@ -286,10 +286,9 @@ def announce(report: Reporter, run: Run, model: GPT) -> None:
         f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
         f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, {dataset.vocab_size} ids)"
     )
-    accumulation = settings.batch_size // cluster.world // micro
     report.say(
         f"run:    {budget}, {settings.batch_size} x {settings.block_size} tokens a step "
-        f"({accumulation} micro-batches of {micro}), {processes}{device_name(cluster.device)}, "
+        f"(micro-batches of {micro}), {processes}{device_name(cluster.device)}, "
         f"{str(run.precision.dtype).removeprefix('torch.')}"
     )
     if run.progress.step:

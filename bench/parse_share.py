@@ -2,8 +2,8 @@
 
     python bench/parse_share.py out/small
 
-Each sample begins with "def " and ends before the first line that is not indented any more; a sample that never gets
-that far counts as a failure, unless --open is given, which leaves it out.
+Each sample goes on from two line ends and "def", and ends before the first line that is not indented any more; a sample
+that never gets that far counts as a failure, unless --open is given, which leaves it out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nib.checkpoint import find_checkpoint, open_checkpoint
 from nib.generation import generate_text
 from nib.samples import SamplingSettings
 
-PROMPT = "def "
+PROMPT = "\n\ndef"  # as functions begin in files; the tokenizers put the space before a name into its token
 
 
 def first_function(text: str) -> str | None:
@@ -65,7 +65,7 @@ def main() -> None:
     )
     with torch.no_grad():
         texts = [PROMPT + sample.text for sample in generate_text(model, KVCache, tokenizer, [PROMPT], settings)]
-    functions = [first_function(text) for text in texts]
+    functions = [first_function(text.lstrip()) for text in texts]
     ended = [function for function in functions if function is not None]
     accepted = sum(map(parses, ended))
     share = accepted / max(1, len(ended) if arguments.open else len(functions))
