@@ -1,7 +1,7 @@
 """A model of 0.1 M parameters on Python's standard library, letter by letter: for trying things.
 
-2 CPU cores, about 10 seconds with preparing the text, to 2.74 bits per byte on the first 20,000 validation tokens: it has
-learned which letters follow which, and no more.
+2 CPU cores, about 10 seconds with preparing the text, to 2.74 bits per byte on the first 20,000 validation tokens: it
+has learned which letters follow which, and no more.
 """
 
 dataset = "stdlib_char"
