@@ -261,7 +261,9 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
     assert process.returncode == 130 and err == b""
     if "--json" in arguments:
         found = json.loads(out)
-        assert found["finish_reason"] == "interrupted" and len(found["tokens"]) == len(found["text"]) > 0
+        assert found["finish_reason"] == "interrupted" and len(found["text"]) > 0
+        # The signal may fall between a token and its text.
+        assert 0 <= len(found["tokens"]) - len(found["text"]) <= 1
     else:
         header, _, text = out.decode().rpartition("--- sample 2 ---\n")
         assert header and len(text) > 1 and text.endswith("\n")
