@@ -240,11 +240,10 @@ def test_the_soak_in_short(tmp_path: Path) -> None:
 
 def have_namespaces() -> bool:
     """Network namespaces take root and iproute2; without them the machine cannot play two."""
-    made = (
-        shutil.which("ip") and subprocess.run(["ip", "netns", "add", "nib-probe"], capture_output=True).returncode == 0
-    )
+    name = f"nib-probe-{os.getpid()}"  # every test process asks, at the same time
+    made = shutil.which("ip") and subprocess.run(["ip", "netns", "add", name], capture_output=True).returncode == 0
     if made:
-        subprocess.run(["ip", "netns", "del", "nib-probe"], check=True)
+        subprocess.run(["ip", "netns", "del", name], check=True)
     return bool(made)
 
 
