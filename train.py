@@ -67,7 +67,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     # model, optimizers, and the state to go on from; nothing is written before all that is known to fit
     precision = Precision(settings.dtype, cluster.device)
     run = Run(settings, dataset, cluster, precision)
-    checkpoint = run.checkpoint()
+    checkpoint = run.checkpoint(parsed.given)
     if settings.eval_only and dataset.val.tokens < 2:
         raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
@@ -110,6 +110,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     flops = model.flops_per_token(settings.block_size)
     peak = peak_flops(cluster.device, precision.dtype) * cluster.world
     logged_step, logged_seconds, rate = progress.step, progress.seconds, 0.0
+    stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
     report.start_bar(progress.step, steps, settings.max_seconds)
     while not finished(progress.step, steps, progress.seconds, settings.max_seconds):
         began = time.perf_counter()
@@ -128,7 +129,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         run.count_step(loss, grad_norm, report)
         progress.tokens += tokens_per_step
         progress.seconds += time.perf_counter() - began
-        progress.seconds, stop.number = agree(cluster, progress.seconds, stop.number)
+        progress.seconds, stopped_by = agree(cluster, progress.seconds, stop.number)
         done = finished(progress.step, steps, progress.seconds, settings.max_seconds)
 
         report.progress(progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, rate * flops / peak)
@@ -153,19 +154,19 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             report.say(sample_text(model, dataset, settings.seed))
         if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
             run.save(model, optimizers, report, best)
-        if stop.number:
+        if stopped_by:
             break
 
     if run.saved_step != progress.step:
         run.save(model, optimizers, report)
     run.saver.finish()
     report.close()
-    farewell(report, run, stop.number)
+    farewell(report, run, stopped_by)
     cluster.stop()
     stop.restore()
     if lock:
         lock.close()
-    return 128 + stop.number if stop.number else 0
+    return 128 + stopped_by if stopped_by else 0
 
 
 def optimizer_step(
@@ -272,9 +273,8 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
 def announce(report: Reporter, run: Run, model: GPT) -> None:
     """Say what is about to be trained on what, and write config.json."""
     settings, cluster, dataset = run.settings, run.cluster, run.dataset
-    if cluster.first:
-        config = {"settings": as_dict(settings), "model_config": asdict(model.config), "command": command_line()}
-        (run.out_dir / "config.json").write_text(json.dumps(config, indent=1))
+    config = {"settings": as_dict(settings), "model_config": asdict(model.config), "command": command_line()}
+    report.write("config.json", json.dumps(config, indent=1))
     processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
     micro, steps = run.micro_batch_size, settings.steps()
     tokens = steps * settings.batch_size * settings.block_size
@@ -311,7 +311,8 @@ def sample_text(model: GPT, dataset: Dataset, seed: int) -> str:
 def farewell(report: Reporter, run: Run, signal_number: int) -> None:
     """Say where the run is and what to type next."""
     if signal_number:
-        report.say(f"stopped at step {run.progress.step}, which is saved. Go on with: {command_line()}")
+        saved = "which is saved" if run.saved_step == run.progress.step else "which is not saved"
+        report.say(f"stopped at step {run.progress.step}, {saved}. Go on with: {command_line()}")
     else:
         report.say(
             f"done: step {run.progress.step}, {run.progress.seconds:.0f} s of training; the run is in {run.out_dir}"

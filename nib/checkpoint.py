@@ -10,11 +10,13 @@ out/RUN/checkpoints/latest, best     text files that name one of them
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +70,7 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            if path.stat().st_size > 1 << 24:
+            if plain_file(path).stat().st_size > 1 << 24:
                 raise ValueError("too large")
             content = json.loads(path.read_bytes())
         except OSError as error:
@@ -96,9 +98,16 @@ class Checkpoint:
             raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
 
 
+def plain_file(path: Path) -> Path:
+    """`path` as it is. Raises OSError for anything but a file: a pipe or a device may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+    return path
+
+
 def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with plain_file(path).open("rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
@@ -140,6 +149,16 @@ def write_checkpoint(
         raise
     name_checkpoint(checkpoints, "latest", name)
     return place
+
+
+def name_restored(checkpoints: Path, name: str, best: bool) -> None:
+    """Make latest, and best where it was the best, name the checkpoint that a run goes on from.
+
+    A kill between writing a checkpoint and naming it leaves the names at the one before.
+    """
+    for label in ("latest", "best") if best else ("latest",):
+        if named_checkpoint(checkpoints, label) != name:
+            name_checkpoint(checkpoints, label, name)
 
 
 def flush(path: Path) -> None:
@@ -192,10 +211,15 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
     return None
 
 
-def remove_old(checkpoints: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints (0: keep all) and the best."""
+def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
+    """Remove all but the newest `keep` checkpoints (0: keep all) and the best.
+
+    `newest` is the one just written. Those of later steps are damaged ones that the run passed over: they do not
+    count, and are replaced when the run comes to their steps.
+    """
     best = named_checkpoint(checkpoints, "best")
-    for path in list_checkpoints(checkpoints)[keep:] if keep else []:
+    counted = [path for path in list_checkpoints(checkpoints) if int(path.name[5:]) <= int(newest[5:])]
+    for path in counted[keep:] if keep else []:
         if path.name != best:
             doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
             path.rename(doomed)
@@ -250,6 +274,11 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
+    lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
+        key.rpartition(":")[0] for key in tensors
+    }
+    if lacking:
+        raise BrokenCheckpoint(f"there is no optimizer state of {min(lacking)}. Use another checkpoint")
     for key, value in tensors.items():
         name, _, kind = key.rpartition(":")
         by_name.setdefault(name, {})[kind] = value

@@ -6,8 +6,12 @@ import contextlib
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
+
+# The thread that writes a checkpoint, and how long a process that fails waits for it: torchrun kills after 30 seconds.
+WRITER, LAST_WRITE_SECONDS = "checkpoint", 60.0
 
 
 class InputError(Exception):
@@ -19,11 +23,17 @@ class RunError(Exception):
 
 
 def leave(status: int) -> NoReturn:
-    """End the process. One of several goes without teardown, in which gloo's threads were seen to hang or abort."""
+    """End the process. One of several goes without teardown, in which gloo's threads were seen to hang or abort.
+
+    A checkpoint that is being written in the background is written to its end first.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         sys.exit(status)
+    for thread in threading.enumerate():
+        if thread.name == WRITER:
+            thread.join(LAST_WRITE_SECONDS)
     os._exit(status)
 
 
@@ -31,13 +41,13 @@ def leave(status: int) -> NoReturn:
 def script_errors() -> Iterator[None]:
     """Leave the process with the exit status of the contract when the body ends in one of these errors.
 
-    2 `InputError`, 1 `RunError`, 130 Ctrl-C. Any other exception is a bug and keeps its traceback. Under torchrun
-    every process meets the same InputError; only the first one says it.
+    2 `InputError`, 1 `RunError` and a full disk, 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
+    Under torchrun every process of a machine meets the same InputError; only the first one there says it.
     """
     try:
         yield
     except (InputError, RunError) as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
         if rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         leave(2 if isinstance(error, InputError) else 1)
@@ -45,6 +55,10 @@ def script_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         leave(0)
     except OSError as error:
+        at = f": {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            print(f"error: {error.strerror}{at}. Make room, and give the same command again", file=sys.stderr)
+            leave(1)
         if error.errno != errno.ENAMETOOLONG:
             raise
         print(f"error: {error.filename} is longer than a name can be. Give a shorter one", file=sys.stderr)

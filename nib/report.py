@@ -39,9 +39,14 @@ class Reporter:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut short by a kill
-        aside = path.with_suffix(".partial")
-        aside.write_text("".join(kept), encoding="utf-8")
-        aside.replace(path)
+        self.write("metrics.jsonl", "".join(kept))
+
+    def write(self, name: str, text: str) -> None:
+        """Make a file hold `text`, in one step."""
+        if self.active:
+            aside = self.out_dir / f".{name}.partial"
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(self.out_dir / name)
 
     def say(self, text: str) -> None:
         """A line for people, on the terminal and in log.txt."""

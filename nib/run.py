@@ -17,6 +17,7 @@ from nib.checkpoint import (
     BrokenCheckpoint,
     Checkpoint,
     load_optimizer_tensors,
+    name_restored,
     named_checkpoint,
     newest_good,
     optimizer_tensors,
@@ -75,8 +76,11 @@ class Run:
         self.saved_at = time.monotonic()
         self.micro_batch_size = 0
 
-    def checkpoint(self) -> Checkpoint | None:
-        """The newest whole checkpoint, agreed on by all processes, or None for a new run. Raises InputError."""
+    def checkpoint(self, given: set[str]) -> Checkpoint | None:
+        """The newest whole checkpoint, agreed on by all processes, or None for a new run.
+
+        Raises InputError, also where the settings, of which the user gave those named in `given`, make another run.
+        """
         found = newest_good(self.out_dir / "checkpoints", optimizer=True) if self.cluster.first else None
         path = self.cluster.from_first(found.directory if found else None)
         if path is None:
@@ -93,6 +97,8 @@ class Run:
             saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
         except (KeyError, TypeError, ValueError):
             raise BrokenCheckpoint(f"{path} lacks the settings of its run. Use another checkpoint") from None
+        if self.settings.init_from != "scratch" and "block_size" not in given:  # it was taken from there
+            self.settings.block_size = saved.get("block_size", self.settings.block_size)
         same_run(self.settings, saved, str(self.out_dir))
         if corpus != self.dataset.fingerprint():
             what = f"{self.dataset.directory} is not the corpus that the run in {self.out_dir} began with"
@@ -107,8 +113,12 @@ class Run:
             load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
             self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
             self.progress = Progress(**checkpoint.state["progress"])
+            if not all(type(value) in (int, float) for value in asdict(self.progress).values()):
+                raise TypeError("its progress is not in numbers")
         except (RuntimeError, KeyError, TypeError) as error:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        if self.cluster.first:
+            name_restored(self.saver.checkpoints, checkpoint.directory.name, checkpoint.state.get("best") is True)
         self.saved_step = self.progress.step
 
     def count_step(self, loss: float, grad_norm: float, report: Reporter) -> None:
@@ -125,7 +135,10 @@ class Run:
         progress.skipped_in_a_row += 1
         report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
         if limit and progress.skipped_in_a_row >= limit:
-            self.saver.finish()
+            try:
+                self.saver.finish()
+            except RunError as error:
+                report.say(f"warning: {error}")
             latest = named_checkpoint(self.saver.checkpoints, "latest")
             back = f"The newest checkpoint is {self.saver.checkpoints / latest}" if latest else "There is no checkpoint"
             raise RunError(
@@ -141,7 +154,8 @@ class Run:
         A state with numbers that are not finite is not saved: the checkpoint before it is the better one.
         """
         weights, optimizer = snapshot(model, optimizers, keep=self.cluster.first)
-        if self.progress.skipped_in_a_row or not all(tensor.isfinite().all() for tensor in weights.values()):
+        finite = not self.progress.skipped_in_a_row and all(tensor.isfinite().all() for tensor in weights.values())
+        if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
             report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
             return
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
@@ -151,6 +165,7 @@ class Run:
             "model_config": asdict(model.config),  # type: ignore[call-overload]
             "progress": asdict(self.progress),
             "step": self.progress.step,
+            "best": best,
             "settings": as_dict(self.settings),
             "corpus": self.dataset.fingerprint(),
             "scaler": self.precision.scaler.state_dict(),

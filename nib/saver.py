@@ -12,7 +12,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from nib.checkpoint import name_checkpoint, remove_old, write_checkpoint
-from nib.errors import InputError, RunError
+from nib.errors import WRITER, InputError, RunError
 from nib.tokenizer import Tokenizer
 
 
@@ -44,13 +44,13 @@ class Saver:
     def __init__(self, out_dir: Path, keep: int, tokenizer: Tokenizer) -> None:
         self.checkpoints, self.keep, self.tokenizer = out_dir / "checkpoints", keep, tokenizer
         self.thread: threading.Thread | None = None
-        self.error: OSError | None = None
+        self.error: Exception | None = None
 
     def save(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool) -> None:
         """Begin to write; the tensors must not change any more. Raises RunError when the write before this failed."""
         self.finish()
         arguments = (weights, optimizer, state, best)
-        self.thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+        self.thread = threading.Thread(target=self._write, args=arguments, name=WRITER)
         self.thread.start()
 
     def _write(
@@ -60,8 +60,8 @@ class Saver:
             place = write_checkpoint(self.checkpoints, weights, optimizer, state, self.tokenizer)
             if best:
                 name_checkpoint(self.checkpoints, "best", place.name)
-            remove_old(self.checkpoints, self.keep)
-        except OSError as error:
+            remove_old(self.checkpoints, self.keep, place.name)
+        except Exception as error:  # raised again in `finish`, in the thread that trains
             self.error = error
 
     def finish(self) -> None:
@@ -71,6 +71,8 @@ class Saver:
             self.thread = None
         if self.error is not None:
             error, self.error = self.error, None
+            if not isinstance(error, OSError):
+                raise error
             reason = error.strerror or str(error)
             free = shutil.disk_usage(self.checkpoints).free // 2**20 if os.path.isdir(self.checkpoints) else 0
             raise RunError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,8 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from nib.checkpoint import FILES, MODEL_FILE, SUMS_FILE, Checkpoint, find_checkpoint, remove_old, write_checkpoint
+from nib.checkpoint import (
+    FILES,
+    MODEL_FILE,
+    SUMS_FILE,
+    Checkpoint,
+    find_checkpoint,
+    load_optimizer_tensors,
+    remove_old,
+    write_checkpoint,
+)
 from nib.errors import InputError
+from nib.saver import Saver
 from nib.tokenizer import make_tokenizer
 
 WEIGHTS = {"wte.weight": torch.arange(12.0).view(3, 4), "norm.weight": torch.ones(4)}
@@ -100,8 +111,42 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
         write_checkpoint(tmp_path, WEIGHTS, {}, {**STATE, "step": step}, make_tokenizer("byte"))
         if step == 2:
             (tmp_path / "best").write_text("step-00000002\n")
-        remove_old(tmp_path, keep=2)
+        remove_old(tmp_path, 2, f"step-{step:08d}")
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003", "step-00000004"]
+
+
+def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_path: Path) -> None:
+    for step in (9, 3, 6):  # gone back from a damaged step 9
+        write_checkpoint(tmp_path, WEIGHTS, {}, {**STATE, "step": step}, make_tokenizer("byte"))
+    remove_old(tmp_path, 1, "step-00000006")
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000006", "step-00000009"]
+
+
+@pytest.mark.parametrize("file", [*FILES, SUMS_FILE])
+def test_a_pipe_in_place_of_a_file_is_refused(file: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Reading it would never end."""
+    shutil.copytree(checkpoint, tmp_path / "forged")
+    (tmp_path / "forged" / file).unlink()
+    os.mkfifo(tmp_path / "forged" / file)
+    with pytest.raises(InputError, match="it is no file"):
+        read_all(tmp_path / "forged")
+
+
+def test_optimizer_state_that_lacks_a_parameter_is_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.AdamW(model.parameters())]
+    names = {model.weight: "weight", model.bias: "bias"}
+    with pytest.raises(InputError, match="no optimizer state of bias"):
+        load_optimizer_tensors(optimizers, names, {"weight:exp_avg": torch.zeros(2, 2)})
+
+
+def test_a_write_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
+    """Not only by the disk: a bug in the thread must not pass for a checkpoint that was written."""
+    saver = Saver(tmp_path, keep=1, tokenizer=make_tokenizer("byte"))
+    saver.save(WEIGHTS, {}, {**STATE, "settings": object()}, best=False)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        saver.finish()
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,71 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_good(once: Path, t
     assert train("--max_iters=20", "--checkpoint_interval=3", "--log_interval=5") == 0
 
 
+def can_mount() -> bool:
+    """Mounting takes root; in a mount namespace of its own it ends with the process."""
+    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount(), reason="needs root and unshare to mount a small file system")
+@pytest.mark.parametrize("full", [False, True], ids=["filling up", "full from the start"])
+def test_a_full_file_system_leaves_the_last_checkpoint_good(full: bool, once: Path, tmp_path: Path) -> None:
+    """A small file system that has room for one or two checkpoints more, or for nothing at all."""
+    shutil.copytree(once / "out/run", tmp_path / "before")
+    (tmp_path / "out").mkdir()
+    settings = [*TINY, "--max_iters=20", "--checkpoint_interval=3", "--log_interval=5", "--keep_checkpoints=0"]
+    kilobytes = sum(path.stat().st_size for path in (tmp_path / "before").rglob("*")) // 1024 + 900
+    prepare = f"mount -t tmpfs -o size={kilobytes}k none out && cp -r before out/run && "
+    prepare += "cat /dev/zero > out/fill 2> told; " if full else ""
+    command = [sys.executable, str(ROOT / "train.py"), *settings, "--out_dir=out/run"]
+    script = f'{prepare} "$@"; status=$?; cp -r out/run after; exit $status'
+    inside = ["unshare", "--mount", "sh", "-c", script, "sh", *command]
+    done = subprocess.run(inside, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "No space left on device" in done.stderr
+    if not full:
+        assert "warning: the checkpoint could not be written" in done.stdout, "training goes on"
+    assert not list(Path("after/checkpoints").glob(".*")), "nothing half-written is left"
+    kept = open_checkpoint(Path("after"), optimizer=True).state["step"]
+    assert kept == 6 if full else 6 < kept < 18
+    for run in ("before", "after"):  # both now with room
+        assert train(*settings[len(TINY) :], f"--out_dir={run}") == 0
+    assert_same_run("before", "after")
+
+
+def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Path) -> None:
+    """One of several leaves without teardown, which must not cut the write that is under way in the background."""
+    script = """
+import torch
+from pathlib import Path
+from nib.errors import RunError, script_errors
+from nib.saver import Saver
+from nib.tokenizer import make_tokenizer
+with script_errors():
+    saver = Saver(Path("run"), keep=1, tokenizer=make_tokenizer("byte"))
+    saver.save({"weights": torch.zeros(2**26)}, {}, {"step": 5, "model_config": {}}, best=True)
+    raise RunError("the others are gone")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (1, "error: the others are gone\n")
+    assert open_checkpoint(Path("run")).weights()["weights"].shape == (2**26,)
+    assert Path("run/checkpoints/best").read_text() == "step-00000005\n"
+
+
+def test_a_checkpoint_gets_its_names_when_a_kill_came_before_them(once: Path, tmp_path: Path) -> None:
+    train("--max_iters=6", "--eval_interval=3")
+    checkpoints = Path("out/run/checkpoints")
+    assert (checkpoints / "best").read_text() == "step-00000006\n"
+    for label in ("latest", "best"):
+        (checkpoints / label).write_text("step-00000003\n")
+    assert train("--max_iters=6", "--eval_interval=3") == 0
+    assert [(checkpoints / label).read_text() for label in ("latest", "best")] == ["step-00000006\n"] * 2
+
+
 def test_a_changed_corpus_is_not_resumed_on(once: Path, tmp_path: Path) -> None:
     shutil.copytree(once / "out", tmp_path / "out")
     prepared = run_script(
@@ -187,6 +252,16 @@ def test_sigterm_under_torchrun_saves_one_step_of_all(whole: Path, tmp_path: Pat
     assert len(losses("out/told")) < 400
     assert torchrun(2, *SHARED, "--out_dir=out/told", cwd=tmp_path).returncode == 0
     assert_same_run(str(whole), "out/told")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
+    """Most of this run's time is validation: what comes between two steps' agreements waits for the next."""
+    with start_torchrun(tmp_path, *SHARED, "--eval_interval=1", "--out_dir=out/one") as process:
+        wait_for(lambda: (tmp_path / "out/one/metrics.jsonl").exists())
+        os.kill(workers_of(process)[-1], signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    assert "is saved. Go on with" in output and "lost the others" not in output, output
+    assert open_checkpoint(Path("out/one")).state["step"] == metrics("out/one")[-1]["step"]
 
 
 @pytest.mark.parametrize("restarts", [0, 1])

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import Tensor
 
 from model import GPT, GPTConfig
@@ -68,6 +73,36 @@ def test_a_batch_is_orthogonalised_one_by_one(shape: tuple[int, int]) -> None:
     matrices = torch.randn(5, *shape) * torch.logspace(-3, 3, 5)[:, None, None]
     one_by_one = torch.stack([orthogonalise(matrix[None])[0] for matrix in matrices])
     torch.testing.assert_close(orthogonalise(matrices), one_by_one, rtol=0, atol=1e-5)
+
+
+def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
+    """Two real processes, for counts that do not divide evenly; each ends with what one would have made."""
+    script = """
+import sys, torch
+import torch.distributed as dist
+from nib.optimizer import orthogonalise, shared_orthogonalise
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+for count in (1, 2, 3, 5):
+    for shape in ((6, 10), (10, 6), (8, 8)):
+        torch.manual_seed(count)
+        matrices = torch.randn(count, *shape)
+        found = shared_orthogonalise(matrices)
+        # A product over a smaller batch may round otherwise, and five steps pass that on.
+        torch.testing.assert_close(found, orthogonalise(matrices), rtol=0, atol=1e-5)
+        both = [torch.empty_like(found) for _ in range(2)]
+        dist.all_gather(both, found)
+        assert torch.equal(*both), "the processes differ"
+print("agreed", flush=True)
+dist.barrier()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, "-c", script, str(rank), str(tmp_path / "store")] for rank in range(2)]
+    options: dict[str, Any] = dict(env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    processes = [subprocess.Popen(command, **options) for command in commands]
+    for process in processes:
+        output, _ = process.communicate(timeout=60)
+        assert "agreed" in output, output
 
 
 # ---- Muon --------------------------------------------------------------------------------------------------------

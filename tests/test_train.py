@@ -271,8 +271,19 @@ def test_fine_tuning_starts_from_the_weights_of_a_run() -> None:
     train("--max_iters=30", "--out_dir=out/base")
     train("--init_from=out/base", "--max_iters=5", "--learning_rate=1e-4", "--out_dir=out/tuned", "--warmup_iters=0")
     assert losses("out/tuned")[0] == pytest.approx(losses("out/base")[-1], abs=0.3)
+    train("--init_from=out/base", "--max_iters=6", "--learning_rate=1e-4", "--out_dir=out/tuned", "--warmup_iters=0")
+    assert len(losses("out/tuned")) == 6, "resumed"
     with pytest.raises(InputError, match="n_layer is 3 but out/base has 2"):
         train("--init_from=out/base", "--n_layer=3", "--out_dir=out/other")
+
+
+def test_fine_tuning_takes_the_context_of_the_run_and_keeps_it_when_resumed() -> None:
+    train("--max_iters=2", "--out_dir=out/base")
+    settings = [each for each in TINY if not each.startswith("--block_size")]
+    for steps in (2, 4):
+        again = [*settings, "--init_from=out/base", f"--max_iters={steps}", "--out_dir=out/tuned"]
+        assert train_script.train(train_script.read_settings(again)) == 0
+    assert len(losses("out/tuned")) == 4
 
 
 def test_a_compiler_that_fails_leaves_training_uncompiled(tmp_path: Path) -> None:
