@@ -256,8 +256,10 @@ def test_sigterm_under_torchrun_saves_one_step_of_all(whole: Path, tmp_path: Pat
 
 def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
     """Most of this run's time is validation: what comes between two steps' agreements waits for the next."""
-    with start_torchrun(tmp_path, *SHARED, "--eval_interval=1", "--out_dir=out/one") as process:
+    settings = [*SHARED, "--eval_interval=1", "--micro_batch_size=1", "--out_dir=out/one"]
+    with start_torchrun(tmp_path, *settings) as process:
         wait_for(lambda: (tmp_path / "out/one/metrics.jsonl").exists())
+        time.sleep(0.1)  # past the next step's own work
         os.kill(workers_of(process)[-1], signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
     assert "is saved. Go on with" in output and "lost the others" not in output, output
