@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from nib.errors import InputError
+from nib.products import use_onednn
 
 # Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of the name that the driver reports.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12}
@@ -69,13 +70,15 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Precision:
-    """Autocast for the dtype of the matrix products, and the loss scaling that float16 needs (arXiv 1710.03740)."""
+    """How matrix products are done: autocast to their dtype, float16's scaling of the loss (arXiv 1710.03740)."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.dtype, self.device = pick_dtype(name, device), device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
+        elif device.type == "cpu":
+            use_onednn()
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:

@@ -1,0 +1,161 @@
+"""Training tokens per second of the same GPT-2-shaped model and batch: nib's step against nanoGPT's.
+
+    python bench/throughput.py --nanogpt PATH_TO_CLONE [--size tiny --size small --size 124m]
+    python bench/throughput.py --device cuda        # nib alone: tokens/s and MFU, 124 M, bfloat16, compiled
+
+Float32, eager, AdamW, gradient clipping; nib runs train.py's own `optimizer_step`, nanoGPT the body of its loop. The
+two take turns, in a process each. Prints a table and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import alternate, finish, load_nanogpt, parser_for, sides
+
+# layers, heads, width, context, vocabulary, sequences, steps a turn: nanoGPT's README job for a CPU; its character-
+# level job for a GPU, in smaller batches; GPT-2 with nanoGPT's padded vocabulary
+SIZES = {
+    "tiny": (4, 4, 128, 64, 65, 12, 20),
+    "small": (6, 6, 384, 256, 65, 8, 2),
+    "124m": (12, 12, 768, 1024, 50304, 1, 1),
+}
+TARGET, CUDA_TOKENS, CUDA_MFU = 1.2, 500_000, 0.5
+
+
+def timed(step: Callable[[], Any], steps: int, clock: str = "wall") -> Callable[[], tuple[float, float]]:
+    """What measures `steps` steps: seconds and page faults of one."""
+    now = time.perf_counter if clock == "wall" else time.process_time
+
+    def turn() -> tuple[float, float]:
+        faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, now()
+        for _ in range(steps):
+            step()
+        seconds = now() - began
+        return seconds / steps, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / steps
+
+    return turn
+
+
+def random_batch(vocab: int, batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = torch.randint(vocab, (batch, context + 1), generator=torch.Generator().manual_seed(1))
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def make_nib(
+    size: str, clock: str = "wall", micro: int = 0, device: str = "cpu", batch: int = 0
+) -> Callable[[], tuple[float, float]]:
+    from model import GPT, GPTConfig
+    from nib.device import Precision
+    from nib.distributed import start_cluster
+    from nib.fit import fit_to_device, place
+    from nib.optimizer import make_optimizers
+    from nib.report import Reporter
+    from nib.settings import TrainSettings
+    from train import optimizer_step
+
+    layers, heads, width, context, vocab, sequences, steps = SIZES[size]
+    settings = TrainSettings(batch_size=batch or sequences, micro_batch_size=micro, block_size=context, device=device)
+    shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
+    shape |= dict(mlp="gelu", norm="layernorm", position="learned", bias=True)
+    cluster = start_cluster(device)
+    precision = Precision("auto", cluster.device)
+    model = GPT(GPTConfig(**shape))
+    place(model, settings, precision, cluster)
+    optimizers = make_optimizers(
+        model, kind="adamw", learning_rate=6e-4, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    fitted, ready = fit_to_device(model, settings, precision, cluster, Reporter(Path(), active=False))
+    inputs, targets = random_batch(vocab, settings.batch_size, context)
+    count = iter(range(2**62))
+
+    def step() -> None:
+        optimizer_step(
+            ready, optimizers, precision, cluster, inputs, targets, micro=fitted, draw=(1, next(count)), grad_clip=1.0
+        )
+
+    turn: Any = timed(step, steps, clock)
+    turn.micro, turn.model = fitted, model
+    return turn
+
+
+def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) -> Callable[[], tuple[float, float]]:
+    layers, heads, width, context, vocab, batch, steps = SIZES[size]
+    module = load_nanogpt(clone)
+    config = module.GPTConfig(
+        n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab, dropout=0.0, bias=True
+    )
+    model = module.GPT(config)
+    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
+    inputs, targets = random_batch(vocab, batch, context)
+    parts = list(zip(inputs.split(micro or batch), targets.split(micro or batch), strict=True))
+
+    def step() -> None:
+        for part, target in parts:
+            _, loss = model(part, target)
+            (loss / len(parts)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return timed(step, steps, clock)
+
+
+def on_cuda(check: bool, batch: int, rounds: int) -> None:
+    """Tokens/s and model FLOPs utilisation of nib alone."""
+    from nib.device import device_name, peak_flops
+
+    SIZES["124m"] = (*SIZES["124m"][:-1], 10)
+    turn: Any = make_nib("124m", device="cuda", batch=batch)
+    context, device = SIZES["124m"][3], torch.device("cuda", 0)
+    for _ in range(2):
+        turn()
+    rate = batch * context / alternate({"nib": lambda: turn()[0]}, rounds)["nib"]
+    mfu = rate * turn.model.flops_per_token(context) / peak_flops(device, torch.bfloat16)
+    print(f"{device_name(device)}, micro-batches of {turn.micro}: {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} %")
+    finish(dict(tokens_per_second=rate, mfu=mfu, micro=turn.micro), rate >= CUDA_TOKENS and mfu >= CUDA_MFU, check)
+
+
+def main() -> None:
+    parser = parser_for(__doc__, peer=False)
+    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
+    parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--batch", type=int, default=480, help="sequences a step with --device cuda")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of all threads, busy machine"
+    )
+    arguments: argparse.Namespace = parser.parse_args()
+    if arguments.device == "cuda":
+        on_cuda(arguments.check, arguments.batch, arguments.rounds)
+    if arguments.nanogpt is None:
+        sys.exit("give --nanogpt PATH_TO_CLONE")
+    ratios, rates = {}, {}
+    print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}   page faults a step, nib and nanoGPT")
+    for size in arguments.size or SIZES:
+        tokens, faults = SIZES[size][3] * SIZES[size][5], {}
+
+        def seconds(name: str, turn: Callable[[], Any], faults: dict[str, float] = faults) -> float:
+            taken, faults[name] = turn()
+            return taken
+
+        theirs = (make_nanogpt, size, arguments.nanogpt.resolve(), arguments.clock)
+        with sides(nib=(make_nib, size, arguments.clock), nanogpt=theirs) as turns:
+            named = {name: lambda name=name, turn=turn: seconds(name, turn) for name, turn in turns.items()}
+            found = alternate(named, arguments.rounds)
+        rates[size] = {name: tokens / taken for name, taken in found.items()}
+        ratios[size] = found["nanogpt"] / found["nib"]
+        print(f"{size:8}{rates[size]['nib']:16,.0f}{rates[size]['nanogpt']:12,.0f}{ratios[size]:8.2f}", end="   ")
+        print(f"{faults['nib']:,.0f}, {faults['nanogpt']:,.0f}", flush=True)
+    finish(dict(ratios=ratios, tokens_per_second=rates), min(ratios.values()) >= TARGET, arguments.check)
+
+
+if __name__ == "__main__":
+    main()
