@@ -1,0 +1,62 @@
+"""Peak resident memory of training GPT-2's 124 M parameters, 4 x 1024 tokens a step, float32 on a CPU: nib, nanoGPT.
+
+    python bench/memory.py --nanogpt PATH_TO_CLONE [--size 124m]
+
+Each trains a few steps in a process of its own, which then reads its own high-water mark (VmHWM); the imports are in
+it. nanoGPT runs as it comes, and with gradient accumulation over single sequences. Prints a table and one JSON line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import finish, parser_for, sides
+from throughput import SIZES, make_nanogpt, make_nib
+
+TARGET, SEQUENCES, STEPS = 0.6, 4, 2
+
+
+def high_water() -> int:
+    """The most bytes of this process that were ever resident."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def make(maker: Callable[..., Any], size: str, *arguments: Any) -> Callable[[], tuple[float, int]]:
+    SIZES[size] = (*SIZES[size][:5], SEQUENCES, 1)
+    step = maker(size, *arguments)
+
+    def turn() -> tuple[float, int]:
+        """Seconds of the last of some steps, and the high-water mark after them."""
+        for _ in range(STEPS):
+            began = time.perf_counter()
+            step()
+        return time.perf_counter() - began, high_water()
+
+    return turn
+
+
+def main() -> None:
+    parser = parser_for(__doc__)
+    parser.add_argument("--size", choices=SIZES, default="124m")
+    arguments = parser.parse_args()
+    clone, found = arguments.nanogpt.resolve(), {}
+    rows: dict[str, tuple[Any, ...]] = {
+        "nib": (make, make_nib, arguments.size),
+        "nanogpt": (make, make_nanogpt, arguments.size, clone),
+        "nanogpt, accumulating": (make, make_nanogpt, arguments.size, clone, "wall", 1),
+    }
+    print(f"{'':24}{'peak, MB':>10}{'ratio':>8}{'seconds a step':>18}", flush=True)
+    for name, row in rows.items():
+        with sides(side=row) as turns:
+            seconds, found[name] = turns["side"]()
+        print(f"{name:24}{found[name] / 1e6:10,.0f}{found['nib'] / found[name]:8.2f}{seconds:18.2f}", flush=True)
+    ratio = found["nib"] / found["nanogpt"]
+    finish(dict(ratio=ratio, peak=found), ratio <= TARGET, arguments.check)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""How a training step scales: over processes, over the context length and over the width.
+
+    python bench/scaling.py [--rounds 3]
+
+Two processes of one thread each, joined as torchrun joins them, against one process of one thread: the same global
+batch, so that the target of 1.8 counts the exchange of gradients too. Then the time of a step by context and width,
+on one thread, over the arithmetic it takes: a cost that grew faster than that would show as a rising last column.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, alternate, finish, parser_for
+
+TARGET = 1.8
+CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
+
+
+def make_step(world: int, layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
+    """What does one optimizer step of this process's share of `batch` sequences, and the model."""
+    from model import GPT, GPTConfig
+    from nib.device import Precision
+    from nib.distributed import start_cluster
+    from nib.fit import fit_to_device, place
+    from nib.optimizer import make_optimizers
+    from nib.report import Reporter
+    from nib.settings import TrainSettings
+    from train import optimizer_step
+
+    settings = TrainSettings(batch_size=batch, block_size=context, device="cpu")
+    cluster = start_cluster("cpu")
+    precision = Precision("float32", cluster.device)
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512))
+    place(model, settings, precision, cluster)
+    optimizers = make_optimizers(
+        model, kind="adamw", learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
+    )
+    micro, ready = fit_to_device(model, settings, precision, cluster, Reporter(Path(), active=False))
+    tokens = torch.randint(512, (batch // world, context + 1))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+
+    def step() -> None:
+        optimizer_step(
+            ready,
+            optimizers,
+            precision,
+            cluster,
+            inputs,
+            targets,
+            micro=micro,
+            draw=(1, 1),
+            grad_clip=1.0,
+        )
+
+    return step, model
+
+
+def process(shape: list[int], steps: int) -> None:
+    """One of the processes: takes turns when a line comes, and says how long each took."""
+    torch.set_num_threads(1)
+    step, _ = make_step(int(os.environ["WORLD_SIZE"]), *shape)
+    step()
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        print((time.perf_counter() - began) / steps, flush=True)
+    os._exit(0)
+
+
+class Group:
+    """`world` processes of one thread each that take turns together."""
+
+    def __init__(self, world: int, shape: list[int], steps: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, __file__, "--process", f"{steps},{','.join(map(str, shape))}"]
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**common, "RANK": str(rank), "WORLD_SIZE": str(world)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            for rank in range(world)
+        ]
+
+    def turn(self) -> float:
+        for each in self.processes:
+            print("turn", file=each.stdin, flush=True)
+        return max(float(each.stdout.readline()) for each in self.processes if each.stdout)
+
+    def end(self) -> None:
+        for each in self.processes:
+            each.communicate()
+
+
+def growth(values: tuple[int, ...], by: str, rounds: int) -> list[tuple[int, float, float]]:
+    """Seconds of a step, and GFLOP/s, by context length (2 layers, width 128) or by width (context 256)."""
+    rows = []
+    print(f"\n{by:>10}{'ms a step':>12}{'GFLOP/s':>10}")
+    for value in values:
+        width, context = (128, value) if by == "context" else (value, 256)
+        batch = max(1, 2048 // context)
+        step, model = make_step(1, 2, width, context, batch)
+        seconds = alternate({"step": lambda step=step: timed(step)}, rounds)["step"]
+        rows.append((value, seconds, batch * context * model.flops_per_token(context) / seconds / 1e9))
+        print(f"{value:10}{1000 * seconds:12.1f}{rows[-1][2]:10.1f}", flush=True)
+    return rows
+
+
+def timed(step: Any) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = parser_for(__doc__, peer=False)
+    parser.add_argument("--process", help="used by the script itself")
+    arguments = parser.parse_args()
+    if arguments.process:
+        steps, *shape = map(int, arguments.process.split(","))
+        process(shape, steps)
+    shape = [6, 384, 256, 16]  # layers, width, context, sequences over all processes: 10 M parameters
+    groups = {"one": Group(1, shape, 2), "two": Group(2, shape, 2)}
+    found = alternate({name: group.turn for name, group in groups.items()}, arguments.rounds)
+    for group in groups.values():
+        group.end()
+    ratio = found["one"] / found["two"]
+    print(f"one process {found['one']:.3f} s a step, two {found['two']:.3f} s: {ratio:.2f} times as fast")
+    torch.set_num_threads(1)
+    tables = {by: growth(values, by, arguments.rounds) for by, values in (("context", CONTEXTS), ("width", WIDTHS))}
+    finish(dict(ratio=ratio, seconds=found, **tables), ratio >= TARGET, arguments.check)
+
+
+if __name__ == "__main__":
+    main()
