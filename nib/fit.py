@@ -17,8 +17,9 @@ from nib.errors import InputError, RunError
 from nib.report import Reporter
 from nib.settings import TrainSettings
 
-# Larger micro-batches are no faster on a CPU, only larger.
-CPU_TOKENS = 16384
+# Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
+# for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
+CPU_ACTIVATIONS = 2**24
 
 
 def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
@@ -72,7 +73,9 @@ def fit_to_device(
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     if cluster.device.type == "cpu" and not settings.micro_batch_size:
-        sizes = [size for size in sizes if size * settings.block_size <= CPU_TOKENS] or sizes[-1:]
+        shape: Any = model.config
+        each = settings.block_size * shape.n_embd * shape.n_layer
+        sizes = [size for size in sizes if size * each <= CPU_ACTIVATIONS] or sizes[-1:]
     ready: nn.Module = model
     if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
         ready = torch.compile(model)  # type: ignore[assignment]

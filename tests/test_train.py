@@ -297,7 +297,7 @@ def test_memory_that_runs_out_makes_the_micro_batch_smaller(monkeypatch: pytest.
     """The allocator's own error, from a trial that asks for more than there is."""
     from nib import fit
 
-    monkeypatch.setattr(fit, "CPU_TOKENS", 2**40)
+    monkeypatch.setattr(fit, "CPU_ACTIVATIONS", 2**40)
     real = GPT.forward
 
     def hungry(self: GPT, tokens: torch.Tensor, *rest: Any) -> Any:
