@@ -321,16 +321,19 @@ class GPT(nn.Module):
         With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that
         write to the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size
         at any width, zero for the matrices that write to the residual stream, so that every block begins as the
-        identity, and 0.02 for the embedding. Biases are zero.
+        identity, and for an untied head; 0.1 for an embedding that is the head too, 0.3 for one that is not
+        (measured: bench/NOTES.md). Biases are zero.
         """
         modern = self.config.norm == "rmsnorm"
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=(0.1 if self.config.tie_weights else 0.3) if modern else 0.02)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5 if modern else 0.02
-                if name.endswith(("attention.out", "mlp.down")):
-                    std = 0.0 if modern else std / math.sqrt(2 * self.config.n_layer)
+                if modern and name.endswith(("attention.out", "mlp.down", "head")):
+                    std = 0.0
+                elif name.endswith(("attention.out", "mlp.down")):
+                    std /= math.sqrt(2 * self.config.n_layer)
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

@@ -80,7 +80,8 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     place(model, settings, precision, cluster)
     optimizers = make_optimizers(
         model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
-        muon_learning_rate=settings.muon_learning_rate, weight_decay=settings.weight_decay,
+        muon_learning_rate=settings.muon_learning_rate, muon_momentum=settings.muon_momentum,
+        weight_decay=settings.weight_decay,
     )  # fmt: skip
     if checkpoint is not None:
         run.restore(checkpoint, model, optimizers)

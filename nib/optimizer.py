@@ -44,9 +44,10 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, parameters: Iterable[nn.Parameter], parts: dict[nn.Parameter, list[int]], lr: float, weight_decay: float
-    ) -> None:
-        super().__init__(parameters, dict(lr=lr, momentum=0.95, weight_decay=weight_decay))
+        self, parameters: Iterable[nn.Parameter], parts: dict[nn.Parameter, list[int]], lr: float, weight_decay: float,
+        momentum: float = 0.95,
+    ) -> None:  # fmt: skip
+        super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.parts = parts
 
     @torch.no_grad()
@@ -104,7 +105,7 @@ def shared_orthogonalise(matrices: Tensor) -> Tensor:
 
 def make_optimizers(
     model: nn.Module, *, kind: str, learning_rate: float, muon_learning_rate: float, weight_decay: float,
-    betas: tuple[float, float], fused: bool = True,
+    betas: tuple[float, float], muon_momentum: float = 0.95, fused: bool = True,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """The optimizers of `model`, each of whose groups carries its peak rate as `peak_lr`.
 
@@ -123,7 +124,7 @@ def make_optimizers(
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
     if hidden:
-        optimizers.append(Muon(hidden, joined_matrices(model), muon_learning_rate, weight_decay))
+        optimizers.append(Muon(hidden, joined_matrices(model), muon_learning_rate, weight_decay, muon_momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -18,7 +18,8 @@ MODEL_KEYS = (
 # What else decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
-    *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate weight_decay beta1 beta2".split(),
+    *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
+    *"weight_decay beta1 beta2".split(),
     *"grad_clip warmup_iters schedule decay_fraction min_lr dtype".split(),
 ]
 
@@ -63,6 +64,8 @@ class TrainSettings:
                             choices=("adamw", "muon"), group="optimizer")
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, group="optimizer")
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
+    muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
+                                  group="optimizer")
     weight_decay: float = option(0.1, "decoupled decay, on matrices only", at_least=0, group="optimizer")
     beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
