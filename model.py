@@ -310,8 +310,7 @@ class GPT(nn.Module):
             self.register_buffer("rope_sin", turn.sin(), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config.n_embd, config)
-        if not config.tie_weights:
-            self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.initialise()
 
     @torch.no_grad()
@@ -395,11 +394,11 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        return self.wte.weight if self.config.tie_weights else self.head.weight
+        return self.wte.weight if self.head is None else self.head.weight
 
     def logits(self, x: Tensor) -> Tensor:
         """The stream (..., C) to logits (..., V)."""
-        return F.linear(x, self.head_weight)
+        return F.linear(x, self.wte.weight) if self.head is None else self.head(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats of the stream (B, T, C) against targets (B, T), those of -1 left out."""

@@ -1,0 +1,150 @@
+"""Weights in 8 bits: each row of a matrix is integers times a scale of its own; the activations stay exact.
+
+The processor's instruction (AVX-512 VNNI) multiplies 8-bit numbers only. An activation is therefore given to it in
+two parts, x = size * (256 high + low), which together hold 16 bits: the rounding that this adds is some thousand times
+smaller than the weights' own, and it is the same whatever else is in the batch. A product of one row reads the
+matrix once for both parts and is bound by that reading.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nib.packing import replace_linears
+
+HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
+SIXTEEN_BITS = 256 * HIGHEST
+TINY, ZERO, PART = torch.tensor(1e-35), torch.tensor(0.0), torch.tensor(1 / 256)
+
+
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix (N, K) to integers (N, K) int8 and scales (N,) float32 with weight = integers * scales, rounded."""
+    weight = weight.detach().float()
+    scale = weight.abs().amax(-1).clamp_min(1e-30) / HIGHEST
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """What was an nn.Linear: `weight` (N, K) int8 and `weight_scale` (N,), which a checkpoint holds by these names."""
+
+    weight: Tensor | None
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.packed: object | None = None
+        self.offset = ZERO
+
+    def pack(self) -> None:
+        """Order the matrix for the processor's 8-bit instructions, where there are such, and drop the plain one."""
+        if self.weight is not None and self.weight.device.type == "cpu" and has_kernel():
+            self.packed, self.weight = packed_matrix(self.weight, self.weight_scale), None
+            self.offset = ZERO if self.bias is None else self.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            assert self.weight is not None
+            y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
+            return y if self.bias is None else y + self.bias
+        # Few operations, and numbers in tensors: between the kernels of a step each costs a microsecond or two.
+        rows = x.reshape(-1, x.shape[-1]).float()  # (R, K)
+        size = rows.abs().amax(-1, keepdim=True).add_(TINY)  # (R, 1), of SIXTEEN_BITS
+        scaled = torch.addcdiv(ZERO, rows, size, value=SIXTEEN_BITS)
+        high = torch.mul(scaled, PART).round_()
+        parts = torch.cat((high, scaled.sub_(high, alpha=256)))  # (2R, K) within -128 and 128
+        high, low = multiply(parts, self.packed).chunk(2)  # (R, N) each
+        y = torch.addcmul(self.offset, low.add_(high, alpha=256), size, value=1 / SIXTEEN_BITS)
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+
+class Int8Embedding(nn.Module):
+    """What was an nn.Embedding, of whose rows only those looked up become floating-point numbers."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, weight: Tensor, weight_scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", weight_scale)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (self.weight[tokens] * self.weight_scale[tokens][..., None]).to(self.dtype)
+
+
+def multiply(x: Tensor, packed: object) -> Tensor:
+    """Whole numbers x (R, K) from -128 to 127 times a packed matrix, to float32 (R, N); others are rounded to such."""
+    return product()(x, 1.0, 128, packed)
+
+
+@functools.cache
+def product() -> Callable[..., Tensor]:
+    """Looked up once: by its name a call took two microseconds more."""
+    return torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+
+def packed_matrix(weight: Tensor, scale: Tensor) -> object:
+    """Integers (N, K) and scales (N,) as torch's quantised kernels want them."""
+    with warnings.catch_warnings():  # making such a tensor is deprecated; when it is gone, has_kernel() says so
+        warnings.simplefilter("ignore")
+        zeros = torch.zeros(len(weight), dtype=torch.int64)
+        made = torch._make_per_channel_quantized_tensor(weight, scale.double(), zeros, 0)
+        return torch.ops.quantized.linear_prepack(made, None)
+
+
+@functools.cache
+def has_kernel() -> bool:
+    """Whether this torch and processor multiply 8-bit numbers, and rightly.
+
+    Without VNNI the sum of two products is cut to 16 bits; the largest numbers show it.
+    """
+    try:
+        packed = packed_matrix(torch.full((16, 64), HIGHEST, dtype=torch.int8), torch.ones(16))
+        for value in (127.0, -128.0):
+            if (multiply(torch.full((2, 64), value), packed) != value * HIGHEST * 64).any():
+                return False
+    except (RuntimeError, AttributeError):
+        return False
+    return True
+
+
+def quantize(model: nn.Module) -> None:
+    """Make the matrices and the token embedding of a model 8 bits wide, one by one: the peak is the model itself."""
+
+    def make(layer: nn.Linear) -> nn.Module:
+        return Int8Linear(*quantize_rows(layer.weight), layer.bias)
+
+    dtype = model.wte.weight.dtype
+    replace_linears(model, make)
+    model.wte = Int8Embedding(*quantize_rows(model.wte.weight), dtype)
+
+
+def quantize_empty(model: nn.Module) -> None:
+    """Give a model the modules of a quantised one, whose weights are still to be loaded."""
+
+    def make(layer: nn.Linear) -> nn.Module:
+        return Int8Linear(layer.weight.detach().to(torch.int8), torch.ones(layer.out_features), layer.bias)
+
+    replace_linears(model, make)
+    table = model.wte.weight.detach()
+    model.wte = Int8Embedding(table.to(torch.int8), torch.ones(len(table)), table.dtype)
+
+
+def pack_int8(model: nn.Module) -> None:
+    """Make a quantised model ready to run: a tied head gets its matrix, and all are packed. No saving after this."""
+    if model.head is None:
+        model.head = Int8Linear(model.wte.weight, model.wte.weight_scale, None)
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.pack()
