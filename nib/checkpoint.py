@@ -58,8 +58,15 @@ class Checkpoint:
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
         self.model_config: dict[str, Any] = self.state["model_config"]
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
+        """The weights by name. Raises InputError for those of 8 bits where the caller cannot use them."""
+        if self.quantized and not quantized:
+            raise InputError(f"{self.directory} is quantised: it can only be sampled from. Use the one it was made of")
         return self._tensors(MODEL_FILE)
+
+    @property
+    def quantized(self) -> bool:
+        return self.state.get("quantize") == "int8"
 
     def optimizer(self) -> dict[str, Tensor]:
         return self._tensors(OPTIMIZER_FILE)
@@ -125,7 +132,16 @@ def write_checkpoint(
     Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
     """
     name = f"step-{state['step']:08d}"
-    aside, place = checkpoints / f".{name}.partial", checkpoints / name
+    write_directory(checkpoints / name, weights, optimizer, state, tokenizer)
+    name_checkpoint(checkpoints, "latest", name)
+    return checkpoints / name
+
+
+def write_directory(
+    place: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Write a checkpoint's files aside, flush them to the disk, and put them in place. Raises OSError."""
+    aside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -143,12 +159,10 @@ def write_checkpoint(
         flush(aside)
         shutil.rmtree(place, ignore_errors=True)
         aside.rename(place)
-        flush(checkpoints)
+        flush(place.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    name_checkpoint(checkpoints, "latest", name)
-    return place
 
 
 def name_restored(checkpoints: Path, name: str, best: bool) -> None:

@@ -9,14 +9,17 @@ matrix once for both parts and is bound by that reading.
 from __future__ import annotations
 
 import functools
-import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nib.checkpoint import Checkpoint, write_directory
+from nib.errors import InputError, RunError
 from nib.packing import replace_linears
 
 HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
@@ -36,6 +39,7 @@ class Int8Linear(nn.Module):
 
     weight: Tensor | None
     weight_scale: Tensor
+    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -119,29 +123,41 @@ def has_kernel() -> bool:
     return True
 
 
-def quantize(model: nn.Module) -> None:
-    """Make the matrices and the token embedding of a model 8 bits wide, one by one: the peak is the model itself."""
+def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
+    """Make the matrices and the token embedding of a model 8 bits wide, one by one; the stream is of this dtype.
+
+    What is small, biases, norms and positions, stays as it is.
+    """
 
     def make(layer: nn.Linear) -> nn.Module:
         return Int8Linear(*quantize_rows(layer.weight), layer.bias)
 
-    dtype = model.wte.weight.dtype
     replace_linears(model, make)
     model.wte = Int8Embedding(*quantize_rows(model.wte.weight), dtype)
 
 
-def quantize_empty(model: nn.Module) -> None:
+def quantize_empty(model: Any, dtype: torch.dtype = torch.float32) -> None:
     """Give a model the modules of a quantised one, whose weights are still to be loaded."""
 
-    def make(layer: nn.Linear) -> nn.Module:
-        return Int8Linear(layer.weight.detach().to(torch.int8), torch.ones(layer.out_features), layer.bias)
+    def empty(shape: torch.Size) -> tuple[Tensor, Tensor]:
+        return torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
 
-    replace_linears(model, make)
-    table = model.wte.weight.detach()
-    model.wte = Int8Embedding(table.to(torch.int8), torch.ones(len(table)), table.dtype)
+    replace_linears(model, lambda layer: Int8Linear(*empty(layer.weight.shape), layer.bias))
+    model.wte = Int8Embedding(*empty(model.wte.weight.shape), dtype)
 
 
-def pack_int8(model: nn.Module) -> None:
+def save_quantized(model: Any, source: Checkpoint, directory: Path) -> None:
+    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
+    if directory.exists():
+        raise InputError(f"{directory} exists already. Name a new directory")
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
+    except OSError as error:
+        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
+
+
+def pack_int8(model: Any) -> None:
     """Make a quantised model ready to run: a tied head gets its matrix, and all are packed. No saving after this."""
     if model.head is None:
         model.head = Int8Linear(model.wte.weight, model.wte.weight_scale, None)
