@@ -103,7 +103,7 @@ def read_prompt(source: str) -> str:
 def load_model(
     arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = ""
 ) -> tuple[GPT, Tokenizer, str]:
-    """The model of a run or checkpoint, on its device, in its dtype, quantised or not; its tokenizer; and a line that says which.
+    """The model of a run or checkpoint, on its device, in its dtype; its tokenizer; and a line that says which.
 
     Raises InputError.
     """

@@ -28,9 +28,13 @@ class Repetitions:
             self.tokens.append(token)
 
     def guess(self, count: int) -> list[int]:
-        """Up to `count` tokens that followed the last time that the text ended as it does now."""
+        """`count` tokens that followed the last time that the text ended as it does now; [] where it never did.
+
+        Where the text ends before that, it is taken to go round.
+        """
         for length in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
             place = self.follows.get(tuple(self.tokens[-length:]))
             if place is not None:
-                return self.tokens[place : place + count]
+                period = len(self.tokens) - place
+                return [self.tokens[place + i % period] for i in range(count)]
         return []

@@ -62,4 +62,4 @@ def test_the_newest_and_longest_repetition_is_taken():
     assert Repetitions([1, 2, 3]).guess(3) == [] and Repetitions([]).guess(1) == []
     growing = Repetitions([])
     growing.extend([7, 7, 7])
-    assert growing.guess(5) == [7]
+    assert growing.guess(5) == [7] * 5

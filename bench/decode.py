@@ -1,0 +1,228 @@
+"""Decoding a GPT-2 of 124 M random weights on the CPU: nib against the memory's speed, transformers and llama.cpp.
+
+    python bench/decode.py [--rounds 5] [--layers 12]
+
+Needs transformers; llama.cpp takes part where llama-cpp-python and gguf are installed. All engines run in turn, in
+this process, with torch's number of threads; medians over the rounds. The read-bandwidth limit is the speed of
+summing as many bytes as the weights have. Prints a table and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from model import GPT, GPTConfig, KVCache
+from nib.generation import stream_text
+from nib.packing import pack_linears
+from nib.quantize import pack_int8, quantize
+from nib.samples import Sample, SamplingSettings
+from nib.sampling import choose
+
+RAGGED = (40, 33, 57, 64, 12, 48, 25, 61)  # tokens in the prompts of the eight streams
+
+
+class Numbers:
+    """A tokenizer without text, as wide as GPT-2's."""
+
+    vocab_size, end_of_text = 50257, None
+
+    def decode_bytes(self, tokens: list[int]) -> bytes:
+        return b"."
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(50257, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+
+
+def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and all streams' tokens a second after it, as sample.py writes them."""
+    settings = SamplingSettings(max_new_tokens=tokens)
+    samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]  # type: ignore[arg-type]
+    began, first = time.perf_counter(), 0.0
+    for _ in stream_text(model, KVCache, samples, settings):
+        first = first or time.perf_counter() - began
+    return first, samples[0].tokens_per_second or 0.0
+
+
+def read_speed(size: int) -> Callable[[], float]:
+    memory = torch.ones(size // 4)
+
+    def measure() -> float:
+        began = time.perf_counter()
+        memory.sum()
+        return size / (time.perf_counter() - began)
+
+    return measure
+
+
+def transformers_speed(model: Any, length: int, tokens: int) -> tuple[float, float]:
+    """Seconds to the first token and tokens a second after it."""
+    prompt = torch.tensor([prompt_of(length)])
+    seconds = []
+    for count in (1, tokens):
+        began = time.perf_counter()
+        model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, min_new_tokens=count,
+            do_sample=True, top_k=200, temperature=0.8, pad_token_id=0,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+    return seconds[0], (tokens - 1) / max(seconds[1] - seconds[0], 1e-9)
+
+
+def write_gguf(model: GPT, path: Path, eight_bits: bool) -> None:
+    """The same weights as llama.cpp reads them, with a vocabulary of numbers."""
+    import gguf
+    import numpy as np
+
+    config = model.config
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(config.block_size)
+    writer.add_embedding_length(config.n_embd)
+    writer.add_block_count(config.n_layer)
+    writer.add_feed_forward_length(config.mlp_hidden)
+    writer.add_head_count(config.n_head)
+    writer.add_layer_norm_eps(config.norm_eps)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([f"t{i}" for i in range(config.vocab_size)])
+    writer.add_token_merges(["t 0"])
+    names = {"wte": "token_embd", "wpe": "position_embd", "norm": "output_norm"}
+    parts = {"attention_norm": "attn_norm", "attention.qkv": "attn_qkv", "attention.out": "attn_output"}
+    parts |= {"mlp_norm": "ffn_norm", "mlp.up": "ffn_up", "mlp.down": "ffn_down"}
+    for i in range(config.n_layer):
+        names |= {f"blocks.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in parts.items()}
+    tensors = {f"{names[name.rpartition('.')[0]]}.{name.rpartition('.')[2]}": p for name, p in model.named_parameters()}
+    tensors["output.weight"] = model.wte.weight
+    for name, tensor in tensors.items():
+        array = np.ascontiguousarray(tensor.detach().numpy())
+        if eight_bits and array.ndim == 2 and name != "position_embd.weight":
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def open_llama(model: GPT, directory: Path, eight_bits: bool) -> Any:
+    try:
+        import gguf  # noqa: F401
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    path = directory / f"{eight_bits}.gguf"
+    write_gguf(model, path, eight_bits)
+    threads = torch.get_num_threads()
+    return Llama(str(path), n_ctx=1024, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+
+def llama_speed(llama: Any, length: int, tokens: int) -> tuple[float, float]:
+    """Its forward passes alone, without the choice of tokens."""
+    llama.reset()
+    began = time.perf_counter()
+    llama.eval(prompt_of(length))
+    first = time.perf_counter() - began
+    began = time.perf_counter()
+    for token in prompt_of(tokens - 1):
+        llama.eval([token])
+    return first, (tokens - 1) / (time.perf_counter() - began)
+
+
+def choice_seconds(rows: int) -> float:
+    """Of choosing one token a row with top-k and top-p on."""
+    logits, settings = torch.randn(rows, 50257) * 3, SamplingSettings(top_k=200, top_p=0.95)
+    uniforms = torch.rand(rows)
+    began = time.perf_counter()
+    for _ in range(10):
+        choose(logits, uniforms, settings).tolist()
+    return (time.perf_counter() - began) / 10
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48, help="written in each measurement")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+    arguments = parser.parse_args()
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    model, tokens = GPT(GPTConfig(n_layer=arguments.layers)).eval(), arguments.tokens
+    size = sum(p.nbytes for p in model.parameters())
+    speed = read_speed(size)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=arguments.layers, eos_token_id=None, bos_token_id=None)).eval()
+    found: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        llamas = {kind: open_llama(model, Path(name), kind == "q8_0") for kind in ("f32", "q8_0")}
+    small = copy.deepcopy(model)
+    pack_linears(model)
+    quantize(small)
+    pack_int8(small)
+    for round_number in range(arguments.rounds + 1):  # the first one warms up
+        taken: dict[str, float] = {"limit": speed() / size}
+        for label, engine in (("nib f32", model), ("nib int8", small)):
+            taken[label] = write(engine, (64,), tokens)[1]
+            taken["limit"] = max(taken["limit"], speed() / size)
+            taken[f"{label}, 8 streams"] = write(engine, RAGGED, tokens)[1]
+            taken[f"{label}, first of 512"] = write(engine, (512,), 1)[0]
+        taken["transformers"] = transformers_speed(theirs, 64, tokens)[1]
+        taken["transformers, first of 512"] = transformers_speed(theirs, 512, 2)[0]
+        for kind, llama in llamas.items():
+            if llama:
+                time.sleep(0.05)  # until torch's threads no longer wait actively
+                taken[f"llama.cpp {kind}"] = llama_speed(llama, 64, tokens)[1]
+                taken[f"llama.cpp {kind}, first of 512"] = llama_speed(llama, 512, 2)[0]
+        taken["choice, 1 row"], taken["choice, 8 rows"] = choice_seconds(1), choice_seconds(8)
+        for key, value in taken.items() if round_number else ():
+            found.setdefault(key, []).append(value)
+    middle = {key: statistics.median(values) for key, values in found.items()}
+    for key, values in found.items():
+        unit, scale = ("ms", 1000) if key.startswith("choice") or "first" in key else ("tokens/s", 1)
+        low, high = min(values) * scale, max(values) * scale
+        print(f"{key:32} {middle[key] * scale:9.2f} {unit:9} ({low:.2f} to {high:.2f})")
+    if not llamas["f32"]:
+        print("llama.cpp was left out: pip install llama-cpp-python gguf")
+    report(middle, arguments.check)
+
+
+def report(middle: dict[str, float], check: bool) -> None:
+    f32, int8 = middle["nib f32"], middle["nib int8"]
+    ratios = {  # name: (found, target)
+        "share of the limit": (f32 / middle["limit"], 0.9),
+        "to transformers": (f32 / middle["transformers"], 1.6),
+        "int8 to f32": (int8 / f32, 2.5),
+        "8 streams to one": (middle["nib f32, 8 streams"] / f32, 4.0),
+        "first token, transformers to nib": (middle["transformers, first of 512"] / middle["nib f32, first of 512"], 1),
+        "step to 33 choices": (1 / f32 / middle["choice, 1 row"] / 33.3, 1.0),
+    }
+    if "llama.cpp f32" in middle:
+        ratios["to llama.cpp f32"] = (f32 / middle["llama.cpp f32"], 1.0)
+        ratios["int8 to llama.cpp q8_0"] = (int8 / middle["llama.cpp q8_0"], 1.0)
+    for name, (ratio, target) in ratios.items():
+        print(f"{name:34} {ratio:6.2f}   target {target:.2f}   {'met' if ratio >= target else 'missed'}")
+    result = {"ratios": {name: round(ratio, 3) for name, (ratio, _) in ratios.items()}, **middle}
+    print(json.dumps({**result, "threads": torch.get_num_threads(), "torch": torch.__version__}))
+    if check and any(ratio < target for ratio, target in ratios.values()):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
