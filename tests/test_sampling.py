@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from nib.samples import SamplingSettings
-from nib.sampling import choose, inverse_cdf, row_generator, top_ids
+from nib.sampling import choose, inverse_cdf, nucleus, row_generator, top_ids
 
 ALMOST_ONE = 1 - 2**-24  # the largest uniform number
 
@@ -142,3 +143,19 @@ def test_sampling_is_in_float32():
     logits = torch.randn(200, 1000, generator=generator).to(torch.bfloat16)
     uniforms, options = torch.rand(200, generator=generator), make_settings(top_p=0.9, temperature=0.9)
     assert torch.equal(choose(logits, uniforms, options), choose(logits.float(), uniforms, options))
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])  # flat: more than the first candidates; peaked: a few of them
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_shorter_ways_of_a_cpu_choose_the_same_ids(spread, ties):
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(4, 5000, generator=generator) * spread
+    if ties:
+        logits = (logits * 4 / spread).round() * spread / 4
+    order = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(top_ids(logits, 50), order.indices[:, :50].sort(-1).values)
+    probabilities = logits.softmax(-1)
+    order = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = order.values.cumsum(-1) - order.values
+    expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order.indices, before < 0.9)
+    assert torch.equal(nucleus(probabilities, 0.9), expected)
