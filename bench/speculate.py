@@ -37,7 +37,7 @@ def main() -> None:
     model, tokenizer, origin = load_model([arguments.run] if arguments.run else [], "cpu", "float32")
     stream = Dataset(arguments.dataset).val
     length, apart = model.config.block_size // 2, stream.tokens // (arguments.prompts + 1)
-    prompts = [stream.read(i * apart, length).tolist() for i in range(arguments.prompts)]
+    prompts = [stream.read(i * apart, i * apart + length).tolist() for i in range(arguments.prompts)]
     hidden, steps = model.hidden, [0]
 
     def counted(tokens, cache=None):  # type: ignore[no-untyped-def]

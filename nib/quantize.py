@@ -22,6 +22,7 @@ from nib.checkpoint import Checkpoint, write_directory
 from nib.errors import InputError, RunError
 from nib.packing import replace_linears
 
+ROWS = 4096  # are quantised at a time
 HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
 SIXTEEN_BITS = 256 * HIGHEST
 TINY, ZERO, PART = torch.tensor(1e-35), torch.tensor(0.0), torch.tensor(1 / 256)
@@ -29,9 +30,14 @@ TINY, ZERO, PART = torch.tensor(1e-35), torch.tensor(0.0), torch.tensor(1 / 256)
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix (N, K) to integers (N, K) int8 and scales (N,) float32 with weight = integers * scales, rounded."""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(-1).clamp_min(1e-30) / HIGHEST
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+    weight = weight.detach()
+    low, high = weight.aminmax(dim=-1)
+    scale = torch.maximum(-low.float(), high.float()).clamp_min_(1e-30) / HIGHEST
+    integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for begin in range(0, len(weight), ROWS):  # an embedding is a third of a small model: no copy of all of it
+        part = slice(begin, begin + ROWS)
+        integers[part] = (weight[part] / scale[part, None]).round_()
+    return integers, scale
 
 
 class Int8Linear(nn.Module):

@@ -1,0 +1,70 @@
+"""Peak resident memory and file size of sample.py with a GPT-2 of 124 M random weights: float32, int8, int8 saved.
+
+    python bench/quantize_memory.py
+
+Each way is a process of its own; the baseline is one that only imports torch. Prints a table and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+from model import GPT, GPTConfig
+from nib.checkpoint import write_directory
+from nib.tokenizer import make_tokenizer
+
+# With the model still there after it wrote a little: what the process holds, and the most that it held.
+MEASURE = """
+import re, sys, torch
+if len(sys.argv) > 1:
+    import sample
+    from nib.samples import make_samples
+    options = sample.Options(max_new_tokens=20)
+    model, tokenizer, _ = sample.load_model(sys.argv[1:2], "cpu", "float32", *sys.argv[2:])
+    sample.write(make_samples(["a"], tokenizer, options), model, options)
+status = open("/proc/self/status").read()
+print(*[int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")], file=sys.stderr)
+"""
+
+
+def measure(*arguments: str) -> list[int]:
+    """Resident and peak resident bytes."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    return [int(number) for number in done.stderr.split("\n")[-2].split()]
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.manual_seed(0)
+    model, found = GPT(GPTConfig()), {}
+    with tempfile.TemporaryDirectory() as name:
+        whole, small = Path(name) / "whole", Path(name) / "small"
+        state = {"step": 0, "model_config": vars(model.config)}
+        write_directory(whole, model.state_dict(), {}, state, make_tokenizer("byte"))
+        found["torch alone"] = measure()
+        found["float32"] = measure(str(whole))
+        found["int8"] = measure(str(whole), "int8", str(small))
+        found["int8, saved"] = measure(str(small))
+        files = [(path / "model.safetensors").stat().st_size for path in (whole, small)]
+    print(f"files: float32 {files[0] / 1e6:.0f} MB, int8 {files[1] / 1e6:.0f} MB")
+    for kind, numbers in found.items():
+        print("{:12} {:5.0f} MB resident, {:5.0f} MB at the most".format(kind, *(number / 1e6 for number in numbers)))
+    print(json.dumps({**found, "files": files}))
+
+
+if __name__ == "__main__":
+    main()
