@@ -83,7 +83,8 @@ class Architecture:
     names: dict[str, list[str]] = field(default_factory=lambda: LLAMA_NAMES)
     keys: dict[str, str] = field(default_factory=lambda: LLAMA_KEYS)
     defaults: dict[str, Any] = field(default_factory=dict)  # what a key means that config.json leaves out
-    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # switches: the linear layers they give biases
+    # Switches, and the linear layers they give biases.
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     # Linear layers that always have a bias, and those that never have one where the others may.
     always_bias: tuple[str, ...] = ()
     never_bias: tuple[str, ...] = ()

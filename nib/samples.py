@@ -145,7 +145,7 @@ def make_samples(prompts: Sequence[str], tokenizer: Tokenizer, settings: Samplin
     """`num_samples` empty samples of each prompt, in order. Raises InputError for a prompt that cannot be encoded."""
     samples = []
     for prompt_number, prompt in enumerate(prompts):
-        tokens = tokenizer.encode(prompt) or start_tokens(tokenizer)
+        tokens = tokenizer.encode_prompt(prompt) or start_tokens(tokenizer)
         for number in range(settings.num_samples):
             samples.append(Sample(prompt, prompt_number, number, tokens, tokenizer, settings))
     return samples

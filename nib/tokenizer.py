@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,10 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
             raise InputError(f"the text holds U+{code:04X}, half a character. Give valid Unicode text") from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to be continued; a tokenizer of Hugging Face's sees its special tokens in it."""
+        return self.encode(text)
 
     def _encode_piece(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -235,17 +239,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False)
     )
     # Ids were given in the order of the merges, which is the order tiktoken merges in.
-    byte_of = _bytes_of_letters(alphabet)
+    byte_of = bytes_of_letters()
     ranks = {bytes(byte_of[letter] for letter in token): id for token, id in trained.get_vocab().items()}
     return BpeTokenizer(f"bpe:{len(ranks) + 1}", SPLIT_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
 
-def _bytes_of_letters(alphabet: Sequence[str]) -> dict[str, int]:
+def bytes_of_letters() -> dict[str, int]:
     """The byte that each letter of the byte-level alphabet writes.
 
     Printable bytes are written as themselves, the others in order as U+0100, U+0101 and so on.
     """
-    itself = {letter: ord(letter) for letter in alphabet if ord(letter) < 256}
+    from tokenizers import pre_tokenizers
+
+    itself = {letter: ord(letter) for letter in pre_tokenizers.ByteLevel.alphabet() if ord(letter) < 256}
     others = sorted(set(range(256)) - set(itself.values()))
     return itself | {chr(256 + index): value for index, value in enumerate(others)}
 
@@ -263,12 +269,19 @@ def train_char(texts: Iterable[str]) -> CharTokenizer:
 def load_tokenizer(path: Path) -> Tokenizer:
     """Load `nib_tokenizer.json`, by its own path or from a directory (data, checkpoint or run), or `.tiktoken` ranks.
 
+    A directory of Hugging Face's gives the tokenizer in it.
     Raises InputError for a file that is not there, cut short, or not what `save` writes; it can run no code.
     """
     path = Path(path)
     if path.is_dir():
         in_checkpoints = sorted(path.glob(f"checkpoints/*/{TOKENIZER_FILE}"))
-        path = in_checkpoints[-1] if in_checkpoints else path / TOKENIZER_FILE
+        found = in_checkpoints[-1] if in_checkpoints else path / TOKENIZER_FILE
+        if not found.exists():
+            from nib.hf_tokenizer import has_tokenizer, read_tokenizer
+
+            if has_tokenizer(path):
+                return read_tokenizer(path)
+        path = found
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path} is no tokenizer: it is over {MAX_FILE_BYTES >> 20} MB. Give a {TOKENIZER_FILE}")
@@ -310,8 +323,14 @@ def _from_content(content: Any) -> Tokenizer:
         _check(len(set(special.values())) == len(special), "two special tokens share one id")
         _check(tokens[-1] is not None or len(tokens) - 1 in special.values(), "its last id stands for nothing")
         tokenizer = BpeTokenizer(name, pattern, dict(_ranks(enumerate(tokens))), special)
+    elif kind == "huggingface":
+        from nib.hf_tokenizer import HuggingFaceTokenizer
+
+        _check(isinstance(content["tokenizer"], dict) and isinstance(content["config"], dict), "it has no tokenizer")
+        _check(end_of_text is None or type(end_of_text) is int, "its end_of_text is no id")
+        tokenizer = HuggingFaceTokenizer(name, content["tokenizer"], content["config"], end_of_text)
     else:
-        raise ValueError(f"its kind is {kind!r}, not byte, char or bpe")
+        raise ValueError(f"its kind is {kind!r}, not byte, char, bpe or huggingface")
     _check(tokenizer.end_of_text == end_of_text, "its end_of_text does not fit")
     return tokenizer
 

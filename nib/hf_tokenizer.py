@@ -1,0 +1,272 @@
+"""Tokenizers of Hugging Face directories: theirs run as they are, by the package tokenizers; ours written as theirs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nib.errors import InputError
+from nib.tokenizer import (
+    _PROBE,
+    END_OF_TEXT,
+    MAX_FILE_BYTES,
+    MAX_VOCAB,
+    BpeTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    bytes_of_letters,
+)
+
+TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+# The settings of tokenizer_config.json that are kept from reading to writing.
+KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token", "add_eos_token")
+GPT2_MODELS = ("gpt2", None)  # whose vocab.json and merges.txt are split by GPT-2's pattern
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A byte-level BPE of a tokenizer.json, with the ids that transformers gives.
+
+    `content` is the object in tokenizer.json, `config` what is kept of tokenizer_config.json. What its normaliser
+    changes, as Qwen's does with decomposed accents, does not come back. Raises InputError for another kind.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, name: str, content: dict[str, Any], config: dict[str, Any], end_of_text: int | None) -> None:
+        import tokenizers
+
+        self.content, self.config = content, config
+        kinds = [part.get("type") for part in _parts(content.get("decoder"), "decoders")]
+        model = content.get("model")
+        kind = model.get("type", "BPE") if isinstance(model, dict) else None
+        if kind != "BPE" or kinds != ["ByteLevel"]:
+            found = f"{kind} decoded by {', '.join(map(str, kinds)) or 'nothing'}"
+            raise InputError(f"tokenizer {name} is {found[:80]}, not a byte-level BPE. Give a model that has one")
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            token_bytes = self._token_bytes()
+        except InputError:
+            raise
+        except BaseException as error:  # the library's errors are plain Exceptions, its panics not even these
+            if isinstance(error, KeyboardInterrupt | MemoryError):
+                raise
+            raise InputError(f"tokenizer {name}: {str(error)[:120]}. Give a whole tokenizer.json") from None
+        if end_of_text is not None and not 0 <= end_of_text < len(token_bytes):
+            raise InputError(
+                f"tokenizer {name}: its end of text, {end_of_text}, is no id of it. Give a whole directory"
+            )
+        if end_of_text is not None:
+            token_bytes[end_of_text] = b""
+        super().__init__(name, token_bytes, end_of_text)
+
+    def _token_bytes(self) -> list[bytes]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        size = max(vocab.values(), default=-1) + 1
+        if not 0 < size <= MAX_VOCAB:
+            raise InputError(f"the tokenizer has ids up to {size - 1}. Give one of at most {MAX_VOCAB}")
+        byte_of, token_bytes = bytes_of_letters(), [b""] * size
+        for token, id in vocab.items():
+            if id not in added:
+                token_bytes[id] = bytes(byte_of[letter] for letter in token)
+            elif not added[id].special:
+                token_bytes[id] = token.encode("utf-8")
+        return token_bytes
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        text.encode("utf-8")  # UnicodeEncodeError for half a character
+        self.tokenizer.encode_special_tokens = True  # which means: as text
+        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that transformers gives: special tokens in the text are themselves, and one may come before it."""
+        self.encode(text)  # says what is wrong with it
+        self.tokenizer.encode_special_tokens = False
+        return list(self.tokenizer.encode(text).ids)
+
+    def _content(self) -> dict[str, Any]:
+        return {"tokenizer": self.content, "config": self.config}
+
+
+def _parts(node: Any, inside: str) -> list[dict[str, Any]]:
+    """A component of tokenizer.json, or those in its sequence."""
+    if not isinstance(node, dict):
+        return []
+    inner = node.get(inside)
+    return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else [node]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return (directory / TOKENIZER_JSON).is_file() or (directory / "vocab.json").is_file()
+
+
+def read_tokenizer(directory: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a Hugging Face directory: tokenizer.json, or vocab.json and merges.txt of GPT-2's kind.
+
+    Raises InputError.
+    """
+    settings, model = _object(directory / CONFIG_JSON), _object(directory / "config.json")
+    if (directory / TOKENIZER_JSON).is_file():
+        content = _object(directory / TOKENIZER_JSON)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        if model.get("model_type") not in GPT2_MODELS:
+            raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
+        content = _gpt2_content(directory, bool(settings.get("add_prefix_space", False)))
+    else:
+        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give --tokenizer, or a whole model directory")
+    config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
+    if (directory / CHAT_TEMPLATE).is_file():
+        config["chat_template"] = _text(directory / CHAT_TEMPLATE)
+    tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
+    end = tokenizer.tokenizer.token_to_id(str(config.get("eos_token", "")))
+    if end is None:
+        end = model.get("eos_token_id")
+        end = end[0] if isinstance(end, list) and end else end
+    if end is None:
+        end = tokenizer.tokenizer.token_to_id(END_OF_TEXT)
+    if type(end) is int and 0 <= end < tokenizer.vocab_size:
+        tokenizer.end_of_text = end
+        tokenizer.token_bytes[end] = b""
+    return tokenizer
+
+
+def _text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} is over {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty where there is no file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(_text(path))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object. Give a whole model directory")
+    return content
+
+
+def _text_of(value: Any) -> Any:
+    """A special token, which may be written as an object."""
+    return value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
+
+
+def _gpt2_content(directory: Path, add_prefix_space: bool) -> dict[str, Any]:
+    vocab = _object(directory / "vocab.json")
+    lines = _text(directory / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    split = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+    content = _content(vocab, merges, special, split)
+    content["model"]["ignore_merges"] = False
+    return content
+
+
+def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], split: Any) -> dict[str, Any]:
+    """A tokenizer.json of a byte-level BPE."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": id, "content": token, **flags, "special": True} for token, id in special.items()]
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    # ignore_merges: a word that is a token is one token, as tiktoken has it.
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": vocab, "merges": merges}  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": split, "post_processor": None, "decoder": decoder, "model": model,
+    }  # fmt: skip
+
+
+def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as the object of a tokenizer.json, tried on a text. Raises InputError when that cannot be."""
+    import tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.content
+    letter_of = {byte: letter for letter, byte in bytes_of_letters().items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {} if tokenizer.end_of_text is None else {END_OF_TEXT: tokenizer.end_of_text}
+    if isinstance(tokenizer, CharTokenizer):
+        content = _content({character: id for id, character in enumerate(tokenizer.characters)}, [], {}, None)
+        content["decoder"] = {"type": "Fuse"}
+        probe = tokenizer.characters
+    else:
+        split: dict[str, Any] = byte_level
+        merges: list[tuple[bytes, bytes]] = []
+        if isinstance(tokenizer, BpeTokenizer):
+            special, merges = tokenizer.special_tokens, merges_of(tokenizer.ranks)
+            pattern = {"Regex": as_onig(tokenizer.pattern)}
+            by_pattern = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            split = {"type": "Sequence", "pretokenizers": [by_pattern, byte_level]}
+        word = {id: "".join(letter_of[byte] for byte in token) for id, token in enumerate(tokenizer.token_bytes)}
+        vocab = {word[id]: id for id, token in enumerate(tokenizer.token_bytes) if token}
+        if clash := next((token for token in special if token in vocab), None):
+            raise InputError(f"the special token {clash!r} of {tokenizer.name} is an ordinary one too. Rename it")
+        letters = [" ".join("".join(letter_of[byte] for byte in part) for part in pair) for pair in merges]
+        content = _content(vocab | special, letters, special, split)
+        probe = _PROBE
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    ids = theirs.encode(probe, add_special_tokens=False).ids
+    if ids != tokenizer.encode(probe) or theirs.decode(ids) != probe:
+        raise InputError(f"tokenizer {tokenizer.name} cannot be written as a {TOKENIZER_JSON}. Use gpt2, bpe:N or byte")
+    return content
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token is merged from, in the order of the ranks: what a tokenizer.json has in their place.
+
+    A token is merged from the two parts that the ranks below its own leave of it. That holds inside any text,
+    since the merges between its bytes come in the same order whatever is around them.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[place : place + 1] for place in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            best = min(pairs)
+            if best >= rank:
+                break  # no merge leads to it: it is found as a whole word only
+            place = pairs.index(best)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def as_onig(pattern: str) -> str:
+    """A split pattern of tiktoken's, for the regular expressions of the package tokenizers.
+
+    There {1,3}+ is not possessive but repeats, and $ ends a line, not the text.
+    """
+    return re.sub(r"\$(?=\||$)", r"\\z", re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern))
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
+    """Write the files by which transformers' AutoTokenizer gives the same ids. Raises InputError."""
+    content = as_tokenizer_json(tokenizer)
+    (directory / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    config: dict[str, Any] = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        config = dict(tokenizer.config)
+        if tokenizer.end_of_text is not None:
+            config["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text)
+    elif tokenizer.end_of_text is not None:
+        config = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    config["clean_up_tokenization_spaces"] = False
+    (directory / CONFIG_JSON).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
