@@ -13,13 +13,16 @@ from nib.errors import InputError, run_script
 USAGE = "python prepare_data.py SOURCE... [--option=value]..."
 ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSONL, Parquet), a directory, - for
 standard input, an http(s) URL, or one of stdlib, stdlib_char, shakespeare, shakespeare_char, openwebtext, fineweb-edu.
-Each text file, JSONL line or Parquet row is a document."""
+Each text file, JSONL line or Parquet row is a document; a column of chat messages becomes plain text. A directory of
+nanoGPT's train.bin and val.bin is taken over."""
 
 
 @dataclass
 class Settings:
     out: str = option("", "the data directory to make; by default data/NAME, after the source")
-    tokenizer: str = option("auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME or FILE")
+    tokenizer: str = option(
+        "auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME, FILE or HF_DIR"
+    )
     format: str = option("auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "parquet"))
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     glob: str = option("", "which files of a directory to read, such as '*.py'; by default all that are not hidden")

@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from nib.tokenizer import Tokenizer
 
 INTERRUPTED = 130
-USAGE = "python sample.py [RUN|CHECKPOINT] [--prompt TEXT|FILE:path|-]... [--name=value]..."
+USAGE = "python sample.py [RUN|CHECKPOINT|HF_DIR] [--prompt TEXT|FILE:path|-]... [--name=value]..."
 ABOUT = (
-    "Continue texts with a model that train.py made: the newest run under out/, or the run, checkpoint or file "
-    "(checkpoints/best) that is named. The text goes to standard output, all else to standard error."
+    "Continue texts with a model: the newest run under out/, or the run, checkpoint or file (checkpoints/best) that is "
+    "named, or a Hugging Face directory or hub name, or nanoGPT's ckpt.pt. The text goes to standard output, all else "
+    "to standard error."
 )
 
 
@@ -103,51 +104,39 @@ def read_prompt(source: str) -> str:
 def load_model(
     arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = ""
 ) -> tuple[GPT, Tokenizer, str]:
-    """The model of a run or checkpoint, on its device, in its dtype; its tokenizer; and a line that says which.
+    """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
 
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     from model import GPT, GPTConfig
-    from nib.checkpoint import find_checkpoint, open_checkpoint
     from nib.device import pick_device, pick_dtype
     from nib.packing import pack_linears
     from nib.quantize import pack_int8, quantize, quantize_empty, save_quantized
+    from nib.source import build, open_source
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
-    path = find_checkpoint(arguments[0] if arguments else None)
-    if is_hugging_face(path):
-        raise InputError(f"{path} is a Hugging Face directory, not yet read by nib. Give a run or checkpoint of nib's")
-    checkpoint = open_checkpoint(path)
-    try:
-        model = GPT(GPTConfig(**checkpoint.model_config))
-        if checkpoint.quantized:
+    source = open_source(arguments[0] if arguments else None)
+
+    def make_model(settings: dict[str, Any]) -> GPT:
+        model = GPT(GPTConfig(**settings))
+        if source.quantized:
             quantize_empty(model, dtype)
-        # Assigned, the weights stay in the file until they are quantised or copied below.
-        model.load_state_dict(checkpoint.weights(quantized=True), assign=True)
-    except (TypeError, ValueError, RuntimeError) as error:
-        fault = f"{checkpoint.directory} does not fit this model.py: {' '.join(str(error).split())[:200]}"
-        raise InputError(f"{fault}. Use the one that trained it") from None
+        return model
+
+    model = build(source, make_model, sampling=True)
     model.to(device)
-    int8 = checkpoint.quantized or quantized == "int8"
-    if int8 and not checkpoint.quantized:
+    int8 = source.quantized or quantized == "int8"
+    if int8 and not source.quantized:
         quantize(model, dtype)
     if save_quantized_to:
-        save_quantized(model, checkpoint, Path(save_quantized_to))
+        save_quantized(model, source, Path(save_quantized_to))
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
-    origin = f"{checkpoint.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
-    return model.eval(), checkpoint.tokenizer(), origin
-
-
-def is_hugging_face(path: Path) -> bool:
-    try:
-        config = json.loads((path / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and ("architectures" in config or "model_type" in config)
+    origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
+    return model.eval(), source.tokenizer(), origin
 
 
 def write(samples: list[Sample], model: GPT, options: Options) -> int:

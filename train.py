@@ -42,7 +42,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, KVCache
-from nib.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from nib.checkpoint import Checkpoint
 from nib.dataset import Dataset, WindowOrder, training_batch
 from nib.device import Precision, device_name, peak_flops, peak_memory
 from nib.distributed import Cluster, lost_processes, start_cluster, whole
@@ -55,6 +55,7 @@ from nib.run import STOP_SIGNALS, Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
+from nib.source import check_vocabulary, open_source
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
@@ -232,7 +233,7 @@ def agree(cluster: Cluster, seconds: float, signal_number: int) -> tuple[float, 
 
 
 def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None) -> GPT:
-    """A model of the shape that the settings say, drawn from the seed, or with init_from that of a checkpoint.
+    """A model of the shape that the settings say, drawn from the seed, or with init_from that of another.
 
     Raises InputError for a shape that cannot be, or that is not the one init_from has.
     """
@@ -243,13 +244,9 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
             # Before a model with a table of that many positions is built.
             WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
             return GPT(GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings()))
-        source = checkpoint or open_checkpoint(find_checkpoint(settings.init_from))
+        source = checkpoint or open_source(settings.init_from)
         config = GPTConfig(**{**source.model_config, "dropout": settings.dropout})
-        if config.vocab_size != dataset.vocab_size:
-            sizes = f"{config.vocab_size} token ids, {dataset.directory} {dataset.vocab_size}"
-            raise InputError(
-                f"{settings.init_from} has {sizes}. Prepare the data with --tokenizer={settings.init_from}"
-            )
+        check_vocabulary(source, dataset, settings.init_from)
         for name, wanted in settings.model_settings().items():
             has = getattr(config, name)
             if (
@@ -258,7 +255,7 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
                 and (wanted or name not in ("n_kv_head", "mlp_hidden"))
             ):
                 raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
-        if "block_size" not in parsed.given:
+        if "block_size" not in parsed.given and checkpoint is None:
             settings.block_size = config.block_size
         elif settings.block_size > config.block_size:
             raise InputError(

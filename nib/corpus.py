@@ -28,6 +28,7 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
+MESSAGES = "messages"  # the column of a chat, where there is none called text
 BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
 # Tests, installed packages, and what is there on one machine and not on the next.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -111,6 +112,9 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
     try:
         if path.is_dir():
             files = _walk(path, glob or "*", set())
+            tables = [file for file in files if file.suffix.lower() == ".parquet"]
+            if tables and not glob and format == "auto":  # the notes beside them are no part of the corpus
+                files = tables
             if not files:
                 raise InputError(f"no file in {path} matches {glob or '*'}. Give another directory or --glob")
         elif path.exists():
@@ -189,6 +193,8 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
         # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
+            if field == "text" and field not in columns and MESSAGES in columns:
+                field = MESSAGES
             if field not in columns:
                 raise InputError(f"{source.name} has no column {field!r}. Give --field={'|'.join(columns)}")
             row = 0
@@ -214,7 +220,24 @@ def _hub_rows(source: Source) -> Iterator[Part]:
         raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
 
 
+def chat_text(messages: list[Any]) -> str | None:
+    """Chat messages as plain text, a paragraph a message: `role: content`. None when they are none."""
+    paragraphs = []
+    for message in messages:
+        if not isinstance(message, dict):
+            return None
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if isinstance(content, list):  # parts, of which pictures and sounds are left out
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            content = "".join(text for text in texts if isinstance(text, str))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        paragraphs.append(f"{role}: {content}\n")
+    return "\n".join(paragraphs)
+
+
 def _row(value: Any, field: str, where: str) -> Part:
-    if not isinstance(value, str):
+    text = chat_text(value) if isinstance(value, list) else value
+    if not isinstance(text, str):
         raise InputError(f"{where}: column {field!r} holds {type(value).__name__}, not text. Give another --field")
-    return Part(where, value.encode("utf-8", "surrogatepass"))
+    return Part(where, text.encode("utf-8", "surrogatepass"))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nib.corpus import Part
+from nib.corpus import MESSAGES, Part, chat_text
 from nib.errors import InputError
 from nib.pieces import PIECE_BYTES, cut
 from nib.tokenizer import load_tokenizer
@@ -114,12 +114,15 @@ def _json_text(line: str, field: str, where: str) -> str:
         raise InputError(f"{where}: not valid JSON: {error}. JSONL has one object a line") from None
     if not isinstance(document, dict):
         raise InputError(f"{where}: {type(document).__name__}, not an object. JSONL has one object a line")
+    if field == "text" and field not in document and MESSAGES in document:
+        field = MESSAGES
     if field not in document:
         names = ", ".join(list(document)[:10])
         raise InputError(f"{where}: no field {field!r} among {names or 'none'}. Give --field=NAME")
-    text = document[field]
+    value = document[field]
+    text = chat_text(value) if isinstance(value, list) else value
     if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} holds {type(text).__name__}, not text. Give --field=NAME")
+        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, not text. Give --field=NAME")
     return text
 
 

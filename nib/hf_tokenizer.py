@@ -108,14 +108,16 @@ def has_tokenizer(directory: Path) -> bool:
     return (directory / TOKENIZER_JSON).is_file() or (directory / "vocab.json").is_file()
 
 
-def read_tokenizer(directory: Path) -> HuggingFaceTokenizer:
+def read_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory: tokenizer.json, or vocab.json and merges.txt of GPT-2's kind.
 
-    Raises InputError.
+    One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
     """
     settings, model = _object(directory / CONFIG_JSON), _object(directory / "config.json")
     if (directory / TOKENIZER_JSON).is_file():
         content = _object(directory / TOKENIZER_JSON)
+        if letters := _characters(content):
+            return CharTokenizer(letters)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         if model.get("model_type") not in GPT2_MODELS:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
@@ -136,6 +138,17 @@ def read_tokenizer(directory: Path) -> HuggingFaceTokenizer:
         tokenizer.end_of_text = end
         tokenizer.token_bytes[end] = b""
     return tokenizer
+
+
+def _characters(content: dict[str, Any]) -> str:
+    """The characters of a tokenizer.json that has nothing else, in the order of their ids; empty for another kind."""
+    model, decoder = content.get("model"), content.get("decoder")
+    if not isinstance(model, dict) or decoder != {"type": "Fuse"} or model.get("merges") != []:
+        return ""
+    vocab = model.get("vocab")
+    letters = "".join(vocab) if isinstance(vocab, dict) else ""
+    plain = vocab == {letter: id for id, letter in enumerate(letters)} and sorted(set(letters)) == list(letters)
+    return letters if plain and not content.get("normalizer") and not content.get("pre_tokenizer") else ""
 
 
 def _text(path: Path) -> str:

@@ -60,6 +60,8 @@ class HuggingFaceModel:
     Opening it checks everything but the values of the weights. Raises InputError.
     """
 
+    quantized = False
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         config = read_json(directory / CONFIG_FILE)
@@ -73,6 +75,7 @@ class HuggingFaceModel:
             model["mlp_hidden"] = model["mlp_hidden"] or 4 * model["n_embd"]
             self.files = self._find_tensors()
             self.places = self._match(config, without_bias)
+            self.state: dict[str, Any] = {"step": 0, "model_config": model}
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
 
@@ -183,7 +186,7 @@ class HuggingFaceModel:
 
         return read
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
         """Our parameters, in the dtype of the file. Raises InputError for a file that has changed under way."""
         read, weights = self._reader(), {}
         for place in self.places:

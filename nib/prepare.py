@@ -20,6 +20,7 @@ import numpy as np
 from nib.corpus import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.encoding import EncoderSettings, encode_all, part_text
 from nib.errors import InputError, RunError
+from nib.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.shards import FORMAT, SplitWriter, staging_directory, sync
 from nib.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe, train_char
 from nib.workers import Worker
@@ -62,9 +63,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize `sources` into the directory `out` and return the content of its `meta.json`.
 
-    The same sources and settings give the same bytes for any number of `workers` (0: one a core). `out` appears
-    whole or not at all. Raises InputError for a source, a text or a setting that will not do, RunError when
-    the disk is full or the network fails.
+    The same sources and settings give the same bytes for any number of `workers` (0: one a core). A directory of
+    nanoGPT's token files keeps its split. `out` appears whole or not at all. Raises InputError for a source, a text
+    or a setting that will not do, RunError when the disk is full or the network fails.
     """
     began = time.monotonic()
     workers = workers or _cores()
@@ -74,13 +75,20 @@ def prepare(
             spool = tokenizer == "char" or tokenizer.startswith("bpe:")
             fetched = staging / "fetched"
             fetched.mkdir()
-            found = find_sources(sources, format, glob, fetched, spool)
-            fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging)
+            ready = is_dataset(sources)
+            if ready:
+                fitted = dataset_tokenizer(Path(sources[0]), tokenizer)
+            else:
+                found = find_sources(sources, format, glob, fetched, spool)
+                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging)
             settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted))
             writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction)
             try:
-                _encode(found, settings, workers, writer)
-                writer.settle(fitted)
+                if ready:
+                    copy_tokens(Path(sources[0]), fitted, writer)
+                else:
+                    _encode(found, settings, workers, writer)
+                    writer.settle(fitted)
                 if writer.tokens["train"] == 0:
                     raise InputError(_nothing_to_train_on(writer, sources))
                 sha256 = writer.write_shards(shard_tokens)

@@ -12,15 +12,18 @@ import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nib.checkpoint import Checkpoint, write_directory
+from nib.checkpoint import write_directory
 from nib.errors import InputError, RunError
 from nib.packing import replace_linears
+
+if TYPE_CHECKING:
+    from nib.source import Source
 
 ROWS = 4096  # are quantised at a time
 HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
@@ -152,7 +155,7 @@ def quantize_empty(model: Any, dtype: torch.dtype = torch.float32) -> None:
     model.wte = Int8Embedding(*empty(model.wte.weight.shape), dtype)
 
 
-def save_quantized(model: Any, source: Checkpoint, directory: Path) -> None:
+def save_quantized(model: Any, source: Source, directory: Path) -> None:
     """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
     if directory.exists():
         raise InputError(f"{directory} exists already. Name a new directory")

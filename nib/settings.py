@@ -31,7 +31,8 @@ class TrainSettings:
     # fmt: off
     out_dir: str = option("", "where the run is written; empty: out/NAME after the config file", group="run")
     seed: int = option(1337, "decides weights, data order and dropout", at_least=0, below=2**31, group="run")
-    init_from: str = option("scratch", "scratch, or a run or checkpoint whose weights to start from", group="run")
+    init_from: str = option("scratch", "scratch, or whose weights to start from: a run or checkpoint, a Hugging Face "
+                            "directory or hub name, nanoGPT's ckpt.pt", group="run")
     resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
                          choices=("auto", "never", "must"), group="run")
 

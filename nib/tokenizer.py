@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from nib.errors import InputError
+from nib.hub import TOKENIZER_FILES, download, is_hub_name
 from nib.pieces import PIECE_BYTES, read_pieces
 
 TOKENIZER_FILE = "nib_tokenizer.json"
@@ -197,7 +198,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer that needs no corpus: `byte`, an encoding of tiktoken, or a tokenizer file or its directory.
+    """A tokenizer that needs no corpus: `byte`, tiktoken's, that of a file or directory, or of a hub name.
 
     Raises InputError when there is no such tokenizer, or when tiktoken cannot download it.
     """
@@ -209,6 +210,8 @@ def make_tokenizer(name: str) -> Tokenizer:
     if name not in known:
         if Path(name).exists():
             return load_tokenizer(Path(name))
+        if is_hub_name(name):
+            return load_tokenizer(download(name, TOKENIZER_FILES))
         raise InputError(f"no tokenizer {name!r}. There are byte, char, bpe:N, a tokenizer file and {', '.join(known)}")
     try:
         encoding = tiktoken.get_encoding(name)

@@ -202,7 +202,7 @@ BAD = [
     (["odd/cut/checkpoints/step-00000003"], "damaged"),
     (["odd/changed"], "does not fit"),
     (["odd/future"], "does not fit"),
-    (["odd/hf"], "Hugging Face"),
+    (["odd/hf"], "config.json lacks vocab_size"),
 ]
 
 

@@ -1,0 +1,56 @@
+"""Write a model for other tools: a Hugging Face directory, or a GGUF file for llama.cpp.
+
+python export.py small exported/small            for transformers and vLLM
+python export.py out/small small-gguf --format gguf
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from nib.cli import option, parse
+from nib.errors import InputError, run_script
+
+USAGE = "python export.py RUN|CHECKPOINT|HF_DIR OUT_DIR [--option=value]..."
+ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card, as the architecture
+that its options make: GPT-2, Llama, Mistral, Qwen3, Arcee, Apertus or Starcoder2."""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+@dataclass
+class Settings:
+    dtype: str = option("auto", "of the weights; auto: as they are", choices=("auto", "float32", "bfloat16", "float16"))
+    max_shard_size: str = option("5GB", "largest file of weights, in bytes, KB, MB or GB; more become several files")
+    format: str = option("hf", "hf: a Hugging Face directory; gguf: one file for llama.cpp", choices=("hf", "gguf"))
+
+
+def main() -> None:
+    parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT, max_arguments=2)
+    if len(parsed.arguments) != 2:
+        raise InputError("export.py takes a model and a new directory. See --help")
+    settings, out = parsed.settings, Path(parsed.arguments[1])
+    shard_bytes = parse_size(settings.max_shard_size)
+    if out.exists():
+        raise InputError(f"{out} exists. Give a new directory")
+
+    from nib.export import directory_bytes, export
+    from nib.source import open_source
+
+    source = open_source(parsed.arguments[0])
+    name = export(source, out, dtype=settings.dtype, max_shard_bytes=shard_bytes, kind=settings.format)
+    print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
+
+
+def parse_size(text: str) -> int:
+    """A number of bytes such as 500MB. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]B|)", text.upper())
+    if not found or not 1 <= float(found[1]) * UNITS[found[2]] < 2**60:
+        raise InputError(f"--max-shard-size is {text!r}, not a size. Write 500MB or 5GB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+if __name__ == "__main__":
+    run_script(main)
