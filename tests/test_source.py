@@ -99,7 +99,7 @@ def test_a_hostile_directory_is_one_line_in_every_script(corpus: Path, tmp_path:
     (tmp_path / "data").symlink_to(corpus / "data")
     hf_bytes(tmp_path / "hf")
     (tmp_path / "hf/model.safetensors").rename(tmp_path / "hf/pytorch_model.bin")
-    for command in ("sample.py hf", "train.py --init_from=hf --dataset=words", "export.py hf new"):
+    for command in ("sample.py hf", "train.py --init_from=hf --dataset=words", "export.py hf new", "evaluate.py hf"):
         done = run_script(*command.split(), cwd=tmp_path)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (command, done.stderr)
         assert "pytorch_model.bin is pickled" in done.stderr

@@ -1,0 +1,135 @@
+"""How well models predict texts: loss, perplexity and bits per byte, side by side; and multiple-choice questions.
+
+python evaluate.py small                                     on the validation split it was trained beside
+python evaluate.py small gpt2 --data notes.txt --data stdlib
+python evaluate.py out/small --data questions.jsonl --json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nib.cli import option, parse
+from nib.errors import InputError, run_script
+
+if TYPE_CHECKING:
+    from nib.source import Source
+
+USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--option=value]..."
+ABOUT = """Scores models on whole texts: each text by itself, each of its tokens once. --data is a prepared dataset,
+whose validation split is taken, or a file of text, JSONL or Parquet; JSONL of {"context", "endings", "label"} is a task
+of multiple choice."""
+TEXT_COLUMNS = "model data texts tokens loss perplexity bits_per_byte context stride".split()
+CHOICE_COLUMNS = "model data questions accuracy stderr accuracy_norm stderr_norm".split()
+
+
+@dataclass
+class Settings:
+    data: list[str] = option([], "a dataset, a file, or a task; may be given several times. None: that of the run")
+    context: int = option(0, "tokens in a window; 0: all that the model takes", at_least=0)
+    stride: int = option(0, "tokens from one window to the next, up to context; 0: half of it", at_least=0)
+    max_tokens: int = option(0, "stop after so many tokens of each data; 0: never", at_least=0)
+    batch_size: int = option(8, "windows at once", at_least=1)
+    field: str = option("text", "the JSONL field or Parquet column that holds the text")
+    json: bool = option(False, "print a JSON object a line in place of the tables")
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    dtype: str = option(
+        "auto", "of the weights; auto takes 16 bits on a GPU", choices=("auto", "float32", "bfloat16", "float16")
+    )
+
+
+def main() -> None:
+    parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
+    settings = parsed.settings
+    if settings.context and settings.stride > settings.context:
+        raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
+
+    from nib.source import open_source
+
+    results = []
+    for target in parsed.arguments or [""]:
+        source = open_source(target or None)
+        results += evaluate(source, target or str(source.directory), settings)
+    if settings.json:
+        for result in results:
+            print(json.dumps(result))
+        return
+    for columns in (TEXT_COLUMNS, CHOICE_COLUMNS):
+        if rows := [result for result in results if columns[4] in result]:
+            print(table(rows, columns))
+
+
+def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:
+    """One result for each data. Raises InputError."""
+    from model import GPT, GPTConfig
+    from nib.checkpoint import Checkpoint
+    from nib.device import pick_device, pick_dtype
+    from nib.run import open_dataset
+    from nib.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
+    from nib.source import build
+
+    own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
+    wanted = settings.data or ([str(own)] if own else [])
+    if not wanted:
+        raise InputError(f"{name} does not say what it was trained on. Give --data")
+    device, tokenizer = pick_device(settings.device), source.tokenizer()
+    context = min(settings.context or source.model_config["block_size"], source.model_config["block_size"])
+    stride = min(settings.stride or max(1, context // 2), context)
+    tasks = [(data, read_choices(Path(data))) for data in wanted]
+    datasets = {data: open_dataset(data) for data in wanted if not Path(data).is_file()}
+    model = build(source, lambda fields: GPT(GPTConfig(**fields))).to(device).eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
+    results: list[dict[str, Any]] = []
+    for data, questions in tasks:
+        if questions is not None:
+            found = score_choices(model, tokenizer, questions, settings.batch_size)
+            results.append({
+                "model": name, "data": data, "questions": found.questions,
+                "accuracy": found.accuracy, "stderr": found.standard_error(found.accuracy),
+                "accuracy_norm": found.normalized, "stderr_norm": found.standard_error(found.normalized),
+            })  # fmt: skip
+            continue
+        texts = (
+            texts_of_dataset(datasets[data], tokenizer)
+            if data in datasets
+            else texts_of_file(Path(data), settings.field, tokenizer)
+        )
+        score = score_texts(
+            model, tokenizer, texts, context=context, stride=stride, batch=settings.batch_size,
+            max_tokens=settings.max_tokens,
+        )  # fmt: skip
+        if not score.tokens:
+            raise InputError(f"there is no text in {data}. Give a source that has some")
+        results.append({
+            "model": name, "data": data, "texts": score.texts, "tokens": score.tokens, "bytes": score.bytes,
+            "loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte,
+            "context": context, "stride": stride,
+        })  # fmt: skip
+    return results
+
+
+def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """Aligned columns: texts to the left, numbers to the right."""
+    cells = [list(columns)]
+    for row in rows:
+        values = [row[column] for column in columns]
+        cells.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
+    widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
+    left = [isinstance(rows[0][column], str) for column in columns]
+    padded = (
+        [
+            cell.ljust(width) if is_left else cell.rjust(width)
+            for cell, width, is_left in zip(line, widths, left, strict=True)
+        ]
+        for line in cells
+    )
+    return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+if __name__ == "__main__":
+    run_script(main)
