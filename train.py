@@ -12,6 +12,7 @@ from pathlib import Path
 from nib.cli import Parsed, parse
 from nib.errors import InputError, leave, script_errors
 from nib.settings import TrainSettings, as_dict
+from nib.slurm import adopt_slurm
 
 
 def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
@@ -27,6 +28,7 @@ def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
 
 if __name__ == "__main__":  # before torch is imported, so that --help and a typing error answer at once
     with script_errors():
+        adopt_slurm()
         PARSED = read_settings(sys.argv[1:])
 
 import hashlib
@@ -104,7 +106,10 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     announce(report, run, model)
     report.resume_metrics(progress.step)
     if settings.wandb_log:
-        report.start_wandb(settings.wandb_project, settings.wandb_run_name or out_dir.name, as_dict(settings))
+        shape = {"model_config": asdict(model.config), "parameters": model.num_parameters()}
+        report.start_wandb(
+            settings.wandb_project, settings.wandb_run_name or out_dir.name, as_dict(settings) | shape
+        )  # fmt: skip
 
     # the loop
     steps, local = settings.steps(), settings.batch_size // cluster.world
@@ -153,7 +158,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
                 memory_bytes=peak_memory(cluster.device), **mfu, **measured,
             )  # fmt: skip
         if due(progress.step, settings.sample_interval):
-            report.say(sample_text(model, dataset, settings.seed))
+            report.sample(progress.step, sample_text(model, dataset, settings.seed))
         if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
             run.save(model, optimizers, report, best)
         if stopped_by:
@@ -303,7 +308,7 @@ def sample_text(model: GPT, dataset: Dataset, seed: int) -> str:
     """A short text from the model as it is, drawn without touching the random numbers of training."""
     settings = SamplingSettings(max_new_tokens=120, seed=seed)
     (sample,) = generate_text(model, KVCache, dataset.tokenizer, [""], settings)
-    return f"--- sample ---\n{sample.text}\n--- end of sample ---"
+    return sample.text
 
 
 def farewell(report: Reporter, run: Run, signal_number: int) -> None:

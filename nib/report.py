@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import math
 import os
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from nib.errors import RunError
 
+BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
 QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
 
 
@@ -25,6 +28,7 @@ class Reporter:
         self.out_dir, self.active = out_dir, active
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
+        self.samples: list[list[Any]] = []  # for wandb's table: step and text
         self.last_line = time.monotonic()
 
     def resume_metrics(self, step: int) -> None:
@@ -92,11 +96,32 @@ class Reporter:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
         self.append("metrics.jsonl", json.dumps(finite) + "\n")
-        if self.wandb is not None:
-            self.wandb.log(values, step=int(values["step"]))
+        by_tokens = {f"by_tokens/{name}": values[name] for name in BY_TOKENS if name in values}
+        self.to_wandb({**values, **by_tokens}, int(values["step"]))
 
-    def start_wandb(self, project: str, name: str, settings: dict[str, Any]) -> None:
-        """Log to wandb too. A run never fails because of it: what goes wrong is said and left."""
+    def sample(self, step: int, text: str) -> None:
+        """A text from the model as it is: a line for people, and a row in wandb's table of samples."""
+        self.say(f"--- sample ---\n{text}\n--- end of sample ---")
+        if self.wandb is not None:
+            import wandb
+
+            self.samples.append([step, text])
+            self.to_wandb({"samples": wandb.Table(["step", "text"], data=self.samples)}, step)
+
+    def to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as error:  # of many kinds; none of them is worth a training run
+            self.wandb = None
+            self.say(f"warning: wandb failed, so nothing more is logged there: {' '.join(str(error).split())}")
+
+    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Log to wandb too; a resumed run goes on under its id, and without a login all is kept for `wandb sync`.
+
+        A run never fails because of it: what goes wrong is said and left.
+        """
         if not self.active:
             return
         path = self.out_dir / "wandb_id.txt"
@@ -105,9 +130,17 @@ class Reporter:
         try:
             import wandb
 
+            mode: Any = None if os.environ.get("WANDB_MODE") or logged_in(wandb) else "offline"
             self.wandb = wandb.init(
-                project=project, name=name, config=settings, id=path.read_text(), resume="allow", dir=self.out_dir
-            )
+                project=project, name=name, config=config, id=path.read_text(), resume="allow", dir=self.out_dir,
+                mode=mode,
+            )  # fmt: skip
+            self.wandb.define_metric("tokens", hidden=True)
+            self.wandb.define_metric("by_tokens/*", step_metric="tokens")
+            if mode:
+                self.say(
+                    f"wandb: no login, so the run is kept offline. Later: wandb sync {self.out_dir}/wandb/offline-run-*"
+                )
         except ImportError:
             self.say("warning: wandb is not installed, so nothing is logged there. pip install wandb")
         except Exception as error:  # wandb raises many kinds; none of them is worth a training run
@@ -118,7 +151,15 @@ class Reporter:
             self.bar.close()
             self.bar = None
         if self.wandb is not None:
-            self.wandb.finish()
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
+
+
+def logged_in(wandb: Any) -> bool:
+    """Whether wandb knows a key, found out without a question to the user, for whom a run may not wait."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)  # before it knew that option
 
 
 def command_line() -> str:
