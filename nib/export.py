@@ -18,8 +18,8 @@ from nib.device import DTYPES
 from nib.errors import InputError, RunError
 from nib.gguf import check_gguf, write_gguf
 from nib.hf_architectures import LINEAR, XIELU, Architecture, choose_architecture, places, write_config
-from nib.hf_tokenizer import as_tokenizer_json, write_tokenizer
-from nib.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel, read_json
+from nib.hf_tokenizer import as_tokenizer_json, read_object, write_tokenizer
+from nib.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.shards import staging_directory, sync
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def write_settings(
     generation: dict[str, Any] = dict(ids)
     given = source.directory / GENERATION_FILE
     if isinstance(source, HuggingFaceModel) and given.is_file():
-        generation = read_json(given)
+        generation = read_object(given)
     (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, directory, source.model_config["block_size"])
 

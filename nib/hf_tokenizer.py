@@ -113,9 +113,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
     One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
     """
-    settings, model = _object(directory / CONFIG_JSON), _object(directory / "config.json")
+    settings, model = (read_object(directory / name, optional=True) for name in (CONFIG_JSON, "config.json"))
     if (directory / TOKENIZER_JSON).is_file():
-        content = _object(directory / TOKENIZER_JSON)
+        content = read_object(directory / TOKENIZER_JSON)
         if letters := _characters(content):
             return CharTokenizer(letters)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
@@ -126,7 +126,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give --tokenizer, or a whole model directory")
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
     if (directory / CHAT_TEMPLATE).is_file():
-        config["chat_template"] = _text(directory / CHAT_TEMPLATE)
+        config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
     tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
     end = tokenizer.tokenizer.token_to_id(str(config.get("eos_token", "")))
     if end is None:
@@ -151,21 +151,22 @@ def _characters(content: dict[str, Any]) -> str:
     return letters if plain and not content.get("normalizer") and not content.get("pre_tokenizer") else ""
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of bounded size. Raises InputError."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is over {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
+        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # a pipe would be waited for
+            raise InputError(f"{path} is not a file of at most {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no file."""
-    if not path.is_file():
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file of bounded size; empty where it is `optional` and missing. Raises InputError."""
+    if optional and not path.is_file():
         return {}
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
@@ -179,8 +180,8 @@ def _text_of(value: Any) -> Any:
 
 
 def _gpt2_content(directory: Path, add_prefix_space: bool) -> dict[str, Any]:
-    vocab = _object(directory / "vocab.json")
-    lines = _text(directory / "merges.txt").split("\n")
+    vocab = read_object(directory / "vocab.json")
+    lines = read_text(directory / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
     split = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}

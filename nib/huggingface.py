@@ -6,9 +6,7 @@ before memory is taken for it. The package transformers is not needed.
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,10 @@ from torch.nn import functional as F
 
 from nib.errors import InputError
 from nib.hf_architectures import XIELU, places, read_config
+from nib.hf_tokenizer import read_object, read_tokenizer
 from nib.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
-MAX_JSON_BYTES = 32 << 20
 DTYPES = ("F32", "BF16", "F16")
 # Buffers that older versions stored with the weights.
 NOT_WEIGHTS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
@@ -33,25 +31,10 @@ def is_hugging_face(path: Path) -> bool:
     if not (path / CONFIG_FILE).is_file():
         return False
     try:
-        config = read_json(path / CONFIG_FILE)
+        config = read_object(path / CONFIG_FILE)
     except InputError:
         return False
     return "architectures" in config or "model_type" in config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file of bounded size. Raises InputError."""
-    try:
-        if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
-            raise InputError(f"{path} is not a file of at most {MAX_JSON_BYTES >> 20} MB. Give a whole model directory")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Give a whole model directory") from None
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object. Give a whole model directory")
-    return content
 
 
 class HuggingFaceModel:
@@ -64,7 +47,7 @@ class HuggingFaceModel:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        config = read_json(directory / CONFIG_FILE)
+        config = read_object(directory / CONFIG_FILE)
         try:
             self.architecture, self.model_config, without_bias = read_config(config)
             model = self.model_config
@@ -85,7 +68,7 @@ class HuggingFaceModel:
         if (self.directory / WEIGHTS_FILE).is_file():
             names = [WEIGHTS_FILE]
         elif (self.directory / INDEX_FILE).is_file():
-            expected = read_json(self.directory / INDEX_FILE).get("weight_map")
+            expected = read_object(self.directory / INDEX_FILE).get("weight_map")
             if not isinstance(expected, dict) or not expected:
                 raise InputError(f"{INDEX_FILE} has no weight_map. Give a whole model directory")
             names = sorted(set(map(str, expected.values())))
@@ -170,18 +153,17 @@ class HuggingFaceModel:
                 values[key] = read(name).float().reshape(())
                 names.add(name)
             rise, fall = F.softplus(values["alpha_p"]), F.softplus(values["alpha_n"]) + values["beta"]
-            if abs(rise - 1) > 4e-3 or abs(fall) > 1e-6 or values["beta"] != 0:  # 4e-3: bfloat16
+            if not (abs(rise - 1) < 4e-3 and abs(fall) < 1e-6 and values["beta"] == 0):  # 4e-3: bfloat16; NaN is wrong
                 raise InputError("its xIELU is not relu2, and nib does no other. Give a model without it")
         return names
 
     def _reader(self) -> Any:
         files: dict[Path, Any] = {}
-        stack = ExitStack()
 
         def read(name: str) -> Tensor:
             path = self.files[name][0]
             if path not in files:
-                files[path] = stack.enter_context(safe_open(path, "pt"))
+                files[path] = safe_open(path, "pt")
             return files[path].get_tensor(name)
 
         return read
@@ -202,6 +184,4 @@ class HuggingFaceModel:
         return weights
 
     def tokenizer(self) -> Tokenizer:
-        from nib.hf_tokenizer import read_tokenizer
-
         return read_tokenizer(self.directory)
