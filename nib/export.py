@@ -18,7 +18,7 @@ from nib.device import DTYPES
 from nib.errors import InputError, RunError
 from nib.gguf import check_gguf, write_gguf
 from nib.hf_architectures import LINEAR, XIELU, Architecture, choose_architecture, places, write_config
-from nib.hf_tokenizer import as_tokenizer_json, read_object, write_tokenizer
+from nib.hf_tokenizer import as_tokenizer_json, begin_of_text, read_object, write_tokenizer
 from nib.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.shards import staging_directory, sync
 
@@ -126,8 +126,7 @@ def write_settings(
     architecture: Architecture, source: Source, tokenizer: Tokenizer, dtype: torch.dtype, directory: Path
 ) -> None:
     """config.json, generation_config.json and the files of the tokenizer."""
-    end = tokenizer.end_of_text
-    ids = {"bos_token_id": end, "eos_token_id": end}
+    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": tokenizer.end_of_text}
     kind = str(dtype).removeprefix("torch.")
     config = write_config(architecture, source.model_config) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nib.errors import InputError
 from nib.hf_architectures import Architecture
+from nib.hf_tokenizer import begin_of_text
 from nib.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
 # llama.cpp has one activation an architecture, and no window in these.
@@ -56,7 +57,13 @@ def write_gguf(
     writer.add_name(path.stem)
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32 else f"MOSTLY_{types[dtype]}"])
     add_shape(writer, model)
-    add_tokenizer(writer, gguf.TokenType, content, pre, tokenizer.end_of_text, model["vocab_size"])
+    add_tokens(writer, gguf.TokenType, content, model["vocab_size"])
+    begin, is_added = begin_of_text(tokenizer)
+    if begin is not None and tokenizer.end_of_text is not None:
+        writer.add_bos_token_id(begin)
+        writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_add_bos_token(is_added)
+    writer.add_tokenizer_pre(pre)
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(arch, model["n_layer"])
@@ -105,7 +112,7 @@ def add_shape(writer: Any, model: dict[str, Any]) -> None:
         writer.add_value_length(model["head_size"])
 
 
-def add_tokenizer(writer: Any, types: Any, content: dict[str, Any], pre: str, end: int | None, vocab_size: int) -> None:
+def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int) -> None:
     """Tokens by id, what is left of the vocabulary as unused ones, and the merges."""
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     kinds = [types.UNUSED] * vocab_size
@@ -116,15 +123,10 @@ def add_tokenizer(writer: Any, types: Any, content: dict[str, Any], pre: str, en
         tokens[added["id"]], kinds[added["id"]] = added["content"], special
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     # The array cannot be empty; what this pair makes is no token, and is written as its two bytes.
     writer.add_token_merges(merges or ["Ā Ā"])
-    if end is not None:
-        writer.add_bos_token_id(end)
-        writer.add_eos_token_id(end)
-    writer.add_add_bos_token(False)
 
 
 def pre_tokenizer(tokenizer: Tokenizer, content: dict[str, Any]) -> str:

@@ -85,9 +85,7 @@ class Architecture:
     defaults: dict[str, Any] = field(default_factory=dict)  # what a key means that config.json leaves out
     # Switches, and the linear layers they give biases.
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    # Linear layers that always have a bias, and those that never have one where the others may.
-    always_bias: tuple[str, ...] = ()
-    never_bias: tuple[str, ...] = ()
+    always_bias: tuple[str, ...] = ()  # linear layers that have one whatever config.json says
     transposed: bool = False  # matrices of the blocks are stored input by output
 
 
@@ -129,7 +127,7 @@ ARCHITECTURES = [
     # Read only: as a model with biases everywhere, zero where Qwen2 has none; it is exported as a Llama with biases.
     Architecture(
         "Qwen2ForCausalLM", "qwen2", RMS | {"mlp": ("swiglu",), "bias": (True,)} | NO_QK_NORM,
-        always_bias=LINEAR[:1], never_bias=LINEAR[1:],
+        always_bias=LINEAR[:1],
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]

@@ -123,7 +123,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
         content = _gpt2_content(directory, bool(settings.get("add_prefix_space", False)))
     else:
-        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give --tokenizer, or a whole model directory")
+        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a whole model directory")
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
     if (directory / CHAT_TEMPLATE).is_file():
         config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
@@ -203,6 +203,15 @@ def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], 
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
         "pre_tokenizer": split, "post_processor": None, "decoder": decoder, "model": model,
     }  # fmt: skip
+
+
+def begin_of_text(tokenizer: Tokenizer) -> tuple[int | None, bool]:
+    """The id that stands before a text, and whether transformers puts it there by itself."""
+    if before := tokenizer.encode_prompt(""):
+        return before[0], True
+    token = tokenizer.config.get("bos_token") if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    found = tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None  # type: ignore[attr-defined]
+    return (tokenizer.end_of_text if found is None else found), False
 
 
 def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

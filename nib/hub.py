@@ -30,4 +30,6 @@ def download(name: str, files: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the hub's, those of three network libraries, and the disk's
         reason = " ".join(str(error).split())[:150]
-        raise InputError(f"cannot download {name}: {reason}. Check the name and the network") from None
+        raise InputError(
+            f"{name} is not here, and the hub gives none: {reason}. Check the name and the network"
+        ) from None

@@ -19,6 +19,7 @@ from nib.corpus import find_sources, read_parts
 from nib.dataset import Dataset
 from nib.encoding import part_text
 from nib.errors import InputError
+from nib.hf_tokenizer import begin_of_text
 from nib.tokenizer import Tokenizer
 
 MAX_LOGITS = 1 << 24  # elements at a time: 64 MB in float32
@@ -99,9 +100,12 @@ def score_texts(
 ) -> TextScore:  # fmt: skip
     """Score texts, given as ids without end of text, each by itself, up to `max_tokens` of them all (0: no limit).
 
-    The first id is predicted from end of text; where the tokenizer has none, it and its bytes are left out.
+    The first id is predicted from what stands before a text, mostly end of text; where the tokenizer has no such id, it
+    and its bytes are left out.
     """
     score, lengths = TextScore(), tokenizer.byte_lengths()
+    begin = begin_of_text(tokenizer)[0]
+    start = [] if begin is None else [begin]
 
     def all_windows() -> Iterator[Window]:
         for ids in texts:
@@ -109,7 +113,6 @@ def score_texts(
             if room <= 0:
                 return
             kept = ids[:room]
-            start = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
             predicted = kept if start else kept[1:]
             score.texts += 1
             score.tokens += len(predicted)

@@ -16,6 +16,8 @@ from conftest import ROOT, run_script
 from data_helpers import TORTURE
 from hf_helpers import MODELS, greedy, load_ours, make_model, their_logits
 from model_helpers import LLAMA, random_model, random_tokens
+from test_hf_tokenizer import CODE, gpt2_files
+from test_hf_tokenizer import trained as trained_tokenizer
 from test_sample import make_run
 from test_source import hf_bytes
 
@@ -23,7 +25,7 @@ from model import GPT
 from nib.checkpoint import write_checkpoint
 from nib.errors import InputError
 from nib.export import export
-from nib.hf_tokenizer import write_tokenizer
+from nib.hf_tokenizer import read_tokenizer, write_tokenizer
 from nib.huggingface import HuggingFaceModel
 from nib.source import open_source
 from nib.tokenizer import CharTokenizer, Tokenizer, make_tokenizer, train_bpe
@@ -295,6 +297,27 @@ def test_llama_cpp_gives_the_same_logits_and_ids(name: str, tmp_path: Path) -> N
     # Its products are summed in other orders, its gelu is a table of float16, and its softmax approximates exp.
     limit = 2e-3 if "GPT-2" in name else 1e-4
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["qwen", "llama", "smollm", "gpt2"])
+def test_llama_cpp_gives_the_ids_of_a_tokenizer_that_was_read(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("llama_cpp")
+    if kind == "gpt2":
+        tokenizer = read_tokenizer(gpt2_files(tmp_path))
+    else:
+        trained_tokenizer(kind).save(str(tmp_path / "tokenizer.json"))
+        tokenizer = read_tokenizer(tmp_path)
+    save_run(tmp_path / "run", random_model(vocab_size=tokenizer.vocab_size, **LLAMA), tokenizer)
+    export(open_source(str(tmp_path / "run")), tmp_path / "out", kind="gguf")
+    theirs = llama_cpp_model(tmp_path / "out/out.gguf")
+    for text in (
+        "Plain words, it's 12345.67!\r\n\r\n\ttabs  and   runs  \n\n\n",
+        CODE,
+        "中文分词，没有空格。",
+        "a<|im_end|>b",
+    ):
+        assert theirs.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode_prompt(text), text
 
 
 def test_llama_cpp_writes_the_text_of_sample_py(trained: Path, tmp_path: Path) -> None:

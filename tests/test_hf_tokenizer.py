@@ -95,6 +95,7 @@ def test_a_tokenizer_that_is_read_gives_the_ids_of_transformers(kind: str, tmp_p
         end = 50256
     else:
         theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=trained(kind), eos_token="<|im_end|>")
+        theirs.chat_template = "{% for message in messages %}<|im_start|>{{ message.content }}<|im_end|>{% endfor %}"
         theirs.save_pretrained(tmp_path)
         end = theirs.convert_tokens_to_ids("<|im_end|>")
     ours = read_tokenizer(tmp_path)
@@ -112,7 +113,7 @@ def test_a_tokenizer_that_is_read_gives_the_ids_of_transformers(kind: str, tmp_p
     out.mkdir()
     write_tokenizer(again, out, 64)
     exported = transformers.AutoTokenizer.from_pretrained(out)
-    assert exported.eos_token_id == end
+    assert exported.eos_token_id == end and exported.chat_template == theirs.chat_template
     check_same_ids(again, exported, TEXTS)
 
 

@@ -22,6 +22,7 @@ import train as train_script
 from model import GPT, GPTConfig
 from nib.checkpoint import open_checkpoint
 from nib.errors import InputError
+from nib.export import export
 from nib.hf_tokenizer import write_tokenizer
 from nib.hub import is_hub_name
 from nib.nanogpt import NanoGPTCheckpoint, read_meta
@@ -125,7 +126,7 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"cannot download no-one/nothing: .*Check the name and the network") as found:
+    with pytest.raises(InputError, match=r"no-one/nothing is not here, and .*Check the name and the network") as found:
         open_source("no-one/nothing")
     assert "\n" not in str(found.value)
 
@@ -197,6 +198,19 @@ def test_a_nanogpt_checkpoint_is_sampled_and_trained_with_the_letters_of_its_dat
     assert data.meta["tokenizer"] == "char" and data.text("val")[:50] == "".join(LETTERS[id] for id in ids[:50])
     tiny_train("--init_from=out-x", "--max_iters=3", "--dataset=out")
     assert losses("out/run")[-1] < losses("out/run")[0]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_nanogpt_checkpoint_is_exported(bias: bool, tmp_path: Path) -> None:
+    import transformers
+
+    theirs = nanogpt_checkpoint(tmp_path / "x/ckpt.pt", bias)
+    write_meta(tmp_path / "x")
+    export(open_source(str(tmp_path / "x")), tmp_path / "out")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = random_tokens(1, 30, vocab_size=65)
+    torch.testing.assert_close(their_logits(again, tokens), their_logits(theirs, tokens), rtol=0, atol=1e-4)
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("To be") == [32, 53, 1, 40, 43]
 
 
 def test_nanogpt_data_without_letters_has_gpt2s_ids(tmp_path: Path) -> None:
