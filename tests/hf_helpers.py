@@ -22,7 +22,8 @@ GPT2 = dict(vocab_size=40, n_positions=64, n_embd=32, n_layer=2, n_head=4, bos_t
 
 
 def rope(base: float) -> dict[str, Any]:
-    return {"rope_theta": base, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
+    """Both ways to say it: of transformers 4 and 5."""
+    return {"rope_theta": base, "rope_scaling": None, "rope_parameters": {"rope_type": "default", "rope_theta": base}}
 
 
 # Name of a case: the class without its ending, and its settings.

@@ -17,13 +17,18 @@ from hf_helpers import (
     greedy,
     load_ours,
     make_model,
+    rope,
     save_model,
     their_logits,
 )
 from model_helpers import random_tokens
+from safetensors.torch import load_file
 
 from nib.errors import InputError
+from nib.export import export
+from nib.hf_tokenizer import write_tokenizer
 from nib.huggingface import HuggingFaceModel
+from nib.tokenizer import CharTokenizer
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -55,6 +60,11 @@ def test_bfloat16_weights_are_read_as_they_are(tmp_path: Path) -> None:
     with torch.no_grad():
         difference = (load_ours(tmp_path)(tokens)[0] - expected).abs().max()
     assert difference < 5e-6 * expected.abs().max(), "bfloat16 numbers are float32 numbers too"
+    write_tokenizer(CharTokenizer("".join(map(chr, range(40, 80)))), tmp_path, 64)
+    export(HuggingFaceModel(tmp_path), tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
 
 
 def test_shards_are_put_together(tmp_path: Path) -> None:
@@ -161,7 +171,7 @@ def test_what_nib_does_not_do_is_refused_by_name(what: str, copy: Path) -> None:
         ("GPT2", dict(activation_function="silu"), "activation_function = 'silu'"),
         ("Qwen3", dict(attention_bias=True), "attention_bias"),
         ("Qwen3", dict(use_sliding_window=True, sliding_window=8, max_window_layers=1), "layer_types"),
-        ("Apertus", dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}), "its xIELU is not relu2"),
+        ("Apertus", rope(1e4), "its xIELU is not relu2"),
         ("Apertus", dict(hidden_act="relu2"), "llama3"),
     ],
 )

@@ -68,8 +68,10 @@ def losses(run: str) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama", "Qwen3", "Arcee"])
-def test_fine_tuning_an_imported_model_lowers_its_loss_and_goes_on(kind: str, in_corpus: None) -> None:
-    hf_bytes(Path("hf"), kind)
+def test_fine_tuning_an_imported_model_lowers_its_loss_goes_on_and_exports_as_the_same(
+    kind: str, in_corpus: None
+) -> None:
+    theirs = hf_bytes(Path("hf"), kind)
     tiny_train("--init_from=hf", "--max_iters=12", "--learning_rate=1e-2", "--schedule=constant")
     first = losses("out/run")
     assert first[-1] < first[0] - 1
@@ -77,6 +79,7 @@ def test_fine_tuning_an_imported_model_lowers_its_loss_and_goes_on(kind: str, in
     assert len(losses("out/run")) == 14
     saved, source = open_checkpoint(Path("out/run")), open_source("hf")
     assert GPTConfig(**saved.model_config) == GPTConfig(**source.model_config)
+    assert export(open_source("out/run"), Path("tuned")) == type(theirs).__name__
 
 
 def test_a_model_with_spare_ids_is_fine_tuned_and_one_with_other_ids_is_not(in_corpus: None) -> None:
