@@ -286,6 +286,7 @@ def write_config(architecture: Architecture, model: dict[str, Any]) -> dict[str,
     config[architecture.keys["mlp"]] = "xielu" if architecture.model_type == "apertus" else by_ours[model["mlp"]]
     config |= dict.fromkeys(architecture.bias_keys, model["bias"])
     if gpt2:
+        config["n_ctx"] = model["block_size"]  # which llama.cpp's converter reads
         return config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model["dropout"])
     # Both ways to say it: that of transformers 5, and the one before, which vLLM and converters read.
     base = model["rope_base"]
