@@ -91,13 +91,12 @@ def angles(length: int, size: int, base: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D / 2).
+    """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
 
     Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights need no
-    permutation on their way there and back.
+    permutation on their way there and back; `sin` is negative in its first half.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 class KVCache:
@@ -306,8 +305,9 @@ class GPT(nn.Module):
             self.register_buffer("sinusoid", table, persistent=False)
         elif config.position == "rope":
             turn = angles(config.block_size, config.head_size, config.rope_base)
-            self.register_buffer("rope_cos", turn.cos(), persistent=False)  # (block_size, D / 2)
-            self.register_buffer("rope_sin", turn.sin(), persistent=False)
+            sin = turn.sin()
+            self.register_buffer("rope_cos", turn.cos().repeat(1, 2), persistent=False)  # (block_size, D)
+            self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config.n_embd, config)
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -320,13 +320,13 @@ class GPT(nn.Module):
         With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that
         write to the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size
         at any width, zero for the matrices that write to the residual stream, so that every block begins as the
-        identity, and for an untied head; 0.1 for an embedding that is the head too, 0.3 for one that is not
-        (measured: bench/NOTES.md). Biases are zero.
+        identity, and for an untied head, whose embedding may then be as large as 0.3 (measured: bench/NOTES.md);
+        0.02 for one that is the head too. Biases are zero.
         """
         modern = self.config.norm == "rmsnorm"
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=(0.1 if self.config.tie_weights else 0.3) if modern else 0.02)
+                nn.init.normal_(module.weight, std=0.3 if modern and not self.config.tie_weights else 0.02)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5 if modern else 0.02
                 if modern and name.endswith(("attention.out", "mlp.down", "head")):
@@ -388,7 +388,7 @@ class GPT(nn.Module):
                 mask = mask[:, None]  # (B, 1, T, S)
         rotation = None
         if self.config.position == "rope":
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (T, D / 2) or (B, T, D / 2)
+            cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (T, D) or (B, T, D)
             rotation = (cos[:, None], sin[:, None]) if ragged else (cos, sin)
         return Context(positions, mask, rotation, cache)
 

@@ -131,7 +131,8 @@ def test_initialisation(norm: str) -> None:
     model = GPT(tiny(vocab_size=400, block_size=256, n_embd=C, n_layer=L, norm=norm, tie_weights=False, qk_norm=True))
     written = 0.02 / math.sqrt(2 * L) if norm == "layernorm" else 0.0
     read = 0.02 if norm == "layernorm" else C**-0.5
-    kinds = {"wte": 0.02, "wpe": 0.02, "qkv": read, "up": read, "head": read, "out": written, "down": written}
+    wte, head = (0.02, 0.02) if norm == "layernorm" else (0.3, 0.0)
+    kinds = {"wte": wte, "wpe": 0.02, "qkv": read, "up": read, "head": head, "out": written, "down": written}
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-2]
         if "norm" in kind:
