@@ -1,7 +1,7 @@
 """A decoder-only transformer language model, whole, in one file that needs nothing but torch.
 
-From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a
-block, the loss, and the GPT that joins them. Letters in shape comments:
+From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a block,
+the loss, and the GPT that joins them. Letters in shape comments:
 
     B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
     H heads   K key/value heads   D head size   V vocabulary
@@ -48,20 +48,19 @@ class GPTConfig:
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            check(
-                getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}. Give a larger number"
-            )
-        for name, allowed in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
-            fault = f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}. Choose one"
-            check(getattr(self, name) in allowed, fault)
+            value = getattr(self, name)
+            check(value >= 1, f"{name} must be at least 1, not {value}. Give a positive number")
+        for name, kinds in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
+            value = getattr(self, name)
+            check(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}. Choose one")
         near = self.n_head * max(1, round(self.n_embd / self.n_head))
         fault = f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}"
         check(bool(self.head_size) or self.n_embd % self.n_head == 0, fault)
         fault = f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor of it"
         check(self.n_head % self.n_kv_head == 0, fault)
         self.head_size = self.head_size or self.n_embd // self.n_head
-        swiglu_hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64)
-        self.mlp_hidden = self.mlp_hidden or (swiglu_hidden if self.mlp == "swiglu" else 4 * self.n_embd)
+        hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+        self.mlp_hidden = self.mlp_hidden or hidden
         fault = f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head"
         check(self.position != "rope" or self.head_size % 2 == 0, fault)
         fault = f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd"
@@ -112,10 +111,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of the positions seen so far, in one buffer allocated once. No gradient passes through it.
 
-    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call
-    the model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to
-    and is overwritten by the row's next tokens. A call that does not fit raises ValueError and changes nothing:
-    the caller drops the oldest tokens and fills the cache again (positions are part of what is cached).
+    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call the
+    model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to and is
+    overwritten by its next tokens. A call that does not fit raises ValueError and changes nothing: drop the oldest
+    tokens and fill the cache again (positions are part of what is cached).
     """
 
     def __init__(
@@ -323,11 +322,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw the weights from torch's default generator.
 
-        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that
-        write to the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size
-        at any width, zero for the matrices that write to the residual stream, so that every block begins as the
-        identity, and for an untied head; 0.1 for an embedding that is the head too, 0.3 for one that is not
-        (measured: bench/NOTES.md). Biases are zero.
+        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that write to
+        the stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size at any width, zero for
+        the matrices that write to the stream, so that every block begins as the identity, and for an untied head;
+        0.1 for an embedding that is the head too, 0.3 for others (measured: bench/NOTES.md). Biases are zero.
         """
         modern = self.config.norm == "rmsnorm"
         for name, module in self.named_modules():
@@ -345,16 +343,13 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens (B, T) int64 to (logits, None), or with targets (B, T) to (None, loss).
+        """Tokens (B, T) int64 to (logits (B, T, V), None), or with targets (B, T) to (None, loss).
 
-        Logits are (B, T, V). The loss is the mean in nats over the targets that are not -1, float32; the logits
-        behind it are not kept. With a cache the tokens continue its rows. Raises ValueError when they do not fit
-        into block_size.
+        The loss is the mean in nats over the targets that are not -1, float32; the logits behind it are not kept.
+        With a cache the tokens continue its rows. Raises ValueError when they do not fit into block_size.
         """
         x = self.hidden(tokens, cache)
-        if targets is None:
-            return self.logits(x), None
-        return None, self.loss(x, targets)
+        return (self.logits(x), None) if targets is None else (None, self.loss(x, targets))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Tokens (B, T) to the normalised stream (B, T, C) that `logits` and `loss` read."""
@@ -418,9 +413,8 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int = 0) -> int:
         """Floating-point operations to train on one token within `length` (default block_size) positions.
 
-        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus
-        12 n_layer H D length for attention, by the usual convention without the causal half (arXiv 2204.02311,
-        appendix B). A training budget C = 6ND is this times the tokens.
+        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus 12 n_layer H D
+        length for attention, by convention without the causal half (arXiv 2204.02311, appendix B).
         """
         config = self.config
         looked_up = 0 if config.tie_weights else self.wte.weight.numel()
