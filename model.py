@@ -1,7 +1,7 @@
 """A decoder-only transformer language model, whole, in one file that needs nothing but torch.
 
-From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a
-block, the loss, and the GPT that joins them. Letters in shape comments:
+From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a block,
+the loss, and the GPT that joins them. Letters in shape comments:
 
     B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
     H heads   K key/value heads   D head size   V vocabulary
@@ -48,27 +48,30 @@ class GPTConfig:
     def __post_init__(self) -> None:
         self.n_kv_head = self.n_kv_head or self.n_head
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}. Give a positive number")
-        if not self.head_size and self.n_embd % self.n_head:
-            near = self.n_head * max(1, round(self.n_embd / self.n_head))
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor of it"
-            )
+            value = getattr(self, name)
+            check(value >= 1, f"{name} must be at least 1, not {value}. Give a positive number")
+        for name, kinds in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
+            value = getattr(self, name)
+            check(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}. Choose one")
+        near = self.n_head * max(1, round(self.n_embd / self.n_head))
+        fault = f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}"
+        check(bool(self.head_size) or self.n_embd % self.n_head == 0, fault)
+        fault = f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor of it"
+        check(self.n_head % self.n_kv_head == 0, fault)
         self.head_size = self.head_size or self.n_embd // self.n_head
-        default_hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
-        self.mlp_hidden = self.mlp_hidden or default_hidden
-        for name, allowed in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}. Choose one")
-        if self.position == "rope" and self.head_size % 2:
-            raise ValueError(f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head")
-        if self.position == "sinusoidal" and self.n_embd % 2:
-            raise ValueError(f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd")
-        if self.window < 0 or self.mlp_hidden < 1 or self.head_size < 1 or not 0 <= self.dropout < 1:
-            raise ValueError("window, mlp_hidden and head_size cannot be negative, dropout lies in [0, 1). Correct it")
+        hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
+        self.mlp_hidden = self.mlp_hidden or hidden
+        fault = f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head"
+        check(self.position != "rope" or self.head_size % 2 == 0, fault)
+        fault = f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd"
+        check(self.position != "sinusoidal" or self.n_embd % 2 == 0, fault)
+        fault = "window, mlp_hidden and head_size cannot be negative, dropout lies in [0, 1). Correct it"
+        check(self.window >= 0 and self.mlp_hidden >= 1 and self.head_size >= 1 and 0 <= self.dropout < 1, fault)
+
+
+def check(right: bool, fault: str) -> None:
+    if not right:
+        raise ValueError(fault)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -90,6 +93,11 @@ def angles(length: int, size: int, base: float) -> Tensor:
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
 
 
+def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Dropout where there is some: each call that does nothing would cost a microsecond of every decoded token."""
+    return F.dropout(x, rate, training) if rate and training else x
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
 
@@ -100,12 +108,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in two buffers allocated once.
+    """Keys and values of the positions seen so far, in one buffer allocated once. No gradient passes through it.
 
-    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call
-    the model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to
-    and is overwritten by the row's next tokens. A call that does not fit raises ValueError and changes nothing:
-    the caller drops the oldest tokens and fills the cache again (positions are part of what is cached).
+    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call the
+    model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to and is
+    overwritten by its next tokens. A call that does not fit raises ValueError and changes nothing: drop the oldest
+    tokens and fill the cache again (positions are part of what is cached).
     """
 
     def __init__(
@@ -113,10 +121,9 @@ class KVCache:
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         self.max_length = min(max_length or config.block_size, config.block_size)
-        shape = (config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
+        shape = (2, config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
         # Zeros, not empty memory: a weight of zero times a NaN that happened to lie there would be NaN.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (layers, B, K, max_length, D)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.memory = torch.zeros(shape, device=device, dtype=dtype)
         self.lengths = [0] * batch_size
 
     def truncate(self, lengths: list[int]) -> None:
@@ -128,42 +135,44 @@ class KVCache:
     def take_rows(self, rows: list[int]) -> KVCache:
         """A new cache holding copies of these rows; a row may be named several times, to branch from it."""
         taken = KVCache.__new__(KVCache)
-        taken.max_length = self.max_length
-        index = torch.tensor(rows, device=self.keys.device)
-        taken.keys, taken.values = self.keys[:, index], self.values[:, index]
-        taken.lengths = [self.lengths[row] for row in rows]
+        taken.max_length, taken.lengths = self.max_length, [self.lengths[row] for row in rows]
+        taken.memory = self.memory[:, :, torch.tensor(rows, device=self.memory.device)]
         return taken
 
     def put_rows(self, rows: list[int], source: KVCache) -> None:
         """Replace these rows, one each, by the rows of `source`, which are no longer than max_length."""
-        end = max(source.lengths)
-        index = torch.tensor(rows, device=self.keys.device)
-        self.keys[:, index, :, :end] = source.keys[:, :, :, :end]
-        self.values[:, index, :, :end] = source.values[:, :, :, :end]
+        index, end = torch.tensor(rows, device=self.memory.device), max(source.lengths)
+        self.memory[:, :, index, :, :end] = source.memory[..., :end, :]
         for row, length in zip(rows, source.lengths, strict=True):
             self.lengths[row] = length
 
     def start(self, new: int) -> int | Tensor:
-        """Where `new` positions will be written: a number, or (B, 1) when the rows differ."""
-        if max(self.lengths) + new > self.max_length:
-            fit = f"{max(self.lengths)} + {new} positions do not fit into {self.max_length}"
+        """Make ready to write `new` positions; returns where: a number, or (B, 1) when the rows differ."""
+        end = max(self.lengths) + new
+        if end > self.max_length:
+            fit = f"{end - new} + {new} positions do not fit into {self.max_length}"
             raise ValueError(f"the context is full: {fit}. Drop the oldest tokens and fill a new cache")
-        if min(self.lengths) == max(self.lengths):
-            return self.lengths[0]
-        return torch.tensor(self.lengths, device=self.keys.device)[:, None]
+        # All layers' views (B, K, S, D) at once: one by one they would cost more than the copies into them.
+        self.keys, self.values = (part.unbind(0) for part in self.memory[..., :end, :])
+        self.ragged = min(self.lengths) != max(self.lengths)
+        if self.ragged:
+            return torch.tensor(self.lengths, device=self.memory.device)[:, None]
+        self.new_keys, self.new_values = (part.unbind(0) for part in self.memory[..., end - new : end, :])
+        return self.lengths[0]
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, K, T, D) at `positions`, (T,) or (B, T); return all keys and values, (B, K, S, D)."""
         keys, values = self.keys[layer], self.values[layer]
-        end = max(self.lengths) + k.shape[2]
-        if positions.dim() == 1:
-            begin = end - k.shape[2]
-            keys[:, :, begin:end], values[:, :, begin:end] = k, v
-        else:
+        if self.ragged:
             row = torch.arange(len(self.lengths), device=k.device)[:, None]
-            keys[row, :, positions] = k.transpose(1, 2).to(keys.dtype)  # advanced indexing puts (B, T) in front
-            values[row, :, positions] = v.transpose(1, 2).to(values.dtype)
-        return keys[:, :, :end], values[:, :, :end]
+            keys[row, :, positions] = (
+                k.detach().transpose(1, 2).to(keys.dtype)
+            )  # advanced indexing puts (B, T) in front
+            values[row, :, positions] = v.detach().transpose(1, 2).to(values.dtype)
+        else:
+            self.new_keys[layer].copy_(k.detach())
+            self.new_values[layer].copy_(v.detach())
+        return keys, values
 
     def advance(self, new: int) -> None:
         self.lengths = [length + new for length in self.lengths]
@@ -174,29 +183,27 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_size = config.n_head, config.n_kv_head, config.head_size
-        heads = config.n_head + 2 * config.n_kv_head
-        self.qkv = nn.Linear(config.n_embd, heads * config.head_size, bias=config.bias)
+        self.head_size, self.dropout = config.head_size, config.dropout
+        self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of queries, keys and values
+        self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
         self.out = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.bias)
-        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.dropout = config.dropout
+        self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
     def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
         B, T, _ = x.shape
-        sizes = [self.n_head, self.n_kv_head, self.n_kv_head]
-        qkv = self.qkv(x).view(B, T, sum(sizes), self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
-        q, k, v = qkv.split(sizes, dim=1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        qkv = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
+        q, k, v = qkv.split_with_sizes(self.heads, dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if context.rotation is not None:
             q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
         if context.cache is not None:
             k, v = context.cache.update(layer, context.positions, k, v)
         dropout = self.dropout if self.training else 0.0
-        causal, shared = context.mask is None and T > 1, self.n_kv_head != self.n_head
+        causal, shared = context.mask is None and T > 1, self.heads[0] != self.heads[1]
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout, causal, enable_gqa=shared)
-        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_size)
-        return F.dropout(self.out(y), self.dropout, self.training)
+        return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -214,13 +221,11 @@ class MLP(nn.Module):
         if self.kind == "swiglu":
             gate, x = x.chunk(2, dim=-1)
             x = F.silu(gate) * x
-        elif self.kind == "relu2":  # arXiv 2109.08668
-            x = F.relu(x).square()
-        elif self.kind == "relu":
-            x = F.relu(x)
-        else:
+        elif self.kind.startswith("gelu"):
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
-        return F.dropout(self.down(x), self.dropout, self.training)
+        else:
+            x = F.relu(x) if self.kind == "relu" else F.relu(x).square()  # relu2: arXiv 2109.08668
+        return dropped(self.down(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -317,11 +322,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw the weights from torch's default generator.
 
-        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that
-        write to the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size
-        at any width, zero for the matrices that write to the residual stream, so that every block begins as the
-        identity, and for an untied head, whose embedding may then be as large as 0.3 (measured: bench/NOTES.md);
-        0.02 for one that is the head too. Biases are zero.
+        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that write to
+        the stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size at any width, zero for
+        the matrices that write to the stream, so that every block begins as the identity, and for an untied head,
+        beside which embeddings begin at 0.3 (measured: bench/NOTES.md), else at 0.02. Biases are zero.
         """
         modern = self.config.norm == "rmsnorm"
         for name, module in self.named_modules():
@@ -329,10 +333,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.3 if modern and not self.config.tie_weights else 0.02)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5 if modern else 0.02
-                if modern and name.endswith(("attention.out", "mlp.down", "head")):
-                    std = 0.0
-                elif name.endswith(("attention.out", "mlp.down")):
-                    std /= math.sqrt(2 * self.config.n_layer)
+                if name.endswith(("attention.out", "mlp.down")):
+                    std = 0.0 if modern else std / math.sqrt(2 * self.config.n_layer)
+                std = 0.0 if modern and name == "head" else std
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -340,16 +343,13 @@ class GPT(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens (B, T) int64 to (logits, None), or with targets (B, T) to (None, loss).
+        """Tokens (B, T) int64 to (logits (B, T, V), None), or with targets (B, T) to (None, loss).
 
-        Logits are (B, T, V). The loss is the mean in nats over the targets that are not -1, float32; the logits
-        behind it are not kept. With a cache the tokens continue its rows. Raises ValueError when they do not fit
-        into block_size.
+        The loss is the mean in nats over the targets that are not -1, float32; the logits behind it are not kept.
+        With a cache the tokens continue its rows. Raises ValueError when they do not fit into block_size.
         """
         x = self.hidden(tokens, cache)
-        if targets is None:
-            return self.logits(x), None
-        return None, self.loss(x, targets)
+        return (self.logits(x), None) if targets is None else (None, self.loss(x, targets))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Tokens (B, T) to the normalised stream (B, T, C) that `logits` and `loss` read."""
@@ -359,12 +359,10 @@ class GPT(nn.Module):
             x = x + self.wpe(context.positions)
         elif self.config.position == "sinusoidal":  # embeddings scaled as in arXiv 1706.03762, section 3.4
             x = x * math.sqrt(self.config.n_embd) + self.sinusoid[context.positions].to(x.dtype)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = dropped(x, self.config.dropout, self.training)
         for layer, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, x, context, layer, use_reentrant=False)
-            else:
-                x = block(x, context, layer)
+            recompute = self.activation_checkpointing and self.training
+            x = checkpoint(block, x, context, layer, use_reentrant=False) if recompute else block(x, context, layer)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
@@ -381,15 +379,12 @@ class GPT(nn.Module):
         mask = None
         if ragged or (T > 1 and S > T) or 0 < window < S:
             query, key = positions[..., None], torch.arange(S, device=device)
-            mask = key <= query
-            if window:
-                mask &= key > query - window
-            if ragged:
-                mask = mask[:, None]  # (B, 1, T, S)
+            mask = key <= query if not window else (key <= query) & (key > query - window)
+            mask = mask[:, None] if ragged else mask  # (B, 1, T, S) or (T, S)
         rotation = None
         if self.config.position == "rope":
-            cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (T, D) or (B, T, D)
-            rotation = (cos[:, None], sin[:, None]) if ragged else (cos, sin)
+            at = positions[:, None] if ragged else positions
+            rotation = self.rope_cos[at], self.rope_sin[at]  # (T, D) or (B, 1, T, D)
         return Context(positions, mask, rotation, cache)
 
     @property
@@ -418,14 +413,12 @@ class GPT(nn.Module):
     def flops_per_token(self, length: int = 0) -> int:
         """Floating-point operations to train on one token within `length` (default block_size) positions.
 
-        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus
-        12 n_layer H D length for attention, by the usual convention without the causal half (arXiv 2204.02311,
-        appendix B). A training budget C = 6ND is this times the tokens.
+        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus 12 n_layer H D
+        length for attention, by convention without the causal half (arXiv 2204.02311, appendix B).
         """
         config = self.config
         looked_up = 0 if config.tie_weights else self.wte.weight.numel()
-        if config.position == "learned":
-            looked_up += self.wpe.weight.numel()
+        looked_up += self.wpe.weight.numel() if config.position == "learned" else 0
         seen = min(length or config.block_size, config.window or config.block_size)
         attention = 12 * config.n_layer * config.n_head * config.head_size * seen
         return 6 * (self.num_parameters() - looked_up) + attention

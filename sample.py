@@ -56,6 +56,9 @@ class Options(SamplingSettings):
         "none", "int8: matrices of 8 bits and exact activations; a quarter of the memory, faster on a CPU",
         choices=("none", "int8"), group="system",
     )  # fmt: skip
+    compile: bool = option(
+        False, "compile the model's steps: on a GPU only, where it has not been run yet", group="system"
+    )
     save_quantized: str = option("", "also write the quantised model to this new directory", group="system")
 
 
@@ -67,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.save_quantized and options.quantize == "none":
         raise InputError("--save-quantized needs --quantize int8. Add it")
     model, tokenizer, origin = load_model(
-        parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized
+        parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
     )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
@@ -102,13 +105,16 @@ def read_prompt(source: str) -> str:
 
 
 def load_model(
-    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = ""
-) -> tuple[GPT, Tokenizer, str]:
+    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = "",
+    compiled: bool = False,
+) -> tuple[GPT, Tokenizer, str]:  # fmt: skip
     """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
 
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    import torch
+
     from model import GPT, GPTConfig
     from nib.device import pick_device, pick_dtype
     from nib.packing import pack_linears
@@ -117,6 +123,8 @@ def load_model(
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
+    if compiled and device.type == "cpu":
+        raise InputError("--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)
 
     def make_model(settings: dict[str, Any]) -> GPT:
@@ -136,6 +144,8 @@ def load_model(
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
+    if compiled:  # dynamic: the cache grows by a position a token, which must not compile anew
+        model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
     return model.eval(), source.tokenizer(), origin
 
 

@@ -75,10 +75,10 @@ def test_full_cache_refuses_and_changes_nothing(lengths: list[int]) -> None:
     cache = KVCache(model.config, 2)
     model(tokens[:, :20], cache=cache)
     cache.truncate(lengths)
-    before = cache.keys.clone(), cache.values.clone()
+    before = cache.memory.clone()
     with pytest.raises(ValueError, match="context is full: 20 \\+ 5 positions do not fit into 24"):
         model(tokens[:, :5], cache=cache)
-    assert cache.lengths == lengths and torch.equal(cache.keys, before[0]) and torch.equal(cache.values, before[1])
+    assert cache.lengths == lengths and torch.equal(cache.memory, before)
     model(tokens[:, :4], cache=cache)
     assert cache.lengths == [length + 4 for length in lengths]
     with pytest.raises(ValueError, match="context is full"):
@@ -119,7 +119,7 @@ def test_taken_rows_are_copies_that_branch() -> None:
     cache = KVCache(model.config, 2)
     model(tokens[:2, :10], cache=cache)
     cache.truncate([6, 10])
-    kept = cache.keys.clone()
+    kept = cache.memory.clone()
     branches = cache.take_rows([1, 0, 1])
     assert branches.lengths == [10, 6, 10] and branches.max_length == 24
     logits, _ = model(tokens[[2, 0, 1], 10:12], cache=branches)
@@ -127,7 +127,7 @@ def test_taken_rows_are_copies_that_branch() -> None:
               [(1, 10, 2), (0, 6, 0), (1, 10, 1)]]  # fmt: skip
     for row, text in enumerate(joined):
         near(logits[row], model(text[None])[0][0, -2:])
-    assert torch.equal(cache.keys, kept) and cache.lengths == [6, 10]
+    assert torch.equal(cache.memory, kept) and cache.lengths == [6, 10]
 
 
 @torch.no_grad()

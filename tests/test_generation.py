@@ -259,7 +259,7 @@ def test_bfloat16_weights_make_a_bfloat16_cache(position, monkeypatch):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     update = KVCache.update
-    monkeypatch.setattr(KVCache, "update", lambda cache, *rest: dtypes.append(cache.keys.dtype) or update(cache, *rest))
+    monkeypatch.setattr(KVCache, "update", lambda self, *rest: dtypes.append(self.memory.dtype) or update(self, *rest))
     samples = generate_text(model, KVCache, BYTES, PROMPTS, make_settings())
     assert all(sample.finish_reason for sample in samples) and set(dtypes) == {torch.bfloat16}
 

@@ -132,7 +132,7 @@ def test_initialisation(norm: str) -> None:
     written = 0.02 / math.sqrt(2 * L) if norm == "layernorm" else 0.0
     read = 0.02 if norm == "layernorm" else C**-0.5
     wte, head = (0.02, 0.02) if norm == "layernorm" else (0.3, 0.0)
-    kinds = {"wte": wte, "wpe": 0.02, "qkv": read, "up": read, "head": head, "out": written, "down": written}
+    kinds = {"wte": wte, "wpe": wte, "qkv": read, "up": read, "head": head, "out": written, "down": written}
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-2]
         if "norm" in kind:

@@ -193,6 +193,10 @@ BAD = [
     (["--interactive", "--prompt=x"], "--interactive"),
     (["--device=cuda:99"], "cuda:99"),
     (["--device=toaster"], "toaster"),
+    (
+        ["--compile", "--device=cpu"],
+        "--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
+    ),
     (["--dtype=int8"], "float32"),
     (["bytes", "chars"], "chars"),
     (["nowhere"], "nowhere"),
@@ -239,6 +243,7 @@ sys.exit("torch" in sys.modules)
     assert (
         done.stdout.endswith("SystemExit\nInputError\nInputError\nInputError\n")
         and "--repetition-penalty" in done.stdout
+        and "--compile" in done.stdout
     )
 
 
