@@ -19,10 +19,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
+from common import ROOT, load_nanogpt
+from torch import nn
 
 from nib.dataset import Dataset, validation_batch, validation_windows
 
@@ -33,12 +32,13 @@ NANOGPT = (
 ).split()
 
 
-def timed(command: list[str], cwd: Path) -> float:
+def timed(command: list[str], cwd: Path) -> tuple[float, str]:
+    """Seconds of the whole process, and what it printed."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - began
+    return time.perf_counter() - began, done.stdout
 
 
 @torch.no_grad()
@@ -59,9 +59,18 @@ def run_nib(text: Path, directory: Path, seed: int) -> tuple[float, float]:
     """Seconds of the whole process, and the loss on the validation split."""
     out = directory / f"nib-{seed}"
     command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config/shakespeare_char.py"), f"--seed={seed}"]
-    seconds = timed([*command, f"--dataset={text}", f"--out_dir={out}", "--eval_interval=0", "--device=cpu"], ROOT)
+    seconds, _ = timed([*command, f"--dataset={text}", f"--out_dir={out}", "--eval_interval=0", "--device=cpu"], ROOT)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return seconds, lines[-1]["val_loss"]
+
+
+def nanogpt_model(clone: Path, out: Path) -> nn.Module:
+    """The model that nanoGPT saved in `out`."""
+    module = load_nanogpt(clone)
+    saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
+    model = module.GPT(module.GPTConfig(**saved["model_args"]))
+    model.load_state_dict(saved["model"])
+    return model.eval()
 
 
 def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tuple[float, float]:
@@ -69,19 +78,8 @@ def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tu
     # nanoGPT fixes its seed in the source; the runs of several rounds differ by that one number.
     source = (clone / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
     (clone / "train_seeded.py").write_text(source)
-    seconds = timed([sys.executable, "train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
-    sys.path.insert(0, str(clone))
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["nanogpt_model"] = module
-    spec.loader.exec_module(module)
-    saved = torch.load(out / "ckpt.pt", map_location="cpu", weights_only=True)
-    model = module.GPT(module.GPTConfig(**saved["model_args"]))
-    model.load_state_dict(saved["model"])
-    model.eval()
+    seconds, _ = timed([sys.executable, "train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
+    model = nanogpt_model(clone, out)
     return seconds, full_loss(lambda inputs: model(inputs, inputs)[0], dataset, 64)
 
 
