@@ -22,7 +22,7 @@ from nib.errors import InputError, RunError
 
 # The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
 PATIENCE = timedelta(minutes=10)
-CONNECT_TIME, CONNECT_TRIES = timedelta(seconds=20), 3
+CONNECT_TIMES = [timedelta(seconds=seconds) for seconds in (4, 8, 16, 32, 64)]  # each try has more than the one before
 
 
 @dataclass
@@ -79,19 +79,19 @@ def connect(backend: str) -> None:
     and begins afresh, under names of its own, once every process is there.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    for attempt in range(1, CONNECT_TRIES + 1):
+    for attempt, patience in enumerate(CONNECT_TIMES, 1):
         names = dist.PrefixStore(f"nib-connect-{attempt}", store)
         names.add("arrived", 1)
         while names.add("arrived", 0) < world:
             time.sleep(0.02)
         try:
-            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=CONNECT_TIME)
+            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=patience)
             dist.all_reduce(torch.zeros(1))
             break
         except RuntimeError:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if attempt == CONNECT_TRIES:
+            if attempt == len(CONNECT_TIMES):
                 raise
     _set_pg_timeout(PATIENCE, dist.group.WORLD)
 
