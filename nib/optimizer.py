@@ -17,6 +17,10 @@ from nib.distributed import like, whole
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
+# From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones.
+SINGLE_ROWS = 96
+
+
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly, of each of `matrices` (K, rows, columns), in float32 or bfloat16.
 
@@ -27,10 +31,36 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT  # (K, rows, rows), the smaller side
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.device.type == "cpu" and x.shape[-2] >= SINGLE_ROWS:
+        x = torch.stack([orthogonalise_one(each, steps) for each in x])
+    else:
+        for _ in range(steps):
+            gram = x @ x.mT  # (K, rows, rows), the smaller side
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
+
+
+def orthogonalise_one(x: Tensor, steps: int) -> Tensor:
+    """The same iteration of one x (rows <= columns) of norm 1, by products of two matrices, which go to oneDNN.
+
+    Every step multiplies x by a polynomial P of its Gram matrix G, which thereby becomes P G P. So where x is wide,
+    all P are multiplied first, small and square, and then with x: 17 rows^3 + 2 rows^2 columns multiplications in
+    five steps, against 5 rows^3 + 10 rows^2 columns. Squaring x costs digits, too many for bfloat16.
+    """
+    a, b, c = NEWTON_SCHULZ
+    rows, columns = x.shape
+    wide = columns >= 2 * rows
+    gram, product = x @ x.mT, None
+    for step in range(steps):
+        p = torch.add(b * gram, gram @ gram, alpha=c)
+        p.diagonal().add_(a)
+        if wide:
+            product = p if product is None else p @ product
+        else:
+            x = p @ x
+        if step < steps - 1:
+            gram = p @ gram @ p if wide else x @ x.mT
+    return x if product is None else product @ x
 
 
 class Muon(torch.optim.Optimizer):
@@ -38,8 +68,7 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix is scaled by sqrt(max(1, rows / columns)), decay is decoupled and multiplied by the
     learning rate. `parts` gives the row counts by which a parameter that holds several matrices one above the
-    other (queries, keys and values) is cut before each is orthogonalised by itself. Matrices of the same shape
-    are orthogonalised in one batched product. With several processes each orthogonalises its share of them and
+    other (queries, keys and values) is cut before each is orthogonalised by itself. With several processes each orthogonalises its share of them and
     they exchange the results; parameters sharded by FSDP are put together for that, a few at a time.
     """
 

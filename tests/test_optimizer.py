@@ -67,12 +67,23 @@ def test_zero_gradient_stays_zero() -> None:
     assert not orthogonalise(torch.zeros(2, 4, 6)).any()
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)], ids=str)
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16), (100, 96), (96, 200)], ids=str)
 def test_a_batch_is_orthogonalised_one_by_one(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     matrices = torch.randn(5, *shape) * torch.logspace(-3, 3, 5)[:, None, None]
     one_by_one = torch.stack([orthogonalise(matrix[None])[0] for matrix in matrices])
     torch.testing.assert_close(orthogonalise(matrices), one_by_one, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (130, 100), (100, 199), (96, 192), (400, 100)], ids=str)
+def test_one_by_one_and_batched_agree(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Square, nearly square, and wide enough for the iteration on the Gram matrix."""
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape) * torch.logspace(0, -2, shape[1])
+    single = orthogonalise(matrices)
+    monkeypatch.setattr("nib.optimizer.SINGLE_ROWS", 1000)
+    # Float32 rounding of ten products of matrices whose largest singular value is about 1.
+    torch.testing.assert_close(single, orthogonalise(matrices), rtol=0, atol=1e-5)
 
 
 def test_processes_share_the_work_and_agree(tmp_path: Path) -> None:
@@ -84,7 +95,7 @@ from nib.optimizer import orthogonalise, shared_orthogonalise
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 for count in (1, 2, 3, 5):
-    for shape in ((6, 10), (10, 6), (8, 8)):
+    for shape in ((6, 10), (10, 6), (8, 8), (96, 100), (200, 96)):
         torch.manual_seed(count)
         matrices = torch.randn(count, *shape)
         found = shared_orthogonalise(matrices)
