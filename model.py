@@ -201,7 +201,8 @@ class Attention(nn.Module):
         if context.cache is not None:
             k, v = context.cache.update(layer, context.positions, k, v)
         dropout = self.dropout if self.training else 0.0
-        causal, shared = context.mask is None and T > 1, self.heads[0] != self.heads[1]
+        causal = True if context.mask is None and T > 1 else False  # noqa: SIM210  torch.compile needs a bool
+        shared = self.heads[0] != self.heads[1]
         y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout, causal, enable_gqa=shared)
         return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
