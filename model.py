@@ -152,7 +152,7 @@ class KVCache:
         if end > self.max_length:
             fit = f"{end - new} + {new} positions do not fit into {self.max_length}"
             raise ValueError(f"the context is full: {fit}. Drop the oldest tokens and fill a new cache")
-        # All layers' views (B, K, S, D) at once: one by one they would cost more than the copies into them.
+        # All layers' views (B, K, S, D) at once.
         self.keys, self.values = (part.unbind(0) for part in self.memory[..., :end, :])
         self.ragged = min(self.lengths) != max(self.lengths)
         if self.ragged:
