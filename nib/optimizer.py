@@ -68,8 +68,9 @@ class Muon(torch.optim.Optimizer):
 
     The update of a matrix is scaled by sqrt(max(1, rows / columns)), decay is decoupled and multiplied by the
     learning rate. `parts` gives the row counts by which a parameter that holds several matrices one above the
-    other (queries, keys and values) is cut before each is orthogonalised by itself. With several processes each orthogonalises its share of them and
-    they exchange the results; parameters sharded by FSDP are put together for that, a few at a time.
+    other (queries, keys and values) is cut before each is orthogonalised by itself. With several processes each
+    orthogonalises its share of the matrices of one shape and they exchange the results; parameters sharded by FSDP
+    are put together for that, a few at a time.
     """
 
     def __init__(
