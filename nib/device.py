@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import resource
 import sys
@@ -79,11 +80,22 @@ class Precision:
             torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
         elif device.type == "cpu":
             use_onednn()
+            keep_freed_memory()
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, instead of giving it back and having it zeroed again.
+
+    Blocks up to 32 MB, the most it allows, come from its heap, which is not made shorter under 2 GB of free memory.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        for parameter, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
