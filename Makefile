@@ -12,7 +12,7 @@ small: $(VENV)/installed
 
 # The whole test suite.
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 # Lint and types.
 check: $(VENV)/installed-dev
