@@ -1,9 +1,9 @@
 """Weights in 8 bits: each row of a matrix is integers times a scale of its own; the activations stay exact.
 
-The processor's instruction (AVX-512 VNNI) multiplies 8-bit numbers only. An activation is therefore given to it in
-two parts, x = size * (256 high + low), which together hold 16 bits: the rounding that this adds is some thousand times
-smaller than the weights' own, and it is the same whatever else is in the batch. A product of one row reads the
-matrix once for both parts and is bound by that reading.
+On a CPU kernels.c turns the integers to float32 as it reads them. Where that cannot be compiled, torch's 8-bit
+instruction (AVX-512 VNNI) does the work. It multiplies 8-bit numbers only, so an activation is given to it in two
+parts, x = size * (256 high + low), which together hold 16 bits: the rounding that this adds is some thousand times
+smaller than the weights' own, and it is the same whatever else is in the batch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from nib.checkpoint import write_directory
 from nib.errors import InputError, RunError
-from nib.packing import replace_linears
+from nib.native import MOST_ROWS, kernels
+from nib.packing import many_rows, replace_linears
 
 if TYPE_CHECKING:
     from nib.source import Source
@@ -55,27 +56,42 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        self.few_rows: Callable[[Tensor], Tensor] | None = None
+        self.few = 0
         self.packed: object | None = None
         self.offset = ZERO
 
     def pack(self) -> None:
-        """Order the matrix for the processor's 8-bit instructions, where there are such, and drop the plain one."""
-        if self.weight is not None and self.weight.device.type == "cpu" and has_kernel():
+        """Make ready for products on the CPU, if it lies there; after this it can no longer be moved or saved."""
+        if self.weight is None or self.weight.device.type != "cpu":
+            return
+        if native := kernels():
+            self.few_rows = native.linear(self.weight, self.weight_scale, self.bias)
+            self.few = MOST_ROWS[torch.int8] * self.weight.shape[1]
+        elif has_kernel():  # the matrix in the order of the processor's instructions instead of the plain one
             self.packed, self.weight = packed_matrix(self.weight, self.weight_scale), None
             self.offset = ZERO if self.bias is None else self.bias.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            assert self.weight is not None
-            y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
-            return y if self.bias is None else y + self.bias
+        if self.few_rows is not None and x.numel() <= self.few:
+            return self.few_rows(x.float()).to(x.dtype)
+        if self.packed is not None:
+            return self.in_two_parts(x, self.packed)
+        assert self.weight is not None
+        if self.few_rows is not None:
+            bias = None if self.bias is None else self.bias.float()
+            return many_rows(x.float(), self.weight * self.weight_scale[:, None], bias).to(x.dtype)
+        y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def in_two_parts(self, x: Tensor, packed: object) -> Tensor:
         # Few operations, and numbers in tensors: between the kernels of a step each costs a microsecond or two.
         rows = x.reshape(-1, x.shape[-1]).float()  # (R, K)
         size = rows.abs().amax(-1, keepdim=True).add_(TINY)  # (R, 1), of SIXTEEN_BITS
         scaled = torch.addcdiv(ZERO, rows, size, value=SIXTEEN_BITS)
         high = torch.mul(scaled, PART).round_()
         parts = torch.cat((high, scaled.sub_(high, alpha=256)))  # (2R, K) within -128 and 128
-        high, low = multiply(parts, self.packed).chunk(2)  # (R, N) each
+        high, low = multiply(parts, packed).chunk(2)  # (R, N) each
         y = torch.addcmul(self.offset, low.add_(high, alpha=256), size, value=1 / SIXTEEN_BITS)
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
