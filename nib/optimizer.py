@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nib.distributed import like, whole
 
@@ -16,6 +15,9 @@ from nib.distributed import like, whole
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
+
+# So many elements at least are updated together by Muon: 64 MB.
+ENOUGH = 2**24
 
 # From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones.
 SINGLE_ROWS = 96
@@ -83,21 +85,11 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            by_parts: dict[tuple[int, ...], list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    sizes = self.parts.get(parameter, [parameter.shape[0]])
-                    by_parts.setdefault((parameter.shape[1], *sizes), []).append(parameter)
-            for alike in by_parts.values():
-                # Sharded parameters are whole only here, so that no more of them than processes are at a time.
-                several = dist.get_world_size() if isinstance(alike[0], DTensor) else len(alike)
-                for begin in range(0, len(alike), several):
-                    self._update(alike[begin : begin + several], group)
+            for parameters in portions(group["params"]):
+                self._update(parameters, group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Update parameters of one shape and the same parts."""
-        sizes = self.parts.get(parameters[0], [parameters[0].shape[0]])
-        by_size: dict[int, list[Tensor]] = {}
+        matrices: list[Tensor] = []
         for parameter in parameters:
             state = self.state[parameter]
             if not state:
@@ -106,31 +98,71 @@ class Muon(torch.optim.Optimizer):
             assert grad is not None
             buffer.lerp_(grad, 1 - group["momentum"])
             update = whole(grad.lerp(buffer, group["momentum"]))  # Nesterov
-            for size, matrix in zip(sizes, update.split(sizes), strict=True):
-                by_size.setdefault(size, []).append(matrix)
-        done = {size: iter(shared_orthogonalise(torch.stack(matrices))) for size, matrices in by_size.items()}
+            matrices.extend(update.split(self.sizes(parameter)))
+        done = iter(shared_orthogonalise(matrices))
         for parameter in parameters:
-            columns = parameter.shape[1]
-            scaled = [next(done[size]) * max(1.0, size / columns) ** 0.5 for size in sizes]
+            columns, sizes = parameter.shape[1], self.sizes(parameter)
+            scaled = [next(done) * max(1.0, size / columns) ** 0.5 for size in sizes]
             update = torch.cat(scaled).to(parameter.dtype) if len(scaled) > 1 else scaled[0].to(parameter.dtype)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(like(parameter, update), alpha=-group["lr"])
 
+    def sizes(self, parameter: nn.Parameter) -> list[int]:
+        return self.parts.get(parameter, [parameter.shape[0]])
 
-def shared_orthogonalise(matrices: Tensor) -> Tensor:
-    """`orthogonalise` of (K, rows, columns), which all processes hold, each doing its share of the work."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
+
+def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Those with a gradient, so many together that the processes have work enough, and memory.
+
+    Sharded parameters are whole only while their portion is updated.
+    """
+    portion: list[nn.Parameter] = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            portion.append(parameter)
+        if len(portion) >= processes() and sum(each.numel() for each in portion) >= ENOUGH:
+            yield portion
+            portion = []
+    if portion:
+        yield portion
+
+
+def processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise` of matrices of any shapes, those of the same shape together."""
+    by_shape: dict[torch.Size, list[int]] = {}
+    for i, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(i)
+    done = list(matrices)
+    for alike in by_shape.values():
+        for i, result in zip(alike, orthogonalise(torch.stack([matrices[i] for i in alike])), strict=True):
+            done[i] = result
+    return done
+
+
+def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
+    """`orthogonalise_all` of what all processes hold, each doing its share of the work and sending it to the others."""
+    world = processes()
     if world == 1:
-        return orthogonalise(matrices)
-    share = -(-len(matrices) // world)
-    begin = dist.get_rank() * share
-    mine = torch.zeros(share, *matrices.shape[1:], device=matrices.device, dtype=matrices.dtype)
-    own = matrices[begin : begin + share]
-    if len(own):
-        mine[: len(own)] = orthogonalise(own)
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine)
-    return torch.cat(everyone)[: len(matrices)]
+        return orthogonalise_all(matrices)
+    by_size = sorted(range(len(matrices)), key=lambda i: matrices[i].numel())
+    shares = [by_size[rank::world] for rank in range(world)]
+    lengths = [[matrices[i].numel() for i in share] for share in shares]
+    mine = orthogonalise_all([matrices[i] for i in shares[dist.get_rank()]])
+    dtype = torch.bfloat16 if matrices[0].is_cuda else torch.float32  # of orthogonalise
+    sent = torch.zeros(max(map(sum, lengths)), device=matrices[0].device, dtype=dtype)
+    if mine:
+        torch.cat([matrix.flatten() for matrix in mine], out=sent[: sum(matrix.numel() for matrix in mine)])
+    everyone = [torch.empty_like(sent) for _ in range(world)]
+    dist.all_gather(everyone, sent)  # one exchange: each costs a wait for the slowest process
+    done = list(matrices)
+    for share, sizes, results in zip(shares, lengths, everyone, strict=True):
+        for i, result in zip(share, results[: sum(sizes)].split(sizes), strict=True):
+            done[i] = result.view(matrices[i].shape)
+    return done
 
 
 def make_optimizers(
