@@ -116,13 +116,15 @@ def load_model(
     import torch
 
     from model import GPT, GPTConfig
-    from nib.device import pick_device, pick_dtype
+    from nib.device import keep_freed_memory, pick_device, pick_dtype
     from nib.packing import pack_linears
     from nib.quantize import pack_int8, quantize, quantize_empty, save_quantized
     from nib.source import build, open_source
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if compiled and device.type == "cpu":
         raise InputError("--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)

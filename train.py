@@ -40,14 +40,13 @@ from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, KVCache
 from nib.checkpoint import Checkpoint
 from nib.dataset import Dataset, WindowOrder, training_batch
 from nib.device import Precision, device_name, peak_flops, peak_memory
-from nib.distributed import Cluster, lost_processes, start_cluster, whole
+from nib.distributed import Cluster, is_sharded, lost_processes, start_cluster, whole
 from nib.evaluation import Evaluation, evaluate
 from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
@@ -214,8 +213,8 @@ def optimizer_step(
 
 def exchanging(ready: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
-    if isinstance(ready, FSDPModule):
-        ready.set_requires_gradient_sync(last)
+    if is_sharded(ready):
+        ready.set_requires_gradient_sync(last)  # type: ignore[operator]
     elif isinstance(ready, DistributedDataParallel) and not last:
         return ready.no_sync()
     return nullcontext()

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig, KVCache
+from nib.device import keep_freed_memory
 from nib.generation import stream_text
 from nib.packing import pack_linears
 from nib.quantize import pack_int8, quantize
@@ -164,6 +165,7 @@ def main() -> None:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    keep_freed_memory()  # as sample.py does
     torch.manual_seed(0)
     model, tokens = GPT(GPTConfig(n_layer=arguments.layers)).eval(), arguments.tokens
     size = sum(p.nbytes for p in model.parameters())

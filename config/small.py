@@ -6,7 +6,7 @@ those that bench/NOTES.md explains, and all have a name in Qwen3's architecture,
 
 dataset = "stdlib"  # prepared when it is missing: 2048 byte-pair tokens, 3 bytes each on average
 block_size = 256
-batch_size = 8
+batch_size = 4
 
 n_layer = 4
 n_head = 4
@@ -18,11 +18,12 @@ qk_norm = True
 
 optimizer = "muon"
 learning_rate = 3e-3
-muon_learning_rate = 0.02
+muon_learning_rate = 0.03
+muon_momentum = 0.9
 weight_decay = 0.1
-max_iters = 1300
+max_iters = 2400
 warmup_iters = 20
 schedule = "linear"
 
-eval_interval = 650
-checkpoint_interval = 325
+eval_interval = 1200
+checkpoint_interval = 600

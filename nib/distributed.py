@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nib.device import pick_device
 from nib.errors import InputError, RunError
@@ -109,20 +107,32 @@ def lost_processes() -> Iterator[None]:
         raise RunError(f"process {who} lost the others: {reason}. {how}") from None
 
 
+# To import FSDP and its sharded tensors takes 0.9 of the 2.2 seconds that it takes to begin, so only those who use
+# them do; others know such modules and tensors by their methods.
+
+
+def is_sharded(thing: Tensor | nn.Module) -> bool:
+    """Whether a tensor is a DTensor, or a module one that FSDP's fully_shard was applied to."""
+    return hasattr(thing, "full_tensor" if isinstance(thing, Tensor) else "set_requires_gradient_sync")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, put together from all processes when it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(target: Tensor, tensor: Tensor) -> Tensor:
     """`tensor`, which all processes hold, sharded as `target` is."""
-    if not isinstance(target, DTensor):
+    if not is_sharded(target):
         return tensor
-    return distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = target
+    return distribute_tensor(tensor.to(target.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def reshard(model: nn.Module) -> None:
     """Give back what a forward pass without a backward pass left together of a sharded model."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]

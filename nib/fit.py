@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from nib.device import Precision, is_out_of_memory
@@ -53,6 +51,9 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
         raise InputError("parallel=fsdp does not work with float16. Use --dtype=bfloat16 or float32")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
     mesh = init_device_mesh(cluster.device.type, (cluster.world,))
     for block in model.blocks:  # type: ignore[union-attr]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # Below so many multiplications the way through Python costs more than the faster product saves.
 LEAST_WORK = 2**20
+MOST_COPIED = 2**19  # elements of a result, beyond which to copy it takes as long as what it saves
 _library: torch.library.Library | None = None  # the kernels live as long as it does
 
 
@@ -37,9 +38,19 @@ def suits(a: Tensor, b: Tensor) -> bool:
     return alike and a.numel() * b.shape[1] >= LEAST_WORK
 
 
+def is_tall(a: Tensor, b: Tensor) -> bool:
+    """Whether (b^T a^T)^T is faster: oneDNN's operator copies a factor that lies in columns, as the gradient of a
+    layer's output does when that of its weight is made, and the layer's input, now the one to copy, is smaller.
+    """
+    rows, columns = a.shape[0], b.shape[1]
+    return not a.is_contiguous() and rows >= 2 * columns and rows * columns < MOST_COPIED
+
+
 def mm(a: Tensor, b: Tensor) -> Tensor:
     """(rows, inner) times (inner, columns)."""
     if suits(a, b):
+        if is_tall(a, b):
+            return torch.ops.mkldnn._linear_pointwise(b.t(), a, None, "none", [], "").t().contiguous()
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))  # this overload is torch's own
 

@@ -12,8 +12,11 @@ if not products.use_onednn():
     pytest.skip("this processor has no AVX-512, so products stay torch's own", allow_module_level=True)
 
 
+SHAPES = [(3, 4, 5), (1, 7, 1), (200, 300, 100), (301, 129, 65), (400, 70, 150), (1, 4096, 1024)]
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 7, 1), (200, 300, 100), (301, 129, 65), (1, 4096, 1024)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_linear_layer_and_its_gradients_are_those_of_float64(shape: tuple[int, int, int], bias: bool) -> None:
     rows, inner, columns = shape
     torch.manual_seed(0)
