@@ -19,8 +19,9 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 # So many elements at least are updated together by Muon: 64 MB.
 ENOUGH = 2**24
 
-# From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones.
-SINGLE_ROWS = 96
+# From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones, on one
+# thread or two (bench/NOTES.md).
+SINGLE_ROWS = 128
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
