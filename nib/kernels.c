@@ -113,7 +113,7 @@ INLINE void rows(const int ROWS, const int COLUMNS, const float *x, const char *
 
 INLINE void linear(const float *x, const char *w, const int size, const float *scale, const float *bias, float *y,
                    long count, long n, long k, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(guided, 4)
     for (long part = 0; part < (n + PART - 1) / PART; part++) {
         long begin = part * PART, end = begin + PART < n ? begin + PART : n, r = 0;
         for (; r + 8 <= count; r += 8) rows(8, NARROW, x + r * k, w, size, y + r * n, n, k, begin, end);
