@@ -113,9 +113,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Those with a gradient, so many together that the processes have work enough, and memory.
+    """Those with a gradient, cut into runs just long enough to give every process work.
 
-    Sharded parameters are whole only while their portion is updated.
+    Not all at once: while a run is updated its matrices are in memory twice more, and sharded ones whole.
     """
     portion: list[nn.Parameter] = []
     for parameter in parameters:

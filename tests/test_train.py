@@ -357,3 +357,9 @@ def test_two_processes_follow_one(tmp_path: Path, optimizer: str) -> None:
     assert losses("out/two") == pytest.approx(losses("out/one"), rel=2e-3)
     assert losses("out/two")[0] == pytest.approx(losses("out/one")[0], rel=1e-6)
     assert metrics("out/two")[-1]["val_loss"] == pytest.approx(metrics("out/one")[-1]["val_loss"], rel=2e-3)
+
+
+def test_one_process_does_not_wait_for_what_only_several_use() -> None:
+    """FSDP and its tensors take nearly as long to import as all the rest."""
+    code = 'import sys, train; sys.exit("torch.distributed.fsdp" in sys.modules)'
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
