@@ -152,26 +152,18 @@ class KVCache:
         if end > self.max_length:
             fit = f"{end - new} + {new} positions do not fit into {self.max_length}"
             raise ValueError(f"the context is full: {fit}. Drop the oldest tokens and fill a new cache")
-        # All layers' views (B, K, S, D) at once.
-        self.keys, self.values = (part.unbind(0) for part in self.memory[..., :end, :])
-        self.ragged = min(self.lengths) != max(self.lengths)
-        if self.ragged:
-            return torch.tensor(self.lengths, device=self.memory.device)[:, None]
-        self.new_keys, self.new_values = (part.unbind(0) for part in self.memory[..., end - new : end, :])
-        return self.lengths[0]
+        self.end, self.ragged = end, min(self.lengths) != max(self.lengths)
+        return torch.tensor(self.lengths, device=self.memory.device)[:, None] if self.ragged else self.lengths[0]
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, K, T, D) at `positions`, (T,) or (B, T); return all keys and values, (B, K, S, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        if self.ragged:
-            row = torch.arange(len(self.lengths), device=k.device)[:, None]
-            keys[row, :, positions] = (
-                k.detach().transpose(1, 2).to(keys.dtype)
-            )  # advanced indexing puts (B, T) in front
-            values[row, :, positions] = v.detach().transpose(1, 2).to(values.dtype)
-        else:
-            self.new_keys[layer].copy_(k.detach())
-            self.new_values[layer].copy_(v.detach())
+        keys, values = self.memory[:, layer, :, :, : self.end].unbind(0)
+        for held, new in ((keys, k.detach()), (values, v.detach())):
+            if self.ragged:  # advanced indexing puts (B, T) in front
+                row = torch.arange(len(self.lengths), device=k.device)[:, None]
+                held[row, :, positions] = new.transpose(1, 2).to(held.dtype)
+            else:
+                held[:, :, self.end - new.shape[2] :] = new
         return keys, values
 
     def advance(self, new: int) -> None:

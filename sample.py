@@ -115,8 +115,9 @@ def load_model(
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     import torch
 
-    from model import GPT, GPTConfig
+    from model import GPT, GPTConfig, KVCache
     from nib.device import keep_freed_memory, pick_device, pick_dtype
+    from nib.joined import join_blocks
     from nib.packing import pack_linears
     from nib.quantize import pack_int8, quantize, quantize_empty, save_quantized
     from nib.source import build, open_source
@@ -145,10 +146,11 @@ def load_model(
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
+    join_blocks(model.eval(), KVCache)
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
     if compiled:  # dynamic: the cache grows by a position a token, which must not compile anew
         model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
-    return model.eval(), source.tokenizer(), origin
+    return model, source.tokenizer(), origin
 
 
 def write(samples: list[Sample], model: GPT, options: Options) -> int:

@@ -27,6 +27,7 @@ import torch
 from model import GPT, GPTConfig, KVCache
 from nib.device import keep_freed_memory
 from nib.generation import stream_text
+from nib.joined import join_blocks
 from nib.packing import pack_linears
 from nib.quantize import pack_int8, quantize
 from nib.samples import Sample, SamplingSettings
@@ -178,6 +179,8 @@ def main() -> None:
     pack_linears(model)
     quantize(small)
     pack_int8(small)
+    for engine in (model, small):
+        join_blocks(engine, KVCache)
     for round_number in range(arguments.rounds + 1):  # the first one warms up
         taken: dict[str, float] = {"limit": speed() / size}
         for label, engine in (("nib f32", model), ("nib int8", small)):

@@ -75,7 +75,7 @@ INLINE floats load_last(const float *at, long count) {
 }
 
 /* ROWS rows of x times COLUMNS rows of W, to y[r * n + c]. */
-INLINE void block(const int ROWS, const int COLUMNS, const float *x, const char *w, const int size, float *y, long n,
+INLINE void tile(const int ROWS, const int COLUMNS, const float *x, const char *w, const int size, float *y, long n,
                   long k) {
     floats sum[8][WIDE] = {0}, weights[WIDE];
     const char *next = w + COLUMNS * k * size + AHEAD;
@@ -107,13 +107,21 @@ INLINE void block(const int ROWS, const int COLUMNS, const float *x, const char 
 INLINE void rows(const int ROWS, const int COLUMNS, const float *x, const char *w, const int size, float *y, long n,
                  long k, long begin, long end) {
     long j = begin;
-    for (; j + COLUMNS <= end; j += COLUMNS) block(ROWS, COLUMNS, x, w + j * k * size, size, y + j, n, k);
-    for (; j < end; j++) block(ROWS, 1, x, w + j * k * size, size, y + j, n, k);
+    for (; j + COLUMNS <= end; j += COLUMNS) tile(ROWS, COLUMNS, x, w + j * k * size, size, y + j, n, k);
+    for (; j < end; j++) tile(ROWS, 1, x, w + j * k * size, size, y + j, n, k);
 }
 
-INLINE void linear(const float *x, const char *w, const int size, const float *scale, const float *bias, float *y,
-                   long count, long n, long k, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(guided, 4)
+struct matrix {
+    const char *weight; /* (N, K) */
+    const float *scale, *bias;
+    long n, k, size; /* size: 4 for float32, 1 for int8 */
+};
+
+/* y (R, N) of all threads together, each of which calls this; then it is added to `sum` (R, N), unless that is null. */
+INLINE void share(const struct matrix m, const int size, const float *x, float *y, float *sum, long count) {
+    const long n = m.n, k = m.k;
+    const char *w = m.weight;
+#pragma omp for schedule(guided, 4)
     for (long part = 0; part < (n + PART - 1) / PART; part++) {
         long begin = part * PART, end = begin + PART < n ? begin + PART : n, r = 0;
         for (; r + 8 <= count; r += 8) rows(8, NARROW, x + r * k, w, size, y + r * n, n, k, begin, end);
@@ -122,18 +130,22 @@ INLINE void linear(const float *x, const char *w, const int size, const float *s
         for (; r < count; r++) rows(1, WIDE, x + r * k, w, size, y + r * n, n, k, begin, end);
         for (r = 0; r < count; r++)
             for (long j = begin; j < end; j++) {
-                if (scale) y[r * n + j] *= scale[j];
-                if (bias) y[r * n + j] += bias[j];
+                float *at = y + r * n + j;
+                if (m.scale) *at *= m.scale[j];
+                if (m.bias) *at += m.bias[j];
+                if (sum) sum[r * n + j] += *at;
             }
     }
 }
 
-void linear_float32(const float *x, const float *w, const float *scale, const float *bias, float *y, long count, long n,
-                    long k, int threads) {
-    linear(x, (const char *)w, 4, scale, bias, y, count, n, k, threads);
+static __attribute__((noinline)) void product(const struct matrix *m, const float *x, float *y, float *sum, long count) {
+    if (m->size == 4)
+        share(*m, 4, x, y, sum, count);
+    else
+        share(*m, 1, x, y, sum, count);
 }
 
-void linear_int8(const float *x, const int8_t *w, const float *scale, const float *bias, float *y, long count, long n,
-                 long k, int threads) {
-    linear(x, (const char *)w, 1, scale, bias, y, count, n, k, threads);
+void linear(const struct matrix *m, const float *x, float *y, long count, int threads) {
+#pragma omp parallel num_threads(threads)
+    product(m, x, y, 0, count);
 }

@@ -22,39 +22,57 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ["-O3", "-march=native", "-fPIC"]
+SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
+FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60  # the compiler may take
 # With more rows than these a product is bound by arithmetic, and torch is faster (bench/NOTES.md).
 MOST_ROWS = {torch.float32: 12, torch.int8: 96}
 
 
+class Matrix(ctypes.Structure):
+    """A matrix (N, K) of float32 or int8, and the scale and bias (N,) of what it makes, by their addresses."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
+        *((name, ctypes.c_long) for name in ("n", "k", "size")),
+    ]
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        """`weight` is contiguous, and stays where it is."""
+        # What the addresses point to is kept with them.
+        self.kept = [weight, *(None if each is None else each.detach().float().contiguous() for each in (scale, bias))]
+        super().__init__(
+            *(None if each is None else each.data_ptr() for each in self.kept), *weight.shape, weight.itemsize
+        )
+
+
+class Linear:
+    """What multiplies float32 x (..., K) by a matrix: (..., N)."""
+
+    def __init__(self, function: Callable[..., None], matrix: Matrix) -> None:
+        self.function, self.matrix, self.address = function, matrix, ctypes.addressof(matrix)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, N, K = x.contiguous(), self.matrix.n, self.matrix.k
+        y = x.new_empty((*x.shape[:-1], N))
+        self.function(self.address, x.data_ptr(), y.data_ptr(), x.numel() // K, torch.get_num_threads())
+        return y
+
+
 class Kernels:
-    """Products with matrices (N, K) of float32 or int8, by threads of torch's own pool."""
+    """Products with matrices of float32 or int8, by threads of torch's own pool."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.by_dtype = {torch.float32: library.linear_float32, torch.int8: library.linear_int8}
-        for function in self.by_dtype.values():
-            function.argtypes = [*[ctypes.c_void_p] * 5, *[ctypes.c_long] * 3, ctypes.c_int]
-            function.restype = None
+        self.library = library
+        library.linear.argtypes = [*[ctypes.c_void_p] * 3, ctypes.c_long, ctypes.c_int]
+        library.linear.restype = None
+        library.blocks.argtypes = [*[ctypes.c_void_p] * 5, ctypes.c_int]
+        library.blocks.restype = None
+        library.scratch.argtypes = [ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_int]
+        library.scratch.restype = ctypes.c_long
 
-    def linear(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-        """What multiplies float32 x (..., K) by `weight`, then by `scale` (N,), and adds `bias` (N,): (..., N).
-
-        `weight` is contiguous and stays where it is: its address is looked up once, here.
-        """
-        N, K = weight.shape
-        function, w = self.by_dtype[weight.dtype], weight.data_ptr()
-        kept = [None if each is None else each.detach().float().contiguous() for each in (scale, bias)]
-        s, b = (None if each is None else each.data_ptr() for each in kept)
-
-        def product(x: Tensor, kept: object = (weight, kept)) -> Tensor:  # holds what the addresses point to
-            x = x.contiguous()
-            y = x.new_empty((*x.shape[:-1], N))
-            function(x.data_ptr(), w, s, b, y.data_ptr(), x.numel() // K, N, K, torch.get_num_threads())
-            return y
-
-        return product
+    def linear(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Linear:
+        return Linear(self.library.linear, Matrix(weight, scale, bias))
 
     def agree(self) -> bool:
         """Whether they compute what torch does, for sizes that do and do not fill the processor's vectors."""
@@ -96,7 +114,7 @@ def compiled(directory: Path) -> Path:
         # Linked without OpenMP's library: its names are found in the one that torch has loaded, so that both use
         # the same threads.
         for command in (
-            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCE), "-o", str(code)],
+            [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCES[0]), "-o", str(code)],
             [compiler, "-shared", str(code), "-o", str(library)],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
@@ -110,7 +128,7 @@ def fingerprint() -> str:
         flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "F")))
     except (OSError, StopIteration):
         flags = platform.processor()
-    parts = [SOURCE.read_text(), " ".join(FLAGS), platform.machine(), flags, torch.__version__]
+    parts = [*(source.read_text() for source in SOURCES), " ".join(FLAGS), platform.machine(), flags, torch.__version__]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

@@ -57,12 +57,17 @@ def largest(values: Tensor, count: Tensor | int, smallest: Tensor) -> Tensor:
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
     """The ids (B, k), ascending, of the k largest of the logits (B, V)."""
-    top = logits.topk(min(k + 1, logits.shape[-1]))
-    # topk takes any of several equal ones. Only a CPU can look without waiting whether there are such at the border,
-    # and there the passes over V below would take as long as topk itself.
-    if logits.device.type == "cpu" and k < logits.shape[-1] and (top.values[:, k - 1] > top.values[:, k]).all():
-        return top.indices[:, :k].sort(-1).values
-    kept = largest(logits, k, top.values[:, k - 1 : k])
+    if logits.device.type == "cpu":  # numpy partitions 50,000 numbers in less than half of topk's time
+        rows = logits.numpy()
+        border = np.partition(rows, -k, axis=-1)[:, -k, None]
+        found = [row.nonzero()[0] for row in rows >= border]
+        if all(len(ids) == k for ids in found):
+            return torch.from_numpy(np.stack(found))
+        smallest = torch.from_numpy(border)
+    else:
+        smallest = logits.topk(k).values[:, -1:]
+    # There are several equal ones at the border.
+    kept = largest(logits, k, smallest)
     rank = torch.arange(1, k + 1, device=logits.device, dtype=torch.int32).repeat(len(logits), 1)
     return torch.searchsorted(kept.cumsum(-1, dtype=torch.int32), rank)  # the r-th kept is where the count reaches r
 

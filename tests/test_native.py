@@ -70,16 +70,24 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_batch_and_the_threads():
             torch.set_num_threads(threads)
 
 
+def with_changed_source(monkeypatch, directory, name: str, change) -> None:
+    """Compile copies from now on, of which the one of this name is changed."""
+    directory.mkdir()
+    for source in native.SOURCES:
+        text = source.read_text()
+        (directory / source.name).write_text(change(text) if source.name == name else text)
+    monkeypatch.setattr(native, "SOURCES", [directory / source.name for source in native.SOURCES])
+
+
 @needs_compiler
 def test_compiled_once_and_again_for_another_source(tmp_path, monkeypatch):
     first = compiled(tmp_path)
     monkeypatch.setenv("CC", "/nowhere/cc")
     assert compiled(tmp_path) == first and [path.name for path in tmp_path.iterdir()] == [first.name]
-    other = tmp_path / "other.c"
-    other.write_text(native.SOURCE.read_text() + "\n")
-    monkeypatch.setattr(native, "SOURCE", other)
     monkeypatch.delenv("CC")
-    assert compiled(tmp_path) != first
+    for name in ("kernels.c", "blocks.c"):
+        with_changed_source(monkeypatch, tmp_path / name.replace(".", "-"), name, lambda text: text + "\n")
+        assert compiled(tmp_path) != first
 
 
 @pytest.mark.parametrize("trouble", ["no compiler", "a compiler that fails", "wrong results", "no place to write"])
@@ -90,9 +98,9 @@ def test_whatever_is_wrong_with_the_compiler_there_are_just_no_kernels(tmp_path,
     elif trouble == "a compiler that fails":
         monkeypatch.setenv("CC", "false")
     elif trouble == "wrong results":
-        wrong = tmp_path / "wrong.c"
-        wrong.write_text(native.SOURCE.read_text().replace("*= scale[j]", "+= scale[j]"))
-        monkeypatch.setattr(native, "SOURCE", wrong)
+        with_changed_source(
+            monkeypatch, tmp_path / "wrong", "kernels.c", lambda text: text.replace("*= m.scale[j]", "+= m.scale[j]")
+        )
     else:
         (tmp_path / "nib").write_text("a file where the directory should be")
     found = kernels.__wrapped__()

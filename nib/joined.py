@@ -1,0 +1,158 @@
+"""All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
+
+model.py stays what a model is: before the call is used, a pass through it is compared with the model's own blocks, at
+the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nib.native import MOST_ROWS, Matrix, kernels
+
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
+CHECKED = 64  # positions
+TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
+
+
+class Block(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", Norm), ("q_norm", Norm), ("k_norm", Norm), ("qkv", Matrix), ("out", Matrix),
+        ("mlp_norm", Norm), ("up", Matrix), ("down", Matrix),
+    ]  # fmt: skip
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("blocks", "width", "heads", "kv_heads", "head_size", "hidden")),
+        *((name, ctypes.c_long) for name in ("window", "mlp", "rms")), ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("count", "each", "different")),
+        *((name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "keys", "values")), ("length", ctypes.c_long),
+    ]  # fmt: skip
+
+
+class JoinedBlocks(nn.Module):
+    """The blocks of a packed model, which it holds and which compute whatever the call cannot."""
+
+    def __init__(self, blocks: Any, config: Any) -> None:
+        """Raises AttributeError, KeyError or ValueError for blocks that are built in another way than model.Block."""
+        super().__init__()
+        native = kernels() if blocks[0].attention.qkv.few_rows else None
+        if native is None:
+            raise ValueError("there are no kernels")
+        self.blocks, self.library = blocks, native.library
+        self.most_rows = MOST_ROWS[blocks[0].mlp.up.weight.dtype]
+        self.kept: list[object] = []  # what the addresses point to
+        self.shape = Shape(
+            len(blocks), config.n_embd, config.n_head, config.n_kv_head, config.head_size, config.mlp_hidden,
+            config.window, MLPS.index(config.mlp), config.norm == "rmsnorm", config.norm_eps,
+        )  # fmt: skip
+        self.parts = (Block * len(blocks))(*(self.part(block.attention, block) for block in blocks))
+
+    def part(self, attention: Any, block: Any) -> Block:
+        shape, wide = self.shape, 2 if MLPS[self.shape.mlp] == "swiglu" else 1
+        C, D, H, K = shape.width, shape.head_size, shape.heads, shape.kv_heads
+        norms = self.norm(block.attention_norm, C), self.norm(attention.q_norm, D), self.norm(attention.k_norm, D)
+        qkv, out = self.matrix(attention.qkv, (H + 2 * K) * D, C), self.matrix(attention.out, C, H * D)
+        up, down = self.matrix(block.mlp.up, wide * shape.hidden, C), self.matrix(block.mlp.down, C, shape.hidden)
+        return Block(*norms, qkv, out, self.norm(block.mlp_norm, C), up, down)
+
+    def norm(self, module: Any, size: int) -> Norm:
+        if module is None:
+            return Norm()
+        parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
+        if any(each is not None and (each.shape != (size,) or each.dtype != torch.float32) for each in parts):
+            raise ValueError("a norm of another size")
+        self.kept += parts
+        return Norm(*map(address, parts))
+
+    def matrix(self, module: Any, N: int, K: int) -> Matrix:
+        matrix: Matrix = module.few_rows.matrix
+        if (matrix.n, matrix.k) != (N, K):
+            raise ValueError("a matrix of another size")
+        self.kept.append(matrix)
+        return matrix
+
+    def forward(self, x: Tensor, context: Any, layer: int) -> Tensor:
+        """The stream (B, T, C) through all blocks; `layer` is that of the first."""
+        if not self.fits(x, context):
+            for number, block in enumerate(self.blocks):
+                x = block(x, context, number)
+            return x
+        (B, T, _), cache = x.shape, context.cache
+        x = x.clone()
+        places = [context.positions, *(context.rotation or (None, None))]
+        places = [None if each is None else each.contiguous() for each in places]
+        keys, values = cache.memory
+        length = cache.memory.shape[-2]
+        batch = Batch(B * T, T, places[0].numel(), *map(address, places), address(keys), address(values), length)
+        shape, threads = ctypes.byref(self.shape), torch.get_num_threads()
+        between = x.new_empty(self.library.scratch(shape, B * T, length, threads))
+        self.library.blocks(shape, self.parts, ctypes.byref(batch), address(x), address(between), threads)
+        return x
+
+    def fits(self, x: Tensor, context: Any) -> bool:
+        """Whether there are few rows, and the numbers lie as blocks.c reads and writes them."""
+        (B, T, C), cache, shape = x.shape, context.cache, self.shape
+        if cache is None or self.most_rows < B * T or self.training:
+            return False
+        *outer, length, D = cache.memory.shape
+        return (
+            x.dtype == cache.memory.dtype == torch.float32
+            and cache.memory.is_contiguous()
+            and (C, D, outer) == (shape.width, shape.head_size, [2, shape.blocks, B, shape.kv_heads])
+            and max(cache.lengths) + T <= length
+            and context.positions.numel() in (T, B * T)
+        )
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def join_blocks(model: Any, make_cache: Any) -> bool:
+    """Put one call in the place of the blocks of a packed model on the CPU; False: it stays as it was."""
+    blocks = model.blocks
+    try:
+        joined = JoinedBlocks(blocks, model.config).eval()
+        if agree(model, joined, make_cache):
+            return True
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
+        pass  # a model that is built in another way
+    model.blocks = blocks
+    return False
+
+
+@torch.inference_mode()
+def agree(model: Any, joined: JoinedBlocks, make_cache: Any) -> bool:
+    """Put `joined` in, and say whether the model computes what it did before, in the stream and in the cache.
+
+    Two rows with two new positions each: one begins, and one comes after as many random keys as there is room for.
+    """
+    size = min(model.config.block_size, CHECKED)
+    T = min(2, size)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (2, T), generator=generator)
+    cache = make_cache(model.config, 2, size)
+    cache.memory.normal_(generator=generator)
+    found = []
+    for blocks in (model.blocks, nn.ModuleList([joined])):
+        model.blocks = blocks
+        cache.lengths = [0, size - T]
+        found.append((model.hidden(tokens, cache), cache.memory.clone()))
+    return all(
+        bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()) for ours, theirs in zip(*found, strict=True)
+    )
