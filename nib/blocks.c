@@ -10,6 +10,8 @@
 
 #include "kernels.c"
 
+#define NEXT 16 /* positions after that at hand whose keys are asked for */
+
 enum mlp { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
 
 struct norm {
@@ -86,21 +88,37 @@ static void prepare(const float *x, float *y, struct norm norm, const float *cos
         }
 }
 
+/* VECTORS vectors of the sum of `count` values, `size` numbers each, times their scores, to y. */
+INLINE void weigh(const int VECTORS, const float *values, const float *scores, float *y, long count, long size) {
+    floats sum[4] = {0};
+    for (long s = 0; s < count; s++)
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum[v] += scores[s] * load_float32(values + s * size + v * LANES);
+    memcpy(y, sum, 4 * VECTORS * LANES);
+}
+
 /* softmax(q K^T / sqrt(D)) V over `count` positions; `scores` has room for them. */
 static void attend(const float *q, const float *keys, const float *values, float *y, float *scores, long count,
                    long size) {
     float most = -INFINITY, sum = 0, factor = 1 / sqrtf(size);
     for (long s = 0; s < count; s++) {
+        for (long i = 0; i < size; i += LINE / 4) { /* nothing of this is cached */
+            if (s + NEXT < count) __builtin_prefetch(keys + (s + NEXT) * size + i, 0, 0);
+            __builtin_prefetch(values + s * size + i, 0, 0);
+        }
         scores[s] = dot(q, keys + s * size, size) * factor;
         most = scores[s] > most ? scores[s] : most;
     }
     for (long s = 0; s < count; s++) scores[s] = exponential(scores[s] - most);
-    for (long i = 0; i < size; i++) y[i] = 0;
-    for (long s = 0; s < count; s++) {
-        sum += scores[s];
-        for (long i = 0; i < size; i++) y[i] += scores[s] * values[s * size + i];
+    for (long s = 0; s < count; s++) sum += scores[s];
+    long i = 0;
+    for (; i + 4 * LANES <= size; i += 4 * LANES) weigh(4, values + i, scores, y + i, count, size);
+    for (; i + LANES <= size; i += LANES) weigh(1, values + i, scores, y + i, count, size);
+    for (; i < size; i++) {
+        y[i] = 0;
+        for (long s = 0; s < count; s++) y[i] += scores[s] * values[s * size + i];
     }
-    for (long i = 0; i < size; i++) y[i] /= sum;
+    for (i = 0; i < size; i++) y[i] /= sum;
 }
 
 static void attention(const struct shape *shape, const struct block *block, const struct batch *batch, float *keys,
