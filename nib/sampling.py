@@ -41,6 +41,11 @@ def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings, seen: T
     return chosen if ids is None else ids.gather(-1, chosen[:, None])[:, 0]
 
 
+def eager_cpu(x: Tensor) -> bool:
+    """Whether values may be looked at: the CPU has them at hand, and this is no step that is being compiled."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """CTRL's repetition penalty (arXiv 1909.05858) as transformers applies it: away from the sign of the logit."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -60,7 +65,7 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
     top = logits.topk(min(k + 1, logits.shape[-1]))
     # topk takes any of several equal ones. Only a CPU can look without waiting whether there are such at the border,
     # and there the passes over V below would take as long as topk itself.
-    if logits.device.type == "cpu" and k < logits.shape[-1] and (top.values[:, k - 1] > top.values[:, k]).all():
+    if eager_cpu(logits) and k < logits.shape[-1] and (top.values[:, k - 1] > top.values[:, k]).all():
         return top.indices[:, :k].sort(-1).values
     kept = largest(logits, k, top.values[:, k - 1 : k])
     rank = torch.arange(1, k + 1, device=logits.device, dtype=torch.int32).repeat(len(logits), 1)
@@ -69,7 +74,7 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """A mask (B, N) of the fewest largest probabilities with a sum of at least top_p (arXiv 1904.09751), never none."""
-    if probabilities.device.type == "cpu":  # numpy sorts 50,000 numbers in a tenth of torch's 3 ms
+    if eager_cpu(probabilities):  # numpy sorts 50,000 numbers in a tenth of torch's 3 ms
         descending = torch.from_numpy(-np.sort(-probabilities.numpy(), axis=-1))
     else:
         descending = probabilities.sort(-1, descending=True).values
