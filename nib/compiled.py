@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nib.errors import RunError
 from nib.generation import LanguageModel, Rows
 from nib.samples import Sample, SamplingSettings
 from nib.sampling import choose
@@ -38,8 +39,8 @@ class StaticCache:
         shape = (batch_size, config.n_kv_head, length, config.head_size)
 
         def make() -> list[Tensor]:
-            # One tensor a layer: writing into a part of a larger one may be compiled to a copy of all of it. Zeros: a
-            # weight of zero times a NaN that happened to lie there would be NaN.
+            # One tensor a layer, so that no two inputs of the compiled step, which writes to them, share memory.
+            # Zeros: a weight of zero times a NaN that happened to lie there would be NaN.
             return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
         self.keys, self.values = make(), make()  # (B, K, S, D) of each layer
@@ -54,8 +55,11 @@ class StaticCache:
         self.lengths[index] = torch.tensor(source.lengths, device=self.lengths.device)
 
     def start(self, new: int) -> Tensor:
-        """Where the rows' new positions begin, (B, 1)."""
-        return self.lengths[:, None]
+        """Where the rows' new positions begin, (B, 1).
+
+        A row that is full overwrites its last position: it is finished, or else filled anew before its next step.
+        """
+        return self.lengths.clamp(max=self.keys[0].shape[2] - new)[:, None]
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, K, T, D) at `positions` (B, T); return all keys and values, (B, K, S, D)."""
@@ -66,14 +70,13 @@ class StaticCache:
         return keys, values
 
     def advance(self, new: int) -> None:
-        """A row that is full overwrites its last position: it is finished, or filled anew before its next step."""
-        self.lengths.add_(new).clamp_(max=self.keys[0].shape[2] - 1)
+        self.lengths.add_(new)
 
 
 class Step:
     """Shows the model each row's newest token and puts the next one in its place, all at fixed addresses.
 
-    On CUDA `run` replays a recording of it; making it runs the step on empty rows, so fill them afterwards.
+    Making it runs the step on empty rows, to compile it, so fill them afterwards. On CUDA `run` replays a recording.
     """
 
     def __init__(
@@ -89,8 +92,21 @@ class Step:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
         # A graph break would put Python back into the step, so it is an error.
         self.run: Callable[[], None] = torch.compile(self.forward, fullgraph=True, dynamic=False, **compiling)
+        self.compile()
         if device.type == "cuda":
             self.run = recorded(self.run)
+
+    def compile(self) -> None:
+        """Run the step once. Raises RunError where torch cannot compile it, for want of a C compiler for example."""
+        from torch._dynamo.exc import TorchDynamoException, Unsupported
+
+        try:
+            self.run()
+        except Unsupported:  # a graph break, so a bug, which keeps its traceback
+            raise
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n")[:2])
+            raise RunError(f"torch.compile failed: {reason}. Leave out --compile") from error
 
     def forward(self) -> None:
         if self.seen is not None:
@@ -101,12 +117,11 @@ class Step:
 
 
 def recorded(run: Callable[[], None]) -> Callable[[], None]:
-    """`run` as one CUDA graph. It is called twice before, on a stream of its own, as recording wants it."""
+    """`run`, which is compiled by now, as one CUDA graph; recording wants it to have run on a side stream before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(2):  # compiles it, tunes its kernels and allocates their workspaces
-            run()
+        run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):  # an operation that waits for the device raises here

@@ -195,8 +195,10 @@ BAD = [
     (["--device=toaster"], "toaster"),
     (
         ["--compile", "--device=cpu"],
-        "--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
+        "--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
     ),
+    (["--compile", "--no-cache"], "--no-cache"),
+    (["--compile", "--speculate=4"], "--speculate"),
     (["--dtype=int8"], "float32"),
     (["bytes", "chars"], "chars"),
     (["nowhere"], "nowhere"),
