@@ -141,24 +141,23 @@ class CompiledRows(Rows):
     # and int8 as int8.
     compiling: ClassVar[dict[str, Any]] = dict(options={"coordinate_descent_tuning": True})
 
+    @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart
     def __init__(
         self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
     ) -> None:
         super().__init__(model, make_cache, samples, settings)
         self.unread: deque[tuple[Tensor, Any]] = deque()  # tokens on their way to the host, and what says they are here
-        # Not inference mode: its tensors could not be written to outside of it, nor compiled without conditions.
-        with torch.inference_mode(False), torch.no_grad():
-            length = static_length(self.cache.max_length, self.block_size)
-            weight = next(iter(model.parameters()))
-            cache = StaticCache(model.config, len(samples), length, self.device, weight.dtype)
-            self.step = Step(model, settings, cache, self.vocab_size, self.compiling)
-            cache.put_rows(list(range(len(samples))), self.cache)
-            self.cache = cache
-            if self.step.seen is not None and self.seen is not None:
-                self.step.seen.copy_(self.seen)
-            self.draw()
-            self.step.tokens.copy_(choose(self.logits[:, 0], self.step.uniforms, settings, self.seen))
-            self.fetch()
+        length = static_length(self.cache.max_length, self.block_size)
+        weight = next(iter(model.parameters()))
+        cache = StaticCache(model.config, len(samples), length, self.device, weight.dtype)
+        self.step = Step(model, settings, cache, self.vocab_size, self.compiling)
+        cache.put_rows(list(range(len(samples))), self.cache)
+        self.cache = cache
+        if self.step.seen is not None and self.seen is not None:
+            self.step.seen.copy_(self.seen)
+        self.draw()
+        self.step.tokens.copy_(choose(self.logits[:, 0], self.step.uniforms, settings, self.seen))
+        self.fetch()
 
     def draw(self) -> None:
         """Give the step each row's next uniform number; those of DRAWN steps come to the device at once."""
@@ -199,7 +198,7 @@ class CompiledRows(Rows):
         return self.new
 
     def keep(self, rows: list[int]) -> None:
-        self.new = [new if row in rows else [] for row, new in enumerate(self.new)]
+        """All rows stay."""
 
     @torch.no_grad()
     def advance(self) -> None:

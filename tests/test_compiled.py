@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_script
 from model_helpers import LLAMA, random_tokens, randomise
 from test_generation import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -231,3 +232,10 @@ def test_the_recorded_step_writes_what_the_plain_path_writes_on_a_gpu(filters):
     torch._dynamo.reset()
     model = make_model(position="rope", n_kv_head=2).to("cuda")
     same_text(model, PROMPTS, make_settings(num_samples=2, **filters))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_it_needs_a_gpu(tmp_path):
+    done = run_script("bench/decode_cuda.py", "--check", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch finds none. Run it on a machine with one\n"

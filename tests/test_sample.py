@@ -277,7 +277,7 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
 
 
 def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monkeypatch):
-    def interrupted(model, make_cache, samples, options):
+    def interrupted(model, make_cache, samples, options, make_rows):
         for letter in "abc":
             yield samples[0], samples[0].append("\n abc".index(letter))
         raise KeyboardInterrupt
