@@ -137,8 +137,8 @@ class CompiledRows(Rows):
     """
 
     ahead = True
-    # How the step is compiled. The tuning also turns products with one row into fused sums, which read the matrix once
-    # and int8 as int8.
+    # How the step is compiled. With this, torch makes products of one row without a bias fused sums (its decomposition
+    # of mm), which read int8 as int8.
     compiling: ClassVar[dict[str, Any]] = dict(options={"coordinate_descent_tuning": True})
 
     @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart

@@ -1,12 +1,13 @@
 """sample.py --compile without its GPU: the compiled step writes what the plain path writes, from one compilation.
 
 aot_eager traces a step as the GPU's compiler is given it, and then runs it with torch's own operations, so the numbers
-are the plain ones. What only a GPU can show, the recording, is the last test.
+are the plain ones. What only a GPU can show, the recording, is in the tests at the end, which need one.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from typing import Any
 
 import pytest
@@ -139,6 +140,14 @@ def test_one_step_is_queued_while_the_text_is_read_and_none_past_a_full_context(
     # 9 of 16 positions are taken, so token 8 does not fit; the row goes on with 8, of which it is one. 30 is the last.
     assert [number for number, steps in enumerate(ahead, 1) if not steps] == [8, 17, 26, 30]
     assert set(ahead) == {0, 1}
+
+
+def test_the_speed_that_is_told_holds_the_time_in_which_a_step_ran_unwatched(counter):
+    model, options = make_model(vocab_size=256), make_settings(max_new_tokens=10)
+    samples = make_samples(["x"], BYTES, options)
+    for _ in stream_text(model, KVCache, samples, options, CompiledRows):
+        time.sleep(0.01)
+    assert samples[0].tokens_per_second and samples[0].tokens_per_second <= 100
 
 
 @pytest.mark.parametrize("filters", [{}, *FILTERS], ids=str)
