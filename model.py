@@ -366,7 +366,7 @@ class GPT(nn.Module):
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}. Pass fewer")
         start = 0 if cache is None else cache.start(T)
-        S = T if cache is None else max(cache.lengths) + T
+        S = T if cache is None else cache.end
         positions = start + torch.arange(T, device=device)  # (T,) or (B, T)
         ragged = isinstance(start, Tensor)
         mask = None

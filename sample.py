@@ -57,8 +57,9 @@ class Options(SamplingSettings):
         choices=("none", "int8"), group="system",
     )  # fmt: skip
     compile: bool = option(
-        False, "compile the model's steps: on a GPU only, where it has not been run yet", group="system"
-    )
+        False, "record a step of all texts as one CUDA graph; compiling takes a while before the first. Only for CUDA, "
+        "where it has not been run yet", group="system",
+    )  # fmt: skip
     save_quantized: str = option("", "also write the quantised model to this new directory", group="system")
 
 
@@ -69,6 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     TextStream(options.stop)  # says now what is wrong with them
     if options.save_quantized and options.quantize == "none":
         raise InputError("--save-quantized needs --quantize int8. Add it")
+    if options.compile and not options.cache:
+        raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
+    if options.compile and options.speculate:
+        raise InputError("--compile fixes a step to one token a text. Leave out --compile or --speculate")
     model, tokenizer, origin = load_model(
         parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
     )
@@ -113,8 +118,6 @@ def load_model(
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
-    import torch
-
     from model import GPT, GPTConfig, KVCache
     from nib.device import keep_freed_memory, pick_device, pick_dtype
     from nib.joined import join_blocks
@@ -126,8 +129,8 @@ def load_model(
     dtype = pick_dtype(dtype_name, device)
     if device.type == "cpu":
         keep_freed_memory()
-    if compiled and device.type == "cpu":
-        raise InputError("--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
+    if compiled and device.type != "cuda":
+        raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)
 
     def make_model(settings: dict[str, Any]) -> GPT:
@@ -148,21 +151,21 @@ def load_model(
     (pack_int8 if int8 else pack_linears)(model)
     join_blocks(model.eval(), KVCache)
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
-    if compiled:  # dynamic: the cache grows by a position a token, which must not compile anew
-        model.hidden = torch.compile(model.hidden, dynamic=True)  # type: ignore[method-assign]
-    return model, source.tokenizer(), origin
+    return model, source.tokenizer(), origin + ", compiled" * compiled
 
 
 def write(samples: list[Sample], model: GPT, options: Options) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
     from model import KVCache
-    from nib.generation import stream_text
+    from nib.compiled import CompiledRows
+    from nib.generation import Rows, stream_text
 
+    make_rows = CompiledRows if options.compile else Rows
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False
     try:
-        for sample, text in stream_text(model, KVCache, samples, options):
+        for sample, text in stream_text(model, KVCache, samples, options, make_rows):
             if printer:
                 printer.show(sample, text)
     except KeyboardInterrupt:

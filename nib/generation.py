@@ -55,17 +55,21 @@ def generate_text(
 
 
 def stream_text(
-    model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
+    model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings, make_rows: Any = None
 ) -> Iterator[tuple[Sample, str]]:
-    """Write all samples at once, and yield each with its new text token by token, until all are finished."""
+    """Write all samples at once, and yield each with its new text token by token, until all are finished.
+
+    `make_rows` is Rows, or nib.compiled.CompiledRows.
+    """
     unfinished = [sample for sample in samples if not sample.finish_reason]
     if not unfinished:  # max_new_tokens is 0
         return
     was_training, written, seconds = model.training, 0, 0.0
     model.train(False)
     try:
-        rows = Rows(model, make_cache, unfinished, settings)
+        rows: Rows = (make_rows or Rows)(model, make_cache, unfinished, settings)
         tokens = rows.choose()
+        began = time.perf_counter()
         while True:
             for sample, new in zip(rows.samples, tokens, strict=True):
                 for token in new:
@@ -75,11 +79,13 @@ def stream_text(
             going_on = [row for row, sample in enumerate(rows.samples) if not sample.finish_reason]
             if not going_on:
                 break
-            began = time.perf_counter()
+            if not rows.ahead:
+                began = time.perf_counter()
             rows.keep(going_on)
             rows.advance()
             tokens = rows.choose()
-            seconds += time.perf_counter() - began
+            now = time.perf_counter()
+            seconds, began = seconds + now - began, now
             written += sum(map(len, tokens))
     finally:
         model.train(was_training)
@@ -89,6 +95,8 @@ def stream_text(
 
 class Rows:
     """The samples being written, one row each: what the model sees of it, its cache and its random numbers."""
+
+    ahead = False  # whether the model works while what it wrote is read, so that this takes none of its time
 
     @torch.inference_mode()
     def __init__(
@@ -197,12 +205,7 @@ class Rows:
     @torch.inference_mode()
     def advance(self) -> None:
         """Show the model each row's newest token, and guesses of the next ones; take the logits that follow each."""
-        full = []
-        for row, (context, new) in enumerate(zip(self.contexts, self.new, strict=True)):
-            context.extend(new)
-            if len(context) > self.block_size:
-                del context[: -(self.block_size - self.block_size // 2)]
-                full.append(row)
+        full = self.slide()
         newest = [new[-1] for new in self.new]
         if self.seen is not None:
             self.seen.scatter_(1, torch.tensor(newest, device=self.device)[:, None], True)
@@ -220,6 +223,16 @@ class Rows:
         x = self.model.hidden(torch.tensor(tokens, device=self.device), self.cache)  # (B, T, C)
         self.logits = self.model.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)[..., : self.vocab_size]
 
+    def slide(self) -> list[int]:
+        """Take the new tokens into the contexts; returns the rows that were full and now show their newer half."""
+        full = []
+        for row, (context, new) in enumerate(zip(self.contexts, self.new, strict=True)):
+            context.extend(new)
+            if len(context) > self.block_size:
+                del context[: -(self.block_size - self.block_size // 2)]
+                full.append(row)
+        return full
+
     def guess(self) -> list[list[int]]:
         """What may follow each row's newest token: no more than is wanted of it and than the cache holds."""
         if not self.speculate:
@@ -234,9 +247,7 @@ class Rows:
     def refill(self, rows: list[int]) -> None:
         """Fill the cache of these rows anew with their contexts, which have become shorter, but the newest token."""
         contexts = [self.contexts[row][:-1] for row in rows]
-        if not contexts[0]:  # block_size is 1 or 2: the newest token is all there is
-            self.cache.truncate([0 if row in rows else length for row, length in enumerate(self.cache.lengths)])
-            return
         filled = self.new_cache(len(rows), len(contexts[0]))
-        self.encode(contexts, filled)
+        if contexts[0]:  # where block_size is 1 or 2 the newest token is all there is
+            self.encode(contexts, filled)
         self.cache.put_rows(rows, filled)

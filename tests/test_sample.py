@@ -195,8 +195,10 @@ BAD = [
     (["--device=toaster"], "toaster"),
     (
         ["--compile", "--device=cpu"],
-        "--compile does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
+        "--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
     ),
+    (["--compile", "--no-cache"], "--no-cache"),
+    (["--compile", "--speculate=4"], "--speculate"),
     (["--dtype=int8"], "float32"),
     (["bytes", "chars"], "chars"),
     (["nowhere"], "nowhere"),
@@ -275,7 +277,7 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
 
 
 def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monkeypatch):
-    def interrupted(model, make_cache, samples, options):
+    def interrupted(model, make_cache, samples, options, make_rows):
         for letter in "abc":
             yield samples[0], samples[0].append("\n abc".index(letter))
         raise KeyboardInterrupt
