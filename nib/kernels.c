@@ -20,7 +20,8 @@
 #define WIDE 2
 #define NARROW 1
 #endif
-#define AHEAD 4096 /* bytes of W to ask for before they are needed, after the rows at hand */
+#define AHEAD 2048 /* bytes of W to ask for before they are needed, after the rows at hand */
+#define LATER 384  /* numbers of a row of W to ask for ahead where the arithmetic takes as long as the memory */
 #define LINE 64    /* bytes that come from memory together */
 #define PART 24    /* rows of W that a thread takes at a time: while they are near, all rows of x */
 
@@ -81,8 +82,13 @@ INLINE void tile(const int ROWS, const int COLUMNS, const float *x, const char *
     const char *next = w + COLUMNS * k * size + AHEAD;
     long i = 0;
     for (; i + LANES <= k; i += LANES, next += COLUMNS * LANES * size) {
-        for (int b = 0; b < COLUMNS * LANES * size; b += LINE)
-            __builtin_prefetch(next + b, 0, 0); /* once: other data stays cached */
+        if (ROWS < 8 || size == 1) /* in the order in which W lies; for a single use, so that other data stays cached */
+            for (int b = 0; b < COLUMNS * LANES * size; b += LINE) __builtin_prefetch(next + b, 0, 0);
+        else if (i * size % LINE == 0) { /* in the order in which it is taken, from this tile or the next */
+            const char *later = w + (i + LATER + (i + LATER < k ? 0 : (COLUMNS - 1) * k)) * size;
+#pragma GCC unroll 8
+            for (int c = 0; c < COLUMNS; c++) __builtin_prefetch(later + c * k * size, 0, 0);
+        }
 #pragma GCC unroll 8
         for (int c = 0; c < COLUMNS; c++) weights[c] = load_weights(w + (c * k + i) * size, size);
 #pragma GCC unroll 8
@@ -127,7 +133,7 @@ INLINE void share(const struct matrix m, const int size, const float *x, float *
         for (; r + 8 <= count; r += 8) rows(8, NARROW, x + r * k, w, size, y + r * n, n, k, begin, end);
         for (; r + 4 <= count; r += 4) rows(4, WIDE, x + r * k, w, size, y + r * n, n, k, begin, end);
         for (; r + 2 <= count; r += 2) rows(2, WIDE, x + r * k, w, size, y + r * n, n, k, begin, end);
-        for (; r < count; r++) rows(1, WIDE, x + r * k, w, size, y + r * n, n, k, begin, end);
+        for (; r < count; r++) rows(1, size == 4 ? 1 : WIDE, x + r * k, w, size, y + r * n, n, k, begin, end);
         for (r = 0; r < count; r++)
             for (long j = begin; j < end; j++) {
                 float *at = y + r * n + j;
