@@ -1,6 +1,6 @@
 """The products of kernels.c, compiled for this processor by the machine's own C compiler when first wanted.
 
-It takes a second, once: the result is kept in the user's cache directory. Where there is no compiler, or what it
+It takes three seconds, once: the result is kept in the user's cache directory. Where there is no compiler, or what it
 makes does not compute rightly, there are no kernels and sampling goes the slower way through torch.
 """
 
@@ -26,7 +26,7 @@ SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60  # the compiler may take
 # With more rows than these a product is bound by arithmetic, and torch is faster (bench/NOTES.md).
-MOST_ROWS = {torch.float32: 12, torch.int8: 96}
+MOST_ROWS = {torch.float32: 48, torch.int8: 256}
 
 
 class Matrix(ctypes.Structure):
@@ -94,15 +94,24 @@ def kernels() -> Kernels | None:
     """What multiplies few rows fast on this machine, or None."""
     try:
         with cache_directory() as directory:
-            library = ctypes.CDLL(str(compiled(directory)))
-        made = Kernels(library)
+            made = Kernels(load(directory))
         return made if made.agree() else None
     except (OSError, subprocess.SubprocessError, AttributeError):
         return None
 
 
+def load(directory: Path) -> ctypes.CDLL:
+    """The compiled library; one that was damaged is compiled anew. Raises OSError or SubprocessError without one."""
+    path = compiled(directory)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink()
+        return ctypes.CDLL(str(compiled(directory)))
+
+
 def compiled(directory: Path) -> Path:
-    """The shared library for this source, processor and torch. Raises OSError or SubprocessError without one."""
+    """The shared library for these sources, processor and torch. Raises OSError or SubprocessError without one."""
     path = directory / f"kernels-{fingerprint()}.so"
     if path.exists():
         return path
@@ -115,9 +124,11 @@ def compiled(directory: Path) -> Path:
         # the same threads.
         for command in (
             [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCES[0]), "-o", str(code)],
-            [compiler, "-shared", str(code), "-o", str(library)],
+            [compiler, "-shared", str(code), "-o", str(library), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
+        with library.open("rb") as file:
+            os.fsync(file.fileno())  # a power cut must not leave a part of it under its name
         os.replace(library, path)
     return path
 

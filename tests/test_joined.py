@@ -228,8 +228,8 @@ def test_a_model_built_in_another_way_goes_its_own_way(change):
 @torch.inference_mode()
 def test_whatever_the_call_cannot_do_the_blocks_do():
     model, plain = packed(True), packed(False)
-    tokens = random_tokens(2, 24)  # more rows than the kernels are good for
-    ours, theirs = KVCache(model.config, 2), KVCache(model.config, 2)
+    tokens = random_tokens(3, 24)  # more rows than the kernels are good for
+    ours, theirs = KVCache(model.config, 3), KVCache(model.config, 3)
     assert torch.equal(model(tokens, cache=ours)[0], plain(tokens, cache=theirs)[0])
     assert torch.equal(ours.memory, theirs.memory)
     assert torch.equal(model(tokens[:1, :3])[0], plain(tokens[:1, :3])[0]), "without a cache"
