@@ -9,8 +9,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nib.errors import RunError
 from nib.samples import SamplingSettings
-from nib.sampling import choose, inverse_cdf, nucleus, row_generator, top_ids
+from nib.sampling import choose, choose_by_torch, inverse_cdf, nucleus, row_generator, top_ids, top_ids_of_row
 
 ALMOST_ONE = 1 - 2**-24  # the largest uniform number
 
@@ -63,15 +64,21 @@ def test_choose_draws_from_the_distribution_of_the_definitions(
     is_seen = np.isin(np.arange(len(logits)), list(seen))
     cumulative = np.cumsum(reference_distribution(logits, options, is_seen))
     assume(np.abs(cumulative[:-1] - uniform).min(initial=1) > 1e-5)
-    token = choose(torch.tensor(logits)[None], torch.tensor([uniform]), options, torch.tensor(is_seen)[None])
-    assert token.tolist() == [int(np.searchsorted(cumulative / cumulative[-1], uniform, side="right"))]
+    expected = [int(np.searchsorted(cumulative / cumulative[-1], uniform, side="right"))]
+    for way in (choose, choose_by_torch):
+        token = way(torch.tensor(logits)[None], torch.tensor([uniform]), options, torch.tensor(is_seen)[None])
+        assert token.tolist() == expected, way
 
 
 def shares(logits: Tensor, count: int, **options) -> np.ndarray:
-    """How often each token is chosen for `count` uniform numbers at equal distances."""
+    """How often each token is chosen for `count` uniform numbers at equal distances, by numpy and by torch."""
     uniforms = (torch.arange(count) + 0.5) / count
-    tokens = choose(logits.expand(count, -1), uniforms, make_settings(**options))
-    return np.bincount(tokens.numpy(), minlength=logits.shape[-1]) / count
+    numpys, torchs = (
+        np.bincount(way(logits.expand(count, -1), uniforms, make_settings(**options), None), minlength=logits.shape[-1])
+        for way in (choose, choose_by_torch)
+    )
+    assert np.abs(numpys - torchs).max() <= 1, "more than rounding at a border"
+    return numpys / count
 
 
 def test_filters_and_their_order_are_those_of_transformers():
@@ -103,7 +110,9 @@ def test_the_samples_of_many_rows_have_the_distribution():
 def test_top_k_takes_exactly_k_with_ties_to_the_lowest_ids():
     logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0, 0.0, 5.0]])
     assert top_ids(logits, 3).tolist() == [[1, 2, 3], [0, 1, 5]]
+    assert [top_ids_of_row(row, 3).tolist() for row in logits.numpy()] == [[1, 2, 3], [0, 1, 5]]
     assert top_ids(torch.zeros(1, 50000), 7).tolist() == [[0, 1, 2, 3, 4, 5, 6]]
+    assert top_ids_of_row(np.zeros(50000, dtype=np.float32), 7).tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert np.flatnonzero(shares(logits[:1], 100, top_k=3, temperature=9.0)).tolist() == [1, 2, 3]
     assert np.flatnonzero(shares(torch.zeros(1, 9), 100, top_p=0.4)).tolist() == [0, 1, 2, 3]
 
@@ -147,15 +156,41 @@ def test_sampling_is_in_float32():
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 5.0])  # flat: more than the first candidates; peaked: a few of them
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_shorter_ways_of_a_cpu_choose_the_same_ids(spread, ties):
+def test_the_ids_are_those_of_a_stable_sort(spread, ties):
     generator = torch.Generator().manual_seed(3)
     logits = torch.randn(4, 5000, generator=generator) * spread
     if ties:
         logits = (logits * 4 / spread).round() * spread / 4
     order = logits.sort(dim=-1, descending=True, stable=True)
-    assert torch.equal(top_ids(logits, 50), order.indices[:, :50].sort(-1).values)
+    expected = order.indices[:, :50].sort(-1).values
+    assert torch.equal(top_ids(logits, 50), expected)
+    assert [top_ids_of_row(row, 50).tolist() for row in logits.numpy()] == expected.tolist()
     probabilities = logits.softmax(-1)
     order = probabilities.sort(dim=-1, descending=True, stable=True)
     before = order.values.cumsum(-1) - order.values
     expected = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, order.indices, before < 0.9)
     assert torch.equal(nucleus(probabilities, 0.9), expected)
+
+
+def test_rows_are_drawn_alike_alone_and_together_by_both_ways():
+    generator = torch.Generator().manual_seed(5)
+    logits, uniforms = torch.randn(16, 3000, generator=generator) * 4, torch.rand(16, generator=generator)
+    seen = torch.rand(16, 3000, generator=generator) < 0.1
+    for changes in (
+        dict(),
+        dict(top_k=40),
+        dict(top_k=90, top_p=0.9),
+        dict(top_p=0.8, min_p=0.05),
+        dict(temperature=0),
+    ):
+        options = make_settings(repetition_penalty=1.3, **changes)
+        together = choose(logits, uniforms, options, seen)
+        assert torch.equal(choose_by_torch(logits, uniforms, options, seen), together)
+        for row in range(16):
+            one = slice(row, row + 1)
+            assert torch.equal(choose(logits[one], uniforms[one], options, seen[one]), together[one])
+
+
+def test_logits_that_are_not_finite_are_said_to_be():
+    with pytest.raises(RunError, match="not finite"):
+        choose(torch.full((1, 9), torch.nan), torch.zeros(1), make_settings(top_k=3))
