@@ -250,24 +250,31 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
 
     The gradient of the logits is known as soon as the logits are, so the forward pass already turns each chunk
-    into the gradients of x and W, and no logits are kept or computed twice. Targets of -1 count nothing.
+    into the gradients of x and W, and no logits are kept or computed twice. Targets of -1 count nothing, nor do the
+    rows of W beyond the vocabulary.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, rows: int, needs_grad: bool) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
+    ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x) if needs_grad else None
         grad_weight = torch.zeros_like(weight) if needs_grad else None
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
+            logits[:, vocab_size:] = -math.inf
             kept = (target >= 0)[:, None]
             index = target.clamp_min(0)[:, None]
             log_probs = F.log_softmax(logits.float(), dim=-1)
             total -= (log_probs.gather(1, index) * kept).sum()
-            if grad_x is not None and grad_weight is not None:
-                grad = log_probs.exp_()  # (softmax - one_hot), zero where the target is not counted
-                grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+            if grad_x is not None and grad_weight is not None:  # softmax - one_hot, zero where nothing is counted
+                if torch.compiler.is_compiling():  # one pass where scatter_add_ would make three
+                    grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
+                else:
+                    grad = log_probs.exp_()
+                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
                 grad = grad.mul_(kept).to(logits.dtype)
                 grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
                 grad_weight += grad.t() @ part.to(grad.dtype)
@@ -278,7 +285,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total, grad_weight * grad_total, None, None, None
+        return grad_x * grad_total, grad_weight * grad_total, None, None, None, None
 
 
 class GPT(nn.Module):
@@ -286,6 +293,7 @@ class GPT(nn.Module):
 
     # The most logits to have at once, in elements: 64 MB in float32. Beyond that the loss goes in chunks.
     max_logits = 2**24
+    vocab_multiple = 1  # the loss takes the head with rows of zeros up to a multiple of this; for GPUs: nib/fit.py
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
@@ -392,11 +400,13 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats of the stream (B, T, C) against targets (B, T), those of -1 left out."""
         x, targets = x.flatten(0, 1), targets.flatten()
         count = (targets >= 0).sum().clamp_min(1)
-        rows = max(1, self.max_logits // self.config.vocab_size)
-        if x.shape[0] <= rows:
+        rows, padding = max(1, self.max_logits // self.config.vocab_size), -self.config.vocab_size % self.vocab_multiple
+        if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
-        total = ChunkedCrossEntropy.apply(x, self.head_weight, targets, rows, torch.is_grad_enabled())
+        weight = F.pad(self.head_weight, (0, 0, 0, padding)) if padding else self.head_weight
+        rows -= rows % 128 if rows > 128 else 0
+        total = ChunkedCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows, torch.is_grad_enabled())
         return total / count
 
     def num_parameters(self) -> int:

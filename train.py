@@ -92,8 +92,8 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     byte_lengths = dataset.tokenizer.byte_lengths()
 
     def validate() -> Evaluation:
-        return evaluate(
-            ready, dataset.val, byte_lengths, block_size=settings.block_size, batch=run.micro_batch_size,
+        return evaluate(  # uncompiled: a pass without gradients, and its last batch, would each be compiled anew
+            model, dataset.val, byte_lengths, block_size=settings.block_size, batch=run.micro_batch_size,
             cluster=cluster, autocast=precision.autocast(), limit=settings.eval_tokens,
         )  # fmt: skip
 

@@ -18,6 +18,12 @@ from nib.settings import TrainSettings
 # Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
 # for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
 CPU_ACTIVATIONS = 2**24
+# A GPU is busy with that many tokens; beyond, only its memory fills, and the loss unrolls into more chunks.
+GPU_TOKENS = 2**16
+# Of a GPU's memory, for the logits of a chunk in float32: each chunk adds to the whole gradient of the head.
+GPU_LOGITS = 1 / 128
+# Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
+GPU_VOCAB_MULTIPLE = 64
 
 
 def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
@@ -47,6 +53,9 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     Blocks go to the device one by one, so that no device ever holds the whole model.
     """
     model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
+    if cluster.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(cluster.device).total_memory
+        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE  # type: ignore[assignment]
     if settings.parallel == "ddp" or cluster.world == 1:
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
@@ -69,33 +78,33 @@ def fit_to_device(
 ) -> tuple[int, nn.Module]:
     """The micro-batch size of a process, and the model ready to train: compiled where asked, joined by DDP.
 
-    An automatic size is the largest that a trial forward and backward pass has memory for; on a CPU one that is
-    known to be large enough. Raises RunError when not even one sequence fits.
+    An automatic size is the largest that an uncompiled trial forward and backward pass has memory for, up to one that
+    is known to be large enough. Raises RunError when not even one sequence fits.
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
-    if cluster.device.type == "cpu" and not settings.micro_batch_size:
-        shape: Any = model.config
-        each = settings.block_size * shape.n_embd * shape.n_layer
-        sizes = [size for size in sizes if size * each <= CPU_ACTIVATIONS] or sizes[-1:]
-    ready: nn.Module = model
-    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
-        ready = torch.compile(model)  # type: ignore[assignment]
+    if not settings.micro_batch_size:
+        sizes = large_enough(sizes, settings.block_size, model.config, cluster.device)
     while True:
-        failure = trial(ready, model, sizes[0], settings.block_size, precision)
+        failure = trial(model, model, sizes[0], settings.block_size, precision)
         out_of_memory = failure is not None and is_out_of_memory(failure)
         short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
-        if not short and not broken:
+        if broken:
+            raise failure or RunError("another process could not run the model. See its message")
+        if not short:
             break
-        if broken and ready is not model:
+        if len(sizes) == 1:
+            raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
+        sizes = sizes[1:]
+    ready: nn.Module = model
+    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
+        # For this shape alone: torch's kernels for any shape are slower.
+        ready = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        failure = trial(ready, model, sizes[0], settings.block_size, precision)
+        (broken,) = cluster.total([float(failure is not None)])
+        if broken:
             reason = str(failure or "another process failed").strip().splitlines()[0]
             report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
             ready = model
-        elif broken:
-            raise failure or RunError("another process could not run the model. See its message")
-        elif len(sizes) == 1:
-            raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
-        else:
-            sizes = sizes[1:]
     if cluster.world > 1 and settings.parallel == "ddp":
         # Buffers are tables that never change. Newer releases of torch have another name for not sending them around.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -103,6 +112,15 @@ def fit_to_device(
         options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
         ready = DistributedDataParallel(ready, **options)
     return sizes[0], ready
+
+
+def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.device) -> list[int]:
+    """Those of the sizes, largest first, that are not larger than pays; the smallest where all are."""
+    if device.type == "cpu":
+        most = CPU_ACTIVATIONS // (block_size * shape.n_embd * shape.n_layer)
+    else:
+        most = GPU_TOKENS // block_size
+    return [size for size in sizes if size <= most] or sizes[-1:]
 
 
 def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> RuntimeError | None:

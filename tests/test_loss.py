@@ -18,10 +18,10 @@ def masked_targets(seed: int = 1) -> Tensor:
 
 
 def loss_and_gradients(
-    model: GPT, targets: Tensor, *, rows: int, dtype: torch.dtype | None = None
+    model: GPT, targets: Tensor, *, rows: int, dtype: torch.dtype | None = None, multiple: int = 1
 ) -> dict[str, Tensor]:
     """Loss and gradients, in chunks of `rows` rows of logits; "stream" is the gradient of what the head reads."""
-    model.max_logits = rows * model.config.vocab_size
+    model.max_logits, model.vocab_multiple = rows * model.config.vocab_size, multiple
     model.zero_grad(set_to_none=True)
     with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
         x = model.hidden(random_tokens(3, 20))
@@ -35,13 +35,13 @@ def loss_and_gradients(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("rows", [1, 7, 59])
-def test_chunked_loss_is_the_plain_loss(tied: bool, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "multiple"), [(1, 1), (7, 1), (59, 1), (7, 64), (60, 64), (60, 7)])
+def test_chunked_loss_is_the_plain_loss(tied: bool, rows: int, multiple: int) -> None:
     model, targets = random_model(tie_weights=tied), masked_targets()
     plain = loss_and_gradients(model, targets, rows=60)
     by_hand = F.cross_entropy(model(random_tokens(3, 20))[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
     torch.testing.assert_close(plain["loss"], by_hand)
-    chunked = loss_and_gradients(model, targets, rows=rows)
+    chunked = loss_and_gradients(model, targets, rows=rows, multiple=multiple)
     assert chunked.keys() == plain.keys()
     for name, expected in plain.items():
         # The same terms in another order: float32 rounding of the largest of them.
@@ -65,11 +65,11 @@ def test_masked_targets_count_nothing(rows: int) -> None:
     torch.testing.assert_close(model(random_tokens(3, 20), targets)[1], expected, rtol=2e-6, atol=0)
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_chunked_loss_is_the_plain_loss_under_autocast(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "multiple"), [(1, 1), (7, 1), (60, 64)])
+def test_chunked_loss_is_the_plain_loss_under_autocast(rows: int, multiple: int) -> None:
     model, targets = random_model(), masked_targets()
     plain = loss_and_gradients(model, targets, rows=60, dtype=torch.bfloat16)
-    chunked = loss_and_gradients(model, targets, rows=rows, dtype=torch.bfloat16)
+    chunked = loss_and_gradients(model, targets, rows=rows, dtype=torch.bfloat16, multiple=multiple)
     # Both round the logits to bfloat16 at the same place, and sum in float32.
     torch.testing.assert_close(chunked["loss"], plain["loss"], rtol=2e-6, atol=0)
     for name in plain.keys() - {"loss"}:
