@@ -52,8 +52,9 @@ static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first of few digits */
-    float sum = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    float sum = 1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f));
+    sum = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * sum))));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23; /* of NaN any, as `sum` is NaN */
     float power;
     memcpy(&power, &bits, 4);
     return sum * power;
@@ -160,7 +161,7 @@ static void bend(int kind, const float *u, float *y, long count, long hidden) {
             for (long i = begin; i < end; i++) to[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678f));
         else
             for (long i = begin; i < end; i++) {
-                float above = x[i] > 0 ? x[i] : 0;
+                float above = x[i] < 0 ? 0 : x[i]; /* NaN stays */
                 to[i] = kind == RELU ? above : above * above;
             }
     }

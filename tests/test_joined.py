@@ -166,6 +166,14 @@ def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
 
 
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "relu", "relu2", "swiglu"])
+@torch.inference_mode()
+def test_what_is_no_number_stays_none(mlp):
+    model = packed(True, mlp=mlp)
+    model.blocks[0].blocks[0].mlp.up.weight[:] = torch.nan
+    assert model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0].isnan().all()
+
+
 class Repeated(GPT):
     """The stream as it was before the first block is added before each."""
 
