@@ -53,6 +53,8 @@ class JoinedBlocks(nn.Module):
         native = kernels() if blocks[0].attention.qkv.few_rows else None
         if native is None:
             raise ValueError("there are no kernels")
+        if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
+            raise ValueError("a hook would not be called")
         self.blocks, self.library = blocks, native.library
         self.most_rows = MOST_ROWS[blocks[0].mlp.up.weight.dtype]
         self.kept: list[object] = []  # what the addresses point to
@@ -74,8 +76,10 @@ class JoinedBlocks(nn.Module):
         if module is None:
             return Norm()
         parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
-        if any(each is not None and (each.shape != (size,) or each.dtype != torch.float32) for each in parts):
+        given = [each for each in parts if each is not None]
+        if parts[0] is None or any(each.shape != (size,) or each.dtype != torch.float32 for each in given):
             raise ValueError("a norm of another size")
+        parts = [None if each is None else each.contiguous() for each in parts]
         self.kept += parts
         return Norm(*map(address, parts))
 
@@ -93,7 +97,7 @@ class JoinedBlocks(nn.Module):
                 x = block(x, context, number)
             return x
         (B, T, _), cache = x.shape, context.cache
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         places = [context.positions, *(context.rotation or (None, None))]
         places = [None if each is None else each.contiguous() for each in places]
         keys, values = cache.memory
@@ -115,7 +119,22 @@ class JoinedBlocks(nn.Module):
             and cache.memory.is_contiguous()
             and (C, D, outer) == (shape.width, shape.head_size, [2, shape.blocks, B, shape.kv_heads])
             and max(cache.lengths) + T <= length
-            and context.positions.numel() in (T, B * T)
+            and self.knows(context, B, T)
+        )
+
+    def knows(self, context: Any, B: int, T: int) -> bool:
+        """Whether the new positions follow the cached ones, and see all before them that the window leaves."""
+        positions, mask, window = context.positions, context.mask, self.shape.window
+        expected = [length + t for length in context.cache.lengths for t in range(T)]
+        if positions.dtype != torch.int64 or positions.expand(B, T).flatten().tolist() != expected:
+            return False
+        if mask is not None and mask.dtype != torch.bool:
+            return False
+        every = sum(expected) + B * T  # how many positions the new ones see together, without a window
+        seen = every if mask is None else int(mask.sum()) * (B if mask.ndim == 2 else 1)
+        return seen == (sum(min(position + 1, window) for position in expected) if window else every) and all(
+            turn.dtype == torch.float32 and turn.numel() == positions.numel() * self.shape.head_size
+            for turn in context.rotation or ()
         )
 
 

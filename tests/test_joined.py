@@ -12,6 +12,7 @@ from model_helpers import LLAMA, random_model, random_tokens
 from torch import Tensor
 from torch.nn import functional as F
 
+import model as model_module
 from model import GPT, MLP, Attention, KVCache
 from nib import native
 from nib.generation import generate_text
@@ -146,6 +147,7 @@ def changed_update(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: T
 
 
 attention_as_it_is, update_as_it_is = Attention.forward, KVCache.update
+context_as_it_is = GPT.context
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,69 @@ def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     expected = model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0]
     assert not join_blocks(model, KVCache) and len(model.blocks) == 2
     assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
+
+
+def own_document(self: GPT, tokens: Tensor, cache: KVCache):
+    """Nothing before a token 7 is seen again."""
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.mask = (torch.arange(cache.end) >= cache.end - 1)[None]
+    return context
+
+
+def biased(self: GPT, tokens: Tensor, cache: KVCache):
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.mask = (torch.arange(cache.end) * 0.5)[None]
+    return context
+
+
+def moved(self: GPT, tokens: Tensor, cache: KVCache):
+    """A cache that begins again when it is full, say."""
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.positions = context.positions + 2**40
+    return context
+
+
+def in_32_bits(self: GPT, tokens: Tensor, cache: KVCache):
+    context = context_as_it_is(self, tokens, cache)
+    context.positions = context.positions.int()
+    return context
+
+
+@pytest.mark.parametrize("change", [own_document, biased, moved, in_32_bits])
+@torch.inference_mode()
+def test_other_positions_and_masks_go_to_the_blocks(monkeypatch, change):
+    monkeypatch.setattr(GPT, "context", change)
+    model, plain = (packed(joined, position="none") for joined in (True, False))
+    caches = [KVCache(model.config, 1) for _ in range(2)]
+    for tokens in ([[1, 2, 3]], [[7]]):
+        ours, theirs = (
+            network(torch.tensor(tokens), cache=cache)[0] for network, cache in zip((model, plain), caches, strict=True)
+        )
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (caches[0].memory - caches[1].memory).abs().max() < 1e-5 * caches[1].memory.abs().max()
+
+
+@pytest.mark.parametrize("change", ["half as wide", "float64"])
+@torch.inference_mode()
+def test_rotations_of_another_kind_go_to_the_blocks(monkeypatch, change):
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = rotate_as_it_is(x[..., : cos.shape[-1]], cos.float(), sin.float())
+        return torch.cat((turned, x[..., cos.shape[-1] :]), dim=-1)
+
+    def changed(self: GPT, tokens: Tensor, cache: KVCache):
+        context = context_as_it_is(self, tokens, cache)
+        made = [turn[..., :4] if change == "half as wide" else turn.double() for turn in context.rotation]
+        context.rotation = made[0], made[1]
+        return context
+
+    rotate_as_it_is = model_module.rotate
+    monkeypatch.setattr(model_module, "rotate", rotated)
+    monkeypatch.setattr(GPT, "context", changed)
+    model, plain = (packed(joined, position="rope") for joined in (True, False))
+    assert torch.equal(*(each(random_tokens(1, 3), cache=KVCache(each.config, 1))[0] for each in (model, plain)))
 
 
 @pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "relu", "relu2", "swiglu"])
@@ -208,7 +273,7 @@ def test_blocks_that_are_called_in_another_way_stay(kind):
 
 CHANGES = [
     "another name", "another kind of norm", "a smaller norm", "a wider matrix", "a subclass of Linear",
-    "an unknown mlp",
+    "an unknown mlp", "a norm without weights", "a hook",
 ]  # fmt: skip
 
 
@@ -227,6 +292,10 @@ def test_a_model_built_in_another_way_goes_its_own_way(change):
         block.mlp.down = torch.nn.Linear(256, 32)
     elif change == "a subclass of Linear":
         block.mlp.up = type("Scaled", (torch.nn.Linear,), {})(32, 128)
+    elif change == "a norm without weights":
+        block.mlp_norm = torch.nn.LayerNorm(32, elementwise_affine=False)
+    elif change == "a hook":
+        block.mlp.register_forward_hook(lambda *_: None)
     else:
         model.config.mlp = "mish"
     pack_linears(model)
