@@ -1,7 +1,8 @@
 """All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
 
-model.py stays what a model is: before the call is used, a pass through it is compared with the model's own blocks, at
-the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way.
+model.py stays what a model is: before the call is used, passes through it are compared with the model's own blocks, at
+the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way, as
+far as those passes show it: what acts on rare numbers only, a limit to large activations for example, they may not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from nib.native import MOST_ROWS, Matrix, kernels
 
 MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
 CHECKED = 64  # positions
+MOST_NUMBERS = 2**26  # of keys and values in the check of a whole context: 256 MB
 TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
 
 
@@ -144,34 +146,47 @@ def address(tensor: Tensor | None) -> int | None:
 
 def join_blocks(model: Any, make_cache: Any) -> bool:
     """Put one call in the place of the blocks of a packed model on the CPU; False: it stays as it was."""
-    blocks = model.blocks
+    blocks, was_training, agreed = model.blocks, model.training, False
+    model.eval()
     try:
-        joined = JoinedBlocks(blocks, model.config).eval()
-        if agree(model, joined, make_cache):
-            return True
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        pass  # a model that is built in another way
-    model.blocks = blocks
-    return False
+        joined = nn.ModuleList([JoinedBlocks(blocks, model.config)]).eval()
+        agreed = agree(model, joined, make_cache)
+    except Exception:  # a model that is built in another way, which may raise anything
+        pass
+    finally:
+        model.blocks = joined if agreed else blocks
+        model.train(was_training)
+    return agreed
 
 
 @torch.inference_mode()
-def agree(model: Any, joined: JoinedBlocks, make_cache: Any) -> bool:
-    """Put `joined` in, and say whether the model computes what it did before, in the stream and in the cache.
+def agree(model: Any, joined: nn.ModuleList, make_cache: Any) -> bool:
+    """Whether the model computes with `joined` what it does with its blocks, in the stream and in the cache.
 
-    Two rows with two new positions each: one begins, and one comes after as many random keys as there is room for.
+    Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
+    one row gets one, the last of a whole context. Leaves the one or the other as model.blocks.
     """
-    size = min(model.config.block_size, CHECKED)
-    T = min(2, size)
+    few = min(model.config.block_size, CHECKED)
+    T = min(2, few)
+    whole = min(model.config.block_size, MOST_NUMBERS // make_cache(model.config, 1, 1).memory.numel())
+    whole = max(few, whole)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, T), generator=generator)
-    cache = make_cache(model.config, 2, size)
-    cache.memory.normal_(generator=generator)
-    found = []
-    for blocks in (model.blocks, nn.ModuleList([joined])):
-        model.blocks = blocks
-        cache.lengths = [0, size - T]
-        found.append((model.hidden(tokens, cache), cache.memory.clone()))
-    return all(
-        bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()) for ours, theirs in zip(*found, strict=True)
-    )
+    blocks = model.blocks
+    for lengths, new, size in (([0, few - T], T, few), ([whole - 1], 1, whole)):
+        tokens = torch.randint(model.config.vocab_size, (len(lengths), new), generator=generator)
+        cache = make_cache(model.config, len(lengths), size)
+        *outer, length, D = cache.memory.shape
+        heads, positions = (torch.randn(shape, generator=generator) for shape in ((*outer, 1, D), (length, D)))
+        torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers
+        newest = cache.memory[..., -CHECKED:, :]
+        before, found = newest.clone(), []
+        for model.blocks in (blocks, joined):
+            cache.lengths = list(lengths)
+            newest.copy_(before)
+            found.append((model.hidden(tokens, cache), newest.clone()))
+        if not all(
+            bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())
+            for theirs, ours in zip(*found, strict=True)
+        ):
+            return False
+    return True

@@ -146,6 +146,19 @@ def changed_update(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: T
     return update_as_it_is(self, layer, positions, k, v * 1.001)
 
 
+def changed_far_on(self: Attention, x: Tensor, context, layer: int) -> Tensor:
+    """As a window that only some layers have, or a scale for long contexts."""
+    return attention_as_it_is(self, x, context, layer) * (1.01 if context.positions.max() > 80 else 1)
+
+
+def changed_for_one_token(self: Attention, x: Tensor, context, layer: int) -> Tensor:
+    return attention_as_it_is(self, x, context, layer) * (1.01 if x.shape[1] == 1 else 1)
+
+
+def refuse(self: KVCache, new: int) -> None:
+    raise AssertionError("this is no cache for that")
+
+
 attention_as_it_is, update_as_it_is = Attention.forward, KVCache.update
 context_as_it_is = GPT.context
 
@@ -154,6 +167,8 @@ context_as_it_is = GPT.context
     ("kind", "change"),
     [
         (Attention, ("forward", changed_attention)),
+        (Attention, ("forward", changed_far_on)),
+        (Attention, ("forward", changed_for_one_token)),
         (MLP, ("forward", changed_mlp)),
         (KVCache, ("update", changed_update)),
     ],
@@ -161,11 +176,19 @@ context_as_it_is = GPT.context
 @torch.inference_mode()
 def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     monkeypatch.setattr(kind, *change)
-    model = random_model()
+    model = random_model(block_size=100)
     pack_linears(model)
     expected = model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0]
     assert not join_blocks(model, KVCache) and len(model.blocks) == 2
     assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
+
+
+def test_whatever_the_check_raises_the_model_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(KVCache, "advance", refuse)
+    model = random_model().train()
+    pack_linears(model)
+    assert not join_blocks(model, KVCache)
+    assert len(model.blocks) == 2 and all(module.training for module in model.modules())
 
 
 def own_document(self: GPT, tokens: Tensor, cache: KVCache):
