@@ -31,11 +31,11 @@ struct shape {
 };
 
 struct batch {
-    long count, each;         /* R, and how many of them belong to one row of the cache: T */
-    long different;           /* positions: R, or T when they are the same for all rows */
-    const long *positions;    /* (different,) */
-    const float *cos, *sin;   /* of the positions (different, D), or null */
-    float *keys, *values;     /* (blocks, B, K, length, D) */
+    long count, tokens;     /* R, and T, how many of them belong to one row of the cache */
+    long places;            /* R, or T when the positions are the same for all rows of the cache */
+    const long *positions;  /* (places,) */
+    const float *cos, *sin; /* of the positions (places, D), or null */
+    float *keys, *values;   /* (blocks, B, K, length, D) */
     long length;
 };
 
@@ -52,8 +52,9 @@ static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693359375f + n * 2.12194440e-4f; /* ln 2 in two parts, the first of few digits */
-    float sum = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * (1 / 120.0f + r * (1 / 720.0f))))));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    float sum = 1 / 120.0f + r * (1 / 720.0f + r * (1 / 5040.0f));
+    sum = 1.0f + r * (1.0f + r * (0.5f + r * (1 / 6.0f + r * (1 / 24.0f + r * sum))));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23; /* of NaN any, as `sum` is NaN */
     float power;
     memcpy(&power, &bits, 4);
     return sum * power;
@@ -89,7 +90,7 @@ static void prepare(const float *x, float *y, struct norm norm, const float *cos
 }
 
 /* VECTORS vectors of the sum of `count` values, `size` numbers each, times their scores, to y. */
-INLINE void weigh(const int VECTORS, const float *values, const float *scores, float *y, long count, long size) {
+INLINE void weighted_sum(const int VECTORS, const float *values, const float *scores, float *y, long count, long size) {
     floats sum[4] = {0};
     for (long s = 0; s < count; s++)
 #pragma GCC unroll 4
@@ -112,8 +113,8 @@ static void attend(const float *q, const float *keys, const float *values, float
     for (long s = 0; s < count; s++) scores[s] = exponential(scores[s] - most);
     for (long s = 0; s < count; s++) sum += scores[s];
     long i = 0;
-    for (; i + 4 * LANES <= size; i += 4 * LANES) weigh(4, values + i, scores, y + i, count, size);
-    for (; i + LANES <= size; i += LANES) weigh(1, values + i, scores, y + i, count, size);
+    for (; i + 4 * LANES <= size; i += 4 * LANES) weighted_sum(4, values + i, scores, y + i, count, size);
+    for (; i + LANES <= size; i += LANES) weighted_sum(1, values + i, scores, y + i, count, size);
     for (; i < size; i++) {
         y[i] = 0;
         for (long s = 0; s < count; s++) y[i] += scores[s] * values[s * size + i];
@@ -126,26 +127,26 @@ static void attention(const struct shape *shape, const struct block *block, cons
     const long H = shape->heads, K = shape->kv_heads, D = shape->head_size;
 #pragma omp for schedule(static)
     for (long i = 0; i < batch->count * (H + K); i++) { /* queries in place, keys and values to the cache */
-        long r = i / (H + K), head = i % (H + K), at = r % batch->different, position = batch->positions[at];
+        long r = i / (H + K), head = i % (H + K), at = r % batch->places, position = batch->positions[at];
         const float *cos = batch->cos ? batch->cos + at * D : 0, *sin = batch->sin ? batch->sin + at * D : 0;
         float *x = qkv + (r * (H + 2 * K) + head) * D, turned[D];
         int is_key = head >= H;
         prepare(x, turned, is_key ? block->k_norm : block->q_norm, cos, sin, D, shape->eps);
-        long to = (((r / batch->each) * K + head - H) * batch->length + position) * D;
+        long to = (((r / batch->tokens) * K + head - H) * batch->length + position) * D;
         memcpy(is_key ? keys + to : x, turned, 4 * D);
         if (is_key) memcpy(values + to, x + K * D, 4 * D);
     }
 #pragma omp for schedule(static)
     for (long i = 0; i < batch->count * H; i++) {
-        long r = i / H, head = i % H, end = batch->positions[r % batch->different] + 1;
+        long r = i / H, head = i % H, end = batch->positions[r % batch->places] + 1;
         long begin = shape->window && end > shape->window ? end - shape->window : 0;
-        long at = (((r / batch->each) * K + head / (H / K)) * batch->length + begin) * D;
+        long at = (((r / batch->tokens) * K + head / (H / K)) * batch->length + begin) * D;
         attend(qkv + (r * (H + 2 * K) + head) * D, keys + at, values + at, y + i * D, scores, end - begin, D);
     }
 }
 
 /* u (R, hidden), or for swiglu (R, 2 hidden), to y (R, hidden). */
-static void bend(int kind, const float *u, float *y, long count, long hidden) {
+static void activate(int kind, const float *u, float *y, long count, long hidden) {
 #pragma omp for schedule(static)
     for (long part = 0; part < count * ((hidden + 255) / 256); part++) {
         long r = part % count, begin = part / count * 256, end = begin + 256 < hidden ? begin + 256 : hidden;
@@ -160,7 +161,7 @@ static void bend(int kind, const float *u, float *y, long count, long hidden) {
             for (long i = begin; i < end; i++) to[i] = 0.5f * x[i] * (1 + erff(x[i] * 0.70710678f));
         else
             for (long i = begin; i < end; i++) {
-                float above = x[i] > 0 ? x[i] : 0;
+                float above = x[i] < 0 ? 0 : x[i]; /* NaN stays */
                 to[i] = kind == RELU ? above : above * above;
             }
     }
@@ -183,19 +184,19 @@ void blocks(const struct shape *shape, const struct block *block, const struct b
             int threads) {
     const long R = batch->count, D = shape->head_size;
     float *h = memory, *y = h + R * shape->width, *qkv = y + R * shape->heads * D;
-    float *u = qkv + R * (shape->heads + 2 * shape->kv_heads) * D, *bent = u + 2 * R * shape->hidden;
-    const long layer = R / batch->each * shape->kv_heads * batch->length * D;
+    float *u = qkv + R * (shape->heads + 2 * shape->kv_heads) * D, *activated = u + 2 * R * shape->hidden;
+    const long layer = R / batch->tokens * shape->kv_heads * batch->length * D;
 #pragma omp parallel num_threads(threads)
     for (long i = 0; i < shape->blocks; i++) {
         const struct block *b = block + i;
-        float *scores = bent + R * shape->hidden + omp_get_thread_num() * batch->length;
+        float *scores = activated + R * shape->hidden + omp_get_thread_num() * batch->length;
         norms(shape, b->attention_norm, x, h, R);
         product(&b->qkv, h, qkv, 0, R);
         attention(shape, b, batch, batch->keys + i * layer, batch->values + i * layer, qkv, y, scores);
         product(&b->out, y, h, x, R);
         norms(shape, b->mlp_norm, x, h, R);
         product(&b->up, h, u, 0, R);
-        bend(shape->mlp, u, bent, R, shape->hidden);
-        product(&b->down, bent, h, x, R);
+        activate(shape->mlp, u, activated, R, shape->hidden);
+        product(&b->down, activated, h, x, R);
     }
 }

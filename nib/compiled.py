@@ -25,7 +25,7 @@ SHORTEST = 256  # positions of the shortest cache
 
 
 def static_length(room: int, block_size: int) -> int:
-    """Positions for a cache that must hold `room`: a power of two, so that few lengths are ever compiled."""
+    """Positions for a cache that must hold `room`: a power of two up to block_size, so that few are ever compiled."""
     return min(block_size, max(SHORTEST, 1 << (room - 1).bit_length()))
 
 

@@ -1,7 +1,8 @@
 """All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
 
-model.py stays what a model is: before the call is used, a pass through it is compared with the model's own blocks, at
-the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way.
+model.py stays what a model is: before the call is used, passes through it are compared with the model's own blocks, at
+the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way, as
+far as those passes show it: what acts on rare numbers only, a limit to large activations for example, they may not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from nib.native import MOST_ROWS, Matrix, kernels
 
 MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
 CHECKED = 64  # positions
+MOST_NUMBERS = 2**26  # of keys and values in the check of a whole context: 256 MB
 TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
 
 
@@ -39,7 +41,7 @@ class Shape(ctypes.Structure):
 
 class Batch(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_long) for name in ("count", "each", "different")),
+        *((name, ctypes.c_long) for name in ("count", "tokens", "places")),
         *((name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "keys", "values")), ("length", ctypes.c_long),
     ]  # fmt: skip
 
@@ -53,6 +55,8 @@ class JoinedBlocks(nn.Module):
         native = kernels() if blocks[0].attention.qkv.few_rows else None
         if native is None:
             raise ValueError("there are no kernels")
+        if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
+            raise ValueError("a hook would not be called")
         self.blocks, self.library = blocks, native.library
         self.most_rows = MOST_ROWS[blocks[0].mlp.up.weight.dtype]
         self.kept: list[object] = []  # what the addresses point to
@@ -74,8 +78,10 @@ class JoinedBlocks(nn.Module):
         if module is None:
             return Norm()
         parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
-        if any(each is not None and (each.shape != (size,) or each.dtype != torch.float32) for each in parts):
+        given = [each for each in parts if each is not None]
+        if parts[0] is None or any(each.shape != (size,) or each.dtype != torch.float32 for each in given):
             raise ValueError("a norm of another size")
+        parts = [None if each is None else each.contiguous() for each in parts]
         self.kept += parts
         return Norm(*map(address, parts))
 
@@ -93,7 +99,7 @@ class JoinedBlocks(nn.Module):
                 x = block(x, context, number)
             return x
         (B, T, _), cache = x.shape, context.cache
-        x = x.clone()
+        x = x.clone(memory_format=torch.contiguous_format)
         places = [context.positions, *(context.rotation or (None, None))]
         places = [None if each is None else each.contiguous() for each in places]
         keys, values = cache.memory
@@ -107,15 +113,31 @@ class JoinedBlocks(nn.Module):
     def fits(self, x: Tensor, context: Any) -> bool:
         """Whether there are few rows, and the numbers lie as blocks.c reads and writes them."""
         (B, T, C), cache, shape = x.shape, context.cache, self.shape
-        if cache is None or self.most_rows < B * T or self.training:
+        memory = getattr(cache, "memory", None)
+        if memory is None or self.most_rows < B * T or self.training:
             return False
-        *outer, length, D = cache.memory.shape
+        *outer, length, D = memory.shape
         return (
-            x.dtype == cache.memory.dtype == torch.float32
-            and cache.memory.is_contiguous()
+            x.dtype == memory.dtype == torch.float32
+            and memory.is_contiguous()
             and (C, D, outer) == (shape.width, shape.head_size, [2, shape.blocks, B, shape.kv_heads])
             and max(cache.lengths) + T <= length
-            and context.positions.numel() in (T, B * T)
+            and self.knows(context, B, T)
+        )
+
+    def knows(self, context: Any, B: int, T: int) -> bool:
+        """Whether the new positions follow the cached ones, and see all before them that the window leaves."""
+        positions, mask, window = context.positions, context.mask, self.shape.window
+        expected = [length + t for length in context.cache.lengths for t in range(T)]
+        if positions.dtype != torch.int64 or positions.expand(B, T).flatten().tolist() != expected:
+            return False
+        if mask is not None and mask.dtype != torch.bool:
+            return False
+        every = sum(expected) + B * T  # how many positions the new ones see together, without a window
+        seen = every if mask is None else int(mask.sum()) * (B if mask.ndim == 2 else 1)
+        return seen == (sum(min(position + 1, window) for position in expected) if window else every) and all(
+            turn.dtype == torch.float32 and turn.numel() == positions.numel() * self.shape.head_size
+            for turn in context.rotation or ()
         )
 
 
@@ -125,34 +147,47 @@ def address(tensor: Tensor | None) -> int | None:
 
 def join_blocks(model: Any, make_cache: Any) -> bool:
     """Put one call in the place of the blocks of a packed model on the CPU; False: it stays as it was."""
-    blocks = model.blocks
+    blocks, was_training, agreed = model.blocks, model.training, False
+    model.eval()
     try:
-        joined = JoinedBlocks(blocks, model.config).eval()
-        if agree(model, joined, make_cache):
-            return True
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError):
-        pass  # a model that is built in another way
-    model.blocks = blocks
-    return False
+        joined = nn.ModuleList([JoinedBlocks(blocks, model.config)]).eval()
+        agreed = agree(model, joined, make_cache)
+    except Exception:  # a model that is built in another way, which may raise anything
+        pass
+    finally:
+        model.blocks = joined if agreed else blocks
+        model.train(was_training)
+    return agreed
 
 
 @torch.inference_mode()
-def agree(model: Any, joined: JoinedBlocks, make_cache: Any) -> bool:
-    """Put `joined` in, and say whether the model computes what it did before, in the stream and in the cache.
+def agree(model: Any, joined: nn.ModuleList, make_cache: Any) -> bool:
+    """Whether the model computes with `joined` what it does with its blocks, in the stream and in the cache.
 
-    Two rows with two new positions each: one begins, and one comes after as many random keys as there is room for.
+    Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
+    one row gets one, the last of a whole context. Leaves the one or the other as model.blocks.
     """
-    size = min(model.config.block_size, CHECKED)
-    T = min(2, size)
+    few = min(model.config.block_size, CHECKED)
+    T = min(2, few)
+    whole = min(model.config.block_size, MOST_NUMBERS // make_cache(model.config, 1, 1).memory.numel())
+    whole = max(few, whole)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (2, T), generator=generator)
-    cache = make_cache(model.config, 2, size)
-    cache.memory.normal_(generator=generator)
-    found = []
-    for blocks in (model.blocks, nn.ModuleList([joined])):
-        model.blocks = blocks
-        cache.lengths = [0, size - T]
-        found.append((model.hidden(tokens, cache), cache.memory.clone()))
-    return all(
-        bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()) for ours, theirs in zip(*found, strict=True)
-    )
+    blocks = model.blocks
+    for lengths, new, size in (([0, few - T], T, few), ([whole - 1], 1, whole)):
+        tokens = torch.randint(model.config.vocab_size, (len(lengths), new), generator=generator)
+        cache = make_cache(model.config, len(lengths), size)
+        *outer, length, D = cache.memory.shape
+        heads, positions = (torch.randn(shape, generator=generator) for shape in ((*outer, 1, D), (length, D)))
+        torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers
+        newest = cache.memory[..., -CHECKED:, :]
+        before, found = newest.clone(), []
+        for model.blocks in (blocks, joined):
+            cache.lengths = list(lengths)
+            newest.copy_(before)
+            found.append((model.hidden(tokens, cache), newest.clone()))
+        if not all(
+            bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())
+            for theirs, ours in zip(*found, strict=True)
+        ):
+            return False
+    return True

@@ -1,7 +1,8 @@
-"""The products of kernels.c, compiled for this processor by the machine's own C compiler when first wanted.
+"""The C of this directory, compiled for this processor by the machine's own compiler when first wanted.
 
-It takes three seconds, once: the result is kept in the user's cache directory. Where there is no compiler, or what it
-makes does not compute rightly, there are no kernels and sampling goes the slower way through torch.
+kernels.c multiplies a few rows by a matrix, and blocks.c computes all blocks with it. Compiling takes three seconds,
+once: the result is kept in the user's cache directory. Where there is no compiler, or what it makes does not compute
+rightly, there are no kernels and sampling goes the slower way through torch.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from model_helpers import LLAMA, random_model, random_tokens
 from torch import Tensor
 from torch.nn import functional as F
 
+import model as model_module
 from model import GPT, MLP, Attention, KVCache
 from nib import native
 from nib.generation import generate_text
@@ -34,6 +35,9 @@ SHAPES = {
     "relu2, one key head": dict(mlp="relu2", n_kv_head=1, position="rope", window=3, qk_norm=True),
     "relu, heads of 12": dict(mlp="relu", head_size=12, position="rope", qk_norm=True, norm="rmsnorm"),
     "rmsnorm with bias, wide heads": dict(norm="rmsnorm", head_size=40, position="none"),
+    "one number more than vectors": dict(
+        n_embd=33, n_head=3, head_size=17, mlp_hidden=65, position="none", qk_norm=True
+    ),
     "longer than a vector": dict(n_embd=300, n_head=3, mlp_hidden=700, norm_eps=1e-3),
 }
 
@@ -145,25 +149,134 @@ def changed_update(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: T
     return update_as_it_is(self, layer, positions, k, v * 1.001)
 
 
+def changed_memory(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    keys, values = (held.clone() for held in update_as_it_is(self, layer, positions, k, v))
+    self.memory[1, layer, ..., -1, :] *= 1.01
+    return keys, values
+
+
+def changed_far_on(self: Attention, x: Tensor, context, layer: int) -> Tensor:
+    """As a window that only some layers have, or a scale for long contexts."""
+    return attention_as_it_is(self, x, context, layer) * (1.01 if context.positions.max() > 80 else 1)
+
+
+def changed_for_one_token(self: Attention, x: Tensor, context, layer: int) -> Tensor:
+    return attention_as_it_is(self, x, context, layer) * (1.01 if x.shape[1] == 1 else 1)
+
+
+def refuse(self: KVCache, new: int) -> None:
+    raise AssertionError("this is no cache for that")
+
+
 attention_as_it_is, update_as_it_is = Attention.forward, KVCache.update
+context_as_it_is = GPT.context
 
 
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
         (Attention, ("forward", changed_attention)),
+        (Attention, ("forward", changed_far_on)),
+        (Attention, ("forward", changed_for_one_token)),
         (MLP, ("forward", changed_mlp)),
         (KVCache, ("update", changed_update)),
+        (KVCache, ("update", changed_memory)),
     ],
 )
 @torch.inference_mode()
 def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     monkeypatch.setattr(kind, *change)
-    model = random_model()
+    model = random_model(block_size=100)
     pack_linears(model)
     expected = model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0]
     assert not join_blocks(model, KVCache) and len(model.blocks) == 2
     assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
+
+
+def test_whatever_the_check_raises_the_model_is_left_as_it_was(monkeypatch):
+    monkeypatch.setattr(KVCache, "advance", refuse)
+    model = random_model().train()
+    pack_linears(model)
+    assert not join_blocks(model, KVCache)
+    assert len(model.blocks) == 2 and all(module.training for module in model.modules())
+
+
+def own_document(self: GPT, tokens: Tensor, cache: KVCache):
+    """Nothing before a token 7 is seen again."""
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.mask = (torch.arange(cache.end) >= cache.end - 1)[None]
+    return context
+
+
+def biased(self: GPT, tokens: Tensor, cache: KVCache):
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.mask = (torch.arange(cache.end) * 0.5).masked_fill(torch.arange(cache.end) == 0, -torch.inf)[None]
+    return context
+
+
+def moved(self: GPT, tokens: Tensor, cache: KVCache):
+    """A cache that begins again when it is full, say."""
+    context = context_as_it_is(self, tokens, cache)
+    if (tokens == 7).any():
+        context.positions = context.positions + 2**40
+    return context
+
+
+def in_32_bits(self: GPT, tokens: Tensor, cache: KVCache):
+    context = context_as_it_is(self, tokens, cache)
+    context.positions = context.positions.int()
+    return context
+
+
+@pytest.mark.parametrize("change", [own_document, biased, moved, in_32_bits])
+@torch.inference_mode()
+def test_other_positions_and_masks_go_to_the_blocks(monkeypatch, change):
+    monkeypatch.setattr(GPT, "context", change)
+    model, plain = (packed(joined, position="none") for joined in (True, False))
+    caches = [KVCache(model.config, 1) for _ in range(2)]
+    for tokens in ([[1, 2, 3]], [[7]]):
+        ours, theirs = (
+            network(torch.tensor(tokens), cache=cache)[0] for network, cache in zip((model, plain), caches, strict=True)
+        )
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+    assert (caches[0].memory - caches[1].memory).abs().max() < 1e-5 * caches[1].memory.abs().max()
+
+
+ROTATIONS = {
+    "half as wide": lambda turn: turn[..., :4],
+    "float64": lambda turn: turn.double(),
+    "in columns": lambda turn: turn.mT.contiguous().mT,
+}
+
+
+@pytest.mark.parametrize("change", ROTATIONS)
+@torch.inference_mode()
+def test_rotations_of_another_kind_are_not_misread(monkeypatch, change):
+    def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned = rotate_as_it_is(x[..., : cos.shape[-1]], cos.float(), sin.float())
+        return torch.cat((turned, x[..., cos.shape[-1] :]), dim=-1)
+
+    def changed(self: GPT, tokens: Tensor, cache: KVCache):
+        context = context_as_it_is(self, tokens, cache)
+        context.rotation = tuple(ROTATIONS[change](turn) for turn in context.rotation)
+        return context
+
+    rotate_as_it_is = model_module.rotate
+    monkeypatch.setattr(model_module, "rotate", rotated)
+    monkeypatch.setattr(GPT, "context", changed)
+    model, plain = (packed(joined, position="rope") for joined in (True, False))
+    ours, theirs = (each(random_tokens(1, 3), cache=KVCache(each.config, 1))[0] for each in (model, plain))
+    assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "gelu_tanh", "relu", "relu2", "swiglu"])
+@torch.inference_mode()
+def test_what_is_no_number_stays_none(mlp):
+    model = packed(True, mlp=mlp)
+    model.blocks[0].blocks[0].mlp.up.weight[:] = torch.nan
+    assert model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0].isnan().all()
 
 
 class Repeated(GPT):
@@ -200,7 +313,7 @@ def test_blocks_that_are_called_in_another_way_stay(kind):
 
 CHANGES = [
     "another name", "another kind of norm", "a smaller norm", "a wider matrix", "a subclass of Linear",
-    "an unknown mlp",
+    "an unknown mlp", "a norm without weights", "a hook",
 ]  # fmt: skip
 
 
@@ -219,9 +332,16 @@ def test_a_model_built_in_another_way_goes_its_own_way(change):
         block.mlp.down = torch.nn.Linear(256, 32)
     elif change == "a subclass of Linear":
         block.mlp.up = type("Scaled", (torch.nn.Linear,), {})(32, 128)
+    elif change == "a norm without weights":
+        block.mlp_norm = torch.nn.LayerNorm(32, elementwise_affine=False)
+    elif change == "a hook":
+        block.mlp.register_forward_hook(lambda *_: None)
     else:
         model.config.mlp = "mish"
     pack_linears(model)
+    if change in ("a norm without weights", "a smaller norm", "a wider matrix"):  # else the call might read beyond it
+        with pytest.raises(ValueError, match="of another size"):
+            JoinedBlocks(model.blocks, model.config)
     assert not join_blocks(model, KVCache) and len(model.blocks) == 2
 
 
@@ -237,3 +357,21 @@ def test_whatever_the_call_cannot_do_the_blocks_do():
         cache.memory = cache.memory.transpose(-1, -2).contiguous().transpose(-1, -2)
     expected = plain(tokens[:1, :3], cache=theirs)[0]
     assert torch.equal(model(tokens[:1, :3], cache=ours)[0], expected), "a cache in another order"
+
+
+@torch.inference_mode()
+def test_the_call_takes_only_numbers_that_lie_as_it_reads_them():
+    model = packed(True)
+    joined, cache = model.blocks[0], KVCache(model.config, 2)
+    context, x = model.context(random_tokens(2, 3), cache), torch.randn(2, 3, 32)
+    assert joined.fits(x, context)
+    assert torch.equal(joined(x.mT.contiguous().mT, context, 0), joined(x, context, 0)), "a stream in another order"
+    assert not joined.train().fits(x, context), "in training"
+    assert joined.eval().fits(x, context)
+    context.cache = KVCache(model.config, 2, dtype=torch.float64)
+    assert not joined.fits(x, context), "a cache of another dtype"
+    context.cache = cache
+    cache.lengths = [22, 22]
+    context.positions = torch.arange(22, 25)
+    context.mask = torch.arange(25) <= context.positions[:, None]
+    assert not joined.fits(x, context), "beyond the cache"
