@@ -6,7 +6,9 @@ A document is one text file, one line of JSONL or one row of Parquet. Everything
 from __future__ import annotations
 
 import fnmatch
+import io
 import os
+import select
 import shutil
 import sys
 import sysconfig
@@ -161,12 +163,25 @@ def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
             elif source.format == "parquet":
                 yield from _parquet_rows(source, field)
             elif source.path is None:
-                yield from _stream(source, sys.stdin.buffer)
+                yield from _stream(source, io.BufferedReader(StandardInput(), 2**20))
             else:
                 with open(source.path, "rb") as stream:
                     yield from _stream(source, stream)
         except OSError as error:
             raise InputError(f"cannot read {source.name}: {error.strerror or error}. Leave it out or mend it") from None
+
+
+class StandardInput(io.RawIOBase):
+    """Standard input, waited for a moment at a time: a signal that comes just before a longer wait would go unseen."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        number = sys.stdin.fileno()
+        while not select.select([number], [], [], 0.2)[0]:
+            pass
+        return os.readv(number, [buffer])
 
 
 def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
