@@ -17,6 +17,7 @@ from nib.packing import PackedLinear, RowsLinear, has_packing, pack_linears
 from nib.quantize import Int8Linear, pack_int8, quantize, quantize_rows
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
+QUICK = ["-O0", "-fPIC"]  # to compile
 PLAIN = ["-O3", "-fPIC"]  # what any processor of the kind has
 INTEL = platform.machine() == "x86_64"
 
@@ -81,6 +82,7 @@ def with_changed_source(monkeypatch, directory, name: str, change) -> None:
 
 @needs_compiler
 def test_compiled_once_and_again_for_another_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", QUICK)
     first = compiled(tmp_path)
     monkeypatch.setenv("CC", "/nowhere/cc")
     assert compiled(tmp_path) == first and [path.name for path in tmp_path.iterdir()] == [first.name]
@@ -91,7 +93,8 @@ def test_compiled_once_and_again_for_another_source(tmp_path, monkeypatch):
 
 
 @needs_compiler
-def test_a_damaged_library_is_compiled_anew(tmp_path):
+def test_a_damaged_library_is_compiled_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(native, "FLAGS", QUICK)
     compiled(tmp_path).write_bytes(b"\0" * 100)
     assert Kernels(load(tmp_path)).agree()
     assert compiled(tmp_path).stat().st_size > 1000
@@ -99,6 +102,7 @@ def test_a_damaged_library_is_compiled_anew(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["no compiler", "a compiler that fails", "wrong results", "no place to write"])
 def test_whatever_is_wrong_with_the_compiler_there_are_just_no_kernels(tmp_path, monkeypatch, trouble):
+    monkeypatch.setattr(native, "FLAGS", QUICK)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if trouble == "no compiler":
         monkeypatch.setattr(shutil, "which", lambda name: None)
