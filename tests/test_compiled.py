@@ -206,8 +206,7 @@ def test_the_real_compiler_writes_the_same_text(monkeypatch):
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("recompute", "chunked"), [(False, True), (True, False)])
 @pytest.mark.parametrize("changes", [{}, LLAMA, dict(norm="rmsnorm", window=5, n_kv_head=2, qk_norm=True)], ids=str)
 def test_training_compiles_once_and_whole_to_the_same_gradients(changes, recompute, chunked):
     torch._dynamo.reset()
