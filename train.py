@@ -225,6 +225,7 @@ def seed_for(*parts: int) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = tensor.contiguous()  # a compiled model would be compiled anew for other strides
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

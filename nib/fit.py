@@ -128,9 +128,9 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
     device = precision.device
     try:
         room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
-        tokens = torch.zeros(size, block_size, dtype=torch.int64, device=device)
+        tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         with precision.autocast():
-            _, loss = ready(tokens, tokens)
+            _, loss = ready(tokens, targets)
         loss.backward()
         del room, loss
     except RuntimeError as error:

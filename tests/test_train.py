@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import train as train_script
 from model import GPT, GPTConfig
@@ -284,6 +286,17 @@ def test_fine_tuning_takes_the_context_of_the_run_and_keeps_it_when_resumed() ->
         again = [*settings, "--init_from=out/base", f"--max_iters={steps}", "--out_dir=out/tuned"]
         assert train_script.train(train_script.read_settings(again)) == 0
     assert len(losses("out/tuned")) == 4
+
+
+def test_a_compiled_run_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr("torch.compile", functools.partial(torch.compile, backend=counter, fullgraph=True))
+    settings = "--micro_batch_size=4 --max_iters=6 --eval_interval=2 --sample_interval=3".split()
+    train(*settings, "--compile", "--out_dir=out/compiled")
+    assert counter.frame_count == 1, "trial, micro-batches, validation and samples"
+    train(*settings, "--out_dir=out/plain")
+    assert losses("out/compiled") == pytest.approx(losses("out/plain"), rel=1e-5)
 
 
 def test_a_compiler_that_fails_leaves_training_uncompiled(tmp_path: Path) -> None:
