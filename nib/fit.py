@@ -18,7 +18,7 @@ from nib.settings import TrainSettings
 # Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
 # for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
 CPU_ACTIVATIONS = 2**24
-# A GPU is busy with that many tokens; beyond, only its memory fills, and the loss unrolls into more chunks.
+# A GPU should be busy with that many tokens (not measured); beyond, the loss unrolls into more and more chunks.
 GPU_TOKENS = 2**16
 # Of a GPU's memory, for the logits of a chunk in float32: each chunk adds to the whole gradient of the head.
 GPU_LOGITS = 1 / 128

@@ -71,6 +71,26 @@ def test_a_stopped_run_leaves_nothing(
     assert left_over(tmp_path / "data") == []
 
 
+WAITING = """
+import io, os, signal, sys, threading, time
+from nib.corpus import StandardInput
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+threading.Thread(target=time.sleep, args=(60,), daemon=True).start()  # this thread takes the signal, not the reader
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+io.BufferedReader(StandardInput()).read(10)
+"""
+
+
+def test_a_signal_that_interrupts_no_read_is_seen() -> None:
+    command = [sys.executable, "-c", WAITING]
+    with subprocess.Popen(command, cwd=SCRIPT.parent, stdin=subprocess.PIPE) as process:
+        try:
+            assert process.wait(20) == 143
+        finally:
+            process.kill()
+
+
 def test_after_a_kill_the_next_run_succeeds(tmp_path: Path, half_done: subprocess.Popen[bytes]) -> None:
     workers = children(half_done.pid)
     half_done.kill()

@@ -27,6 +27,7 @@ import train as train_script
 from model import GPT, GPTConfig
 from nib.dataset import Dataset
 from nib.errors import InputError, RunError
+from nib.fit import large_enough
 from nib.report import command_line
 
 TINY = (
@@ -304,6 +305,13 @@ def test_a_compiler_that_fails_leaves_training_uncompiled(tmp_path: Path) -> Non
     done = run_script("train.py", *TINY, "--compile", "--max_iters=2", cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     assert "warning: torch.compile failed, training goes on uncompiled" in done.stdout
+
+
+def test_an_automatic_micro_batch_is_no_larger_than_pays() -> None:
+    shape, sizes = GPTConfig(), [480, 240, 160, 120, 96, 80, 60, 48, 1]
+    assert large_enough(sizes, 1024, shape, torch.device("cuda")) == [60, 48, 1]
+    assert large_enough(sizes, 1024, shape, torch.device("cpu")) == [1]
+    assert large_enough([3, 2], 2**20, shape, torch.device("cuda")) == [2], "the smallest where all are too large"
 
 
 def test_memory_that_runs_out_makes_the_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
