@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from nib.device import pick_device
 from nib.errors import InputError, RunError
 
 # The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
 PATIENCE = timedelta(minutes=10)
-CONNECT_TIMES = [timedelta(seconds=seconds) for seconds in (4, 8, 16, 32, 64)]  # each try has more than the one before
 
 
 @dataclass
@@ -73,25 +73,34 @@ def start_cluster(device_name: str) -> Cluster:
 def connect(backend: str) -> None:
     """Make the process group. Raises RuntimeError when the processes cannot reach each other.
 
-    Gloo's handshake was seen to hang, once in some dozens of starts, with both sides waiting: so each try is short,
-    and begins afresh, under names of its own, once every process is there.
+    Every step has the whole of PATIENCE: connecting asks for the names of addresses, and where no name server answers,
+    one process may wait 10 seconds for each while the others have long been ready.
     """
     store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    for attempt, patience in enumerate(CONNECT_TIMES, 1):
-        names = dist.PrefixStore(f"nib-connect-{attempt}", store)
-        names.add("arrived", 1)
-        while names.add("arrived", 0) < world:
-            time.sleep(0.02)
-        try:
-            dist.init_process_group(backend, store=names, rank=rank, world_size=world, timeout=patience)
-            dist.all_reduce(torch.zeros(1))
-            break
-        except RuntimeError:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            if attempt == len(CONNECT_TIMES):
-                raise
-    _set_pg_timeout(PATIENCE, dist.group.WORLD)
+    store = common_names(store, rank, world)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+    dist.all_reduce(torch.zeros(1))
+
+
+def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """The store under a prefix that these `world` processes have agreed on and no earlier ones had.
+
+    After a restart torchrun hands out the store that it had before, where the dead have left their addresses, and not
+    all machines count the same number of restarts. So each process leaves a fresh word and a digest of all words, until
+    all digests are the same: that digest has everyone's fresh word in it. Raises DistError when that takes too long.
+    """
+    end = time.monotonic() + PATIENCE.total_seconds()
+    store.set(f"nib/word/{rank}", secrets.token_hex(16))
+    while True:
+        words = store.multi_get([f"nib/word/{other}" for other in range(world)])
+        digest = hashlib.sha256(b" ".join(words)).hexdigest()
+        store.set(f"nib/digest/{rank}", digest)
+        digests = store.multi_get([f"nib/digest/{other}" for other in range(world)])
+        if set(digests) == {digest.encode()}:
+            return dist.PrefixStore(f"nib/{digest}", store)
+        if time.monotonic() > end:
+            raise dist.DistError(f"they did not come within {PATIENCE}")
+        time.sleep(0.02)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT))
 
 # Two test processes on two cores: more threads than that would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torchrun and its processes ask for the name of each address; a lost question costs 1 second instead of 5 to 10.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from conftest import ROOT, run_script
 from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
 
@@ -276,12 +277,41 @@ def test_a_process_that_dies_is_noticed_and_torchrun_brings_the_run_back(
     ) as process:
         wait_for(lambda: path.exists() and len(path.read_text().splitlines()) > 30)
         os.kill(workers_of(process)[-1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=90)
+        output, _ = process.communicate(timeout=120)
     assert "error: process 0 lost the others" in output, output
-    assert (process.returncode == 0) == bool(restarts)
+    assert (process.returncode == 0) == bool(restarts), output
     if not restarts:
         assert torchrun(2, *SHARED, "--out_dir=out/hit", cwd=tmp_path).returncode == 0
     assert_same_run(str(whole), "out/hit")
+
+
+JOIN = """
+import sys, time
+from nib.distributed import start_cluster
+from nib.errors import leave
+time.sleep(float(sys.argv[1]))
+cluster = start_cluster("cpu")
+print(cluster.total([1.0 + cluster.rank]), flush=True)
+leave(0)
+"""
+
+
+def test_a_restarted_run_does_not_call_the_dead(tmp_path: Path) -> None:
+    """After a restart torchrun's store still has the addresses of the processes before; the second comes late."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {**os.environ, **place, "WORLD_SIZE": "2"}
+    for _ in range(2):
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", JOIN, str(rank)], env={**environment, "RANK": str(rank)},
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        for process in processes:
+            output, errors = process.communicate(timeout=60)
+            assert (process.returncode, output) == (0, "[3.0]\n"), errors
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
