@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,24 @@ def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> su
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, **options
     )
+
+
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """`run_script` for a script's `main` within this process: it saves the second that importing torch takes."""
+    from nib import errors
+
+    def run(main: Callable[[], int | None], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["script", *arguments])
+        with pytest.raises(SystemExit) as left:
+            errors.run_script(main)
+        return subprocess.CompletedProcess(sys.argv, int(left.value.code or 0), *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

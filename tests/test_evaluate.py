@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_script
+from conftest import Call, run_script
 from model_helpers import random_model
 from test_export import save_run
 from test_source import hf_bytes
@@ -199,12 +199,12 @@ def test_the_token_that_begins_an_ending_is_the_endings() -> None:
         ("none", "there is no run or checkpoint none"),
     ],
 )
-def test_a_mistake_is_one_line(command: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line(call: Call, command: str, message: str, tmp_path: Path) -> None:
     save_run(tmp_path / "out/a", random_model(vocab_size=257))
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     rows = [QUESTIONS[0], QUESTIONS[1] | {"label": 9}]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = run_script("evaluate.py", *command.split(), cwd=tmp_path)
+    done = call(script.main, *command.split(), cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert message in done.stderr

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, Call, run_script
 from data_helpers import TORTURE
 from hf_helpers import MODELS, greedy, load_ours, make_model, their_logits
 from model_helpers import LLAMA, random_model, random_tokens
@@ -21,6 +21,7 @@ from test_hf_tokenizer import trained as trained_tokenizer
 from test_sample import make_run
 from test_source import hf_bytes
 
+import export as script
 from model import GPT
 from nib.checkpoint import write_checkpoint
 from nib.errors import InputError
@@ -230,12 +231,12 @@ def test_an_exported_model_is_fine_tuned_and_exports_as_the_same(trained: Path, 
         ("exact new --format=gguf", "not for GPT2LMHeadModel with mlp=gelu. Use --format=hf"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_nothing(command: str, message: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_line_and_leaves_nothing(call: Call, command: str, message: str, tmp_path: Path) -> None:
     make_run(tmp_path / "run", BYTE)
     make_run(tmp_path / "chars", CharTokenizer("\n abc"))
     save_run(tmp_path / "exact", random_model(vocab_size=257, mlp="gelu"))
     (tmp_path / "file").write_text("")
-    done = run_script("export.py", *command.split(), cwd=tmp_path)
+    done = call(script.main, *command.split(), cwd=tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert message in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chars", "exact", "file", "run"]
