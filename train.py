@@ -44,7 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, KVCache
 from nib.checkpoint import Checkpoint
-from nib.dataset import Dataset, WindowOrder, training_batch
+from nib.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
 from nib.device import Precision, device_name, peak_flops, peak_memory
 from nib.distributed import Cluster, is_sharded, lost_processes, start_cluster, whole
 from nib.evaluation import Evaluation, evaluate
@@ -113,6 +113,10 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     # the loop
     steps, local = settings.steps(), settings.batch_size // cluster.world
     tokens_per_step = settings.batch_size * settings.block_size
+    batches = BatchesAhead(
+        lambda step: training_batch(dataset.train, order, step * settings.batch_size + cluster.rank * local, local),
+        cluster.device,
+    )
     flops = model.flops_per_token(settings.block_size)
     peak = peak_flops(cluster.device, precision.dtype) * cluster.world
     logged_step, logged_seconds, rate = progress.step, progress.seconds, 0.0
@@ -126,8 +130,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             floor=settings.min_lr / settings.learning_rate,
         )  # fmt: skip
         set_learning_rate(optimizers, factor)
-        first = progress.step * settings.batch_size + cluster.rank * local
-        inputs, targets = training_batch(dataset.train, order, first, local)
+        inputs, targets = batches.take(progress.step)
         loss, grad_norm = optimizer_step(
             ready, optimizers, precision, cluster, inputs, targets,
             micro=run.micro_batch_size, draw=(settings.seed, progress.step), grad_clip=settings.grad_clip,
@@ -225,7 +228,6 @@ def seed_for(*parts: int) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    tensor = tensor.contiguous()  # a compiled model would be compiled anew for other strides
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

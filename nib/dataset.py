@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -200,8 +202,31 @@ def training_batch(stream: TokenStream, order: WindowOrder, first: int, count: i
     """Sequences first to first + count of the run: inputs and targets, each (count, block_size) int64."""
     begins = order.begin(np.arange(first, first + count, dtype=np.int64))
     windows = np.stack([stream.read(int(begin), int(begin) + order.block_size + 1) for begin in begins])
-    tokens = torch.from_numpy(windows)
-    return tokens[:, :-1], tokens[:, 1:]
+    return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
+
+
+class BatchesAhead:
+    """The batch of any step, by `load(step)`; that of the next one is loaded while this one is trained on.
+
+    On a GPU's way it is pinned there too. An error of `load` comes when its step does.
+    """
+
+    def __init__(self, load: Callable[[int], tuple[Tensor, Tensor]], device: torch.device) -> None:
+        self.load, self.device = load, device
+        self.thread = ThreadPoolExecutor(1, "batches")
+        self.waiting: dict[int, Future[tuple[Tensor, Tensor]]] = {}
+
+    def take(self, step: int) -> tuple[Tensor, Tensor]:
+        batch = (self.waiting.pop(step, None) or self.thread.submit(self.prepare, step)).result()
+        self.waiting = {step + 1: self.thread.submit(self.prepare, step + 1)}
+        return batch
+
+    def prepare(self, step: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.load(step)
+        if self.device.type != "cuda":
+            return inputs, targets
+        torch.cuda.set_device(self.device)  # a thread begins on the first one, and pinning would open that
+        return inputs.pin_memory(), targets.pin_memory()
 
 
 def validation_windows(stream: TokenStream, block_size: int, limit: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 from collections import Counter
 
 import numpy as np
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nib.dataset import (
+    BatchesAhead,
     TokenStream,
     WindowOrder,
     permute,
@@ -185,3 +187,21 @@ def test_validation_covers_every_target_once(
     if limit and limit < wanted:
         wanted = min(wanted, -(-limit // block) * block)  # whole windows
     assert Counter(seen) == Counter(range(1, wanted + 1))
+
+
+def test_the_next_batch_is_loaded_while_one_is_trained_on() -> None:
+    loaded: queue.Queue[int] = queue.Queue()
+
+    def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        loaded.put(step)
+        if step == 5:
+            raise OSError("the disk is gone")
+        return torch.tensor(step), torch.tensor(-step)
+
+    batches = BatchesAhead(load, torch.device("cpu"))
+    assert batches.take(3) == (3, -3)
+    assert [loaded.get(timeout=10) for _ in range(2)] == [3, 4], "the second was not asked for"
+    assert batches.take(8) == (8, -8), "any step will do"
+    assert batches.take(4) == (4, -4)
+    with pytest.raises(OSError, match="gone"):
+        batches.take(5)
