@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,21 +149,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_corpus(root)
+        began = time.monotonic()
         if train_for(command_for(1, "ddp", settings, "whole"), root, None) != 0:
             sys.exit((root / "log").read_text())
+        # Kills fall from the import of torch to the last save; torchrun and fsdp take longer to begin.
+        longest = (time.monotonic() - began) * (3 if arguments.change else 1.2)
         while kills < arguments.kills:
             runs += 1
             run = root / "out" / f"killed-{runs}"
             while True:
                 before = last_step(run)
-                # A start takes seconds and a step milliseconds: kills fall from the import of torch to the last save.
-                alive = dice.uniform(1.0, 6.0 if not arguments.change else 14.0)
+                alive = dice.uniform(0.2, 1.0) * longest
                 status = train_for(command_for(*dice.choice(ways), settings, run.name), root, alive)
                 if status == 0:
                     break
                 if status is not None:
                     sys.exit(f"training failed with status {status}:\n{(root / 'log').read_text()[-3000:]}")
                 kills += 1
+                longest *= 1.2 if last_step(run) == before else 1.0  # the machine has become slower
                 writing += any((run / "checkpoints").glob(".step-*"))
                 if dice.random() < arguments.damage and damage(run, dice):
                     damaged += 1

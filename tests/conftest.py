@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torchrun and its processes ask for the name of each address; a lost question costs 1 second instead of 5 to 10.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+# Whoever runs the tests in the background of a shell has them ignore Ctrl-C, and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:

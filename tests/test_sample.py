@@ -257,14 +257,17 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
         command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert process.stdout and process.stderr
-    process.stderr.readline()  # the model is loaded
-    if "--json" in arguments:
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1.5)
-    else:
-        assert process.stdout.read(40)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    try:
+        process.stderr.readline()  # the model is loaded
+        if "--json" in arguments:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1.5)
+        else:
+            assert process.stdout.read(40)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
     assert process.returncode == 130 and err == b""
     if "--json" in arguments:
         found = json.loads(out)
