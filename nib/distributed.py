@@ -137,7 +137,11 @@ def like(target: Tensor, tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = target
-    return distribute_tensor(tensor.to(target.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    where = (tensor.to(target.device), sharded.device_mesh, sharded.placements)
+    try:
+        return distribute_tensor(*where, src_data_rank=None)
+    except TypeError:  # torch 2.6 always sends what the first process holds
+        return distribute_tensor(*where)
 
 
 def reshard(model: nn.Module) -> None:

@@ -60,6 +60,8 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
         raise InputError("parallel=fsdp does not work with float16. Use --dtype=bfloat16 or float32")
+    if cluster.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError("parallel=fsdp between CPUs needs torch 2.7 or later. Use --parallel=ddp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 

