@@ -268,7 +268,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             kept = (target >= 0)[:, None]
             index = target.clamp_min(0)[:, None]
             log_probs = F.log_softmax(logits.float(), dim=-1)
-            total -= (log_probs.gather(1, index) * kept).sum()
+            total = total - (log_probs.gather(1, index) * kept).sum()  # in place, torch 2.11 would compile no gradient
             if grad_x is not None and grad_weight is not None:  # softmax - one_hot, zero where nothing is counted
                 if torch.compiler.is_compiling():  # one pass where scatter_add_ would make three
                     grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
