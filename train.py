@@ -113,10 +113,11 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     # the loop
     steps, local = settings.steps(), settings.batch_size // cluster.world
     tokens_per_step = settings.batch_size * settings.block_size
-    batches = BatchesAhead(
-        lambda step: training_batch(dataset.train, order, step * settings.batch_size + cluster.rank * local, local),
-        cluster.device,
-    )
+
+    def load(step: int) -> tuple[Tensor, Tensor]:
+        return training_batch(dataset.train, order, step * settings.batch_size + cluster.rank * local, local)
+
+    batch_of = BatchesAhead(load, cluster.device).take if cluster.device.type == "cuda" else load
     flops = model.flops_per_token(settings.block_size)
     peak = peak_flops(cluster.device, precision.dtype) * cluster.world
     logged_step, logged_seconds, rate = progress.step, progress.seconds, 0.0
@@ -130,7 +131,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             floor=settings.min_lr / settings.learning_rate,
         )  # fmt: skip
         set_learning_rate(optimizers, factor)
-        inputs, targets = batches.take(progress.step)
+        inputs, targets = batch_of(progress.step)
         loss, grad_norm = optimizer_step(
             ready, optimizers, precision, cluster, inputs, targets,
             micro=run.micro_batch_size, draw=(settings.seed, progress.step), grad_clip=settings.grad_clip,

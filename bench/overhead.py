@@ -42,7 +42,7 @@ def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
         return inner
 
     train.optimizer_step = clocked("step", train.optimizer_step)
-    train.BatchesAhead.take = clocked("batch", train.BatchesAhead.take)  # type: ignore[method-assign]
+    train.training_batch = clocked("batch", train.training_batch)
     train.evaluate = clocked("validation", train.evaluate)
     Run.save = clocked("checkpoint", Run.save)  # type: ignore[method-assign]
     train.Reporter.metrics = clocked("metrics", train.Reporter.metrics)  # type: ignore[method-assign]
