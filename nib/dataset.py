@@ -199,7 +199,10 @@ def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def training_batch(stream: TokenStream, order: WindowOrder, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Sequences first to first + count of the run: inputs and targets, each (count, block_size) int64."""
+    """Sequences first to first + count of the run: inputs and targets, each (count, block_size) int64.
+
+    Both are contiguous: for views with other strides a compiled model would be compiled once more.
+    """
     begins = order.begin(np.arange(first, first + count, dtype=np.int64))
     windows = np.stack([stream.read(int(begin), int(begin) + order.block_size + 1) for begin in begins])
     return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
