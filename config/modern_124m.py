@@ -25,7 +25,7 @@ max_tokens = 10_000_000_000
 max_iters = 0
 warmup_iters = 250
 schedule = "wsd"
-decay_fraction = 0.4
+decay_fraction = 0.3948  # the last 7,530 of 19,074 steps
 
 eval_interval = 250
 eval_tokens = 1_000_000

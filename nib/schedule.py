@@ -34,10 +34,12 @@ def rate_factor(
 ) -> float:  # fmt: skip
     """The factor for optimizer step `step` of `steps` (0: unlimited), `seconds` into a run of `max_seconds` (0: too).
 
-    Progress is counted from the end of the warm-up where the number of steps is known; a budget of seconds counts
-    when it is further along than the steps are, so that the rate is down when either ends the run.
+    Progress is counted from the end of the warm-up where the number of steps is known, but for wsd, whose
+    `decay_fraction` is a share of the whole run. A budget of seconds counts when it is further along than the steps
+    are, so that the rate is down when either ends the run.
     """
-    progress = (step - warmup_iters) / max(1, steps - warmup_iters) if steps else 0.0
+    begin = 0 if schedule == "wsd" else warmup_iters
+    progress = (step - begin) / max(1, steps - begin) if steps else 0.0
     if max_seconds:
         progress = max(progress, seconds / max_seconds)
     return warmup_factor(step, warmup_iters) * decay_factor(schedule, progress, decay_fraction, floor)

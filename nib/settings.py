@@ -82,7 +82,7 @@ class TrainSettings:
     warmup_iters: int = option(100, "steps over which the learning rate rises from 0", at_least=0, group="schedule")
     schedule: str = option("cosine", "how it falls afterwards", choices=("cosine", "linear", "wsd", "constant"),
                            group="schedule")
-    decay_fraction: float = option(0.4, "wsd: share of the run, at its end, in which the rate falls",
+    decay_fraction: float = option(0.4, "wsd: share of the whole run, at its end, in which the rate falls",
                                    above=0, at_most=1, group="schedule")
     min_lr: float = option(0.0, "learning rate of AdamW at the end; Muon's falls by the same factor",
                            at_least=0, group="schedule")

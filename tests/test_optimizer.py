@@ -295,7 +295,7 @@ STEPS = [0, 49, 100, 325, 550, 775, 999, 1000, 2000]
 SCHEDULES = {
     "cosine": [1 / 101, 50 / 101, 1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), None, 0.1, 0.1],
     "linear": [1 / 101, 50 / 101, 1, 0.1 + 0.9 * 0.75, 0.55, 0.1 + 0.9 * 0.25, 0.101, 0.1, 0.1],
-    "wsd": [1 / 101, 50 / 101, 1, 1, 1, 0.1 + 0.9 * 0.25 / 0.4, 0.1 + 0.9 / 900 / 0.4, 0.1, 0.1],
+    "wsd": [1 / 101, 50 / 101, 1, 1, 1, 0.1 + 0.9 * 0.225 / 0.4, 0.1 + 0.9 / 1000 / 0.4, 0.1, 0.1],
     "constant": [1 / 101, 50 / 101, 1, 1, 1, 1, 1, 1, 1],
 }
 
@@ -309,6 +309,25 @@ def test_schedule(schedule: str) -> None:
     values = [factor_at(step, schedule) for step in range(1001)]
     assert values.index(max(values)) == 100 and values[:101] == sorted(values[:101])
     assert values[100:] == sorted(values[100:], reverse=True), "it never rises again"
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
+@pytest.mark.parametrize("warmup_iters", [0, 7, 200])
+def test_decay_fraction_is_the_share_of_the_whole_run(warmup_iters: int, fraction: float) -> None:
+    """Whatever the warm-up, and whether steps, seconds or both end the run."""
+    whole = dict(warmup_iters=warmup_iters, decay_fraction=fraction, floor=0.0)
+    for budget in ("steps", "seconds", "both"):
+        values = [
+            factor_at(
+                step, "wsd", steps=0 if budget == "seconds" else 1000, seconds=step / 10,
+                max_seconds=0.0 if budget == "steps" else 100.0, **whole,
+            )
+            for step in range(1001)
+        ]  # fmt: skip
+        falls = [step for step in range(1000) if values[step + 1] < values[step] - 1e-9]
+        begin = round(1000 * (1 - fraction))
+        assert falls == list(range(begin, 1000)) and values[1000] == 0, budget
+        assert values[begin] == pytest.approx(1, rel=1e-12)
 
 
 def test_cosine_is_nanogpts() -> None:
