@@ -67,7 +67,19 @@ def start_cluster(device_name: str) -> Cluster:
     if world == 1:
         return Cluster(rank, world, device)
     connect("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        gpus: list[Any] = [None] * world
+        dist.all_gather_object(gpus, str(torch.cuda.get_device_properties(device).uuid))
+        refuse_shared_gpus(gpus)
     return Cluster(rank, world, device)
+
+
+def refuse_shared_gpus(gpus: list[str]) -> None:
+    """Raise InputError where two processes have the same of `gpus`, the unique id of each process's: nccl cannot."""
+    for rank, gpu in enumerate(gpus):
+        if gpu in gpus[:rank]:
+            who = f"processes {gpus.index(gpu)} and {rank} share one GPU"
+            raise InputError(f"{who}. Start one process a GPU, or give each its own by CUDA_VISIBLE_DEVICES")
 
 
 def connect(backend: str) -> None:
