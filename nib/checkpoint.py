@@ -10,7 +10,9 @@ out/RUN/checkpoints/latest, best     text files that name one of them
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +22,7 @@ import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -44,11 +46,17 @@ class BrokenCheckpoint(InputError):
 
 
 class Checkpoint:
-    """One checkpoint directory, its files compared with their checksums. Raises BrokenCheckpoint."""
+    """One checkpoint directory, its files compared with their checksums. Raises BrokenCheckpoint.
+
+    While the object lives, or until `release`, a run that is at work does not remove the directory as an old one.
+    """
 
     def __init__(self, directory: Path, optimizer: bool = False) -> None:
         """Check the files; those of the optimizer only where they are needed."""
         self.directory = directory
+        self.held: IO[bytes] | None = None
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            self.held = lock_files(directory, fcntl.LOCK_SH, "rb")
         self.sums = self._json(SUMS_FILE)
         for name in FILES:
             if name != OPTIMIZER_FILE or optimizer:
@@ -63,6 +71,10 @@ class Checkpoint:
         if self.quantized and not quantized:
             raise InputError(f"{self.directory} is quantised: it can only be sampled from. Use the one it was made of")
         return self._tensors(MODEL_FILE)
+
+    def release(self) -> None:
+        if self.held:
+            self.held.close()
 
     @property
     def quantized(self) -> bool:
@@ -110,6 +122,17 @@ def plain_file(path: Path) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "it is no file")
     return path
+
+
+def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
+    """Lock a checkpoint, shared to read it or alone to remove it, until the returned file is closed. Raises OSError."""
+    file: IO[Any] = plain_file(directory / SUMS_FILE).open(mode)
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
 
 
 def file_sha256(path: Path) -> str:
@@ -212,13 +235,16 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None:
     """The newest checkpoint that is whole, or None where there is no checkpoint; says which ones it passes over.
 
-    Raises InputError when there are checkpoints and none is whole.
+    Raises InputError when there are checkpoints and none is whole. One that a run at work removes before it is held
+    is no broken one: there are newer ones by then.
     """
     paths = list_checkpoints(checkpoints)
     for path in paths:
         try:
             return Checkpoint(path, optimizer)
         except BrokenCheckpoint as error:
+            if not path.exists():
+                return newest_good(checkpoints, optimizer)
             print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
     if paths:
         raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
@@ -226,7 +252,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
 
 
 def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
-    """Remove all but the newest `keep` checkpoints (0: keep all) and the best.
+    """Remove all but the newest `keep` checkpoints (0: keep all), the best and those that are being read.
 
     `newest` is the one just written. Those of later steps are damaged ones that the run passed over: they do not
     count, and are replaced when the run comes to their steps.
@@ -234,10 +260,20 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
     best = named_checkpoint(checkpoints, "best")
     counted = [path for path in list_checkpoints(checkpoints) if int(path.name[5:]) <= int(newest[5:])]
     for path in counted[keep:] if keep else []:
-        if path.name != best:
-            doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        if path.name == best:
+            continue
+        lock: IO[bytes] | None = None
+        try:
+            lock = lock_files(path, fcntl.LOCK_EX, "rb+")  # NFS locks alone only what one may write
+        except BlockingIOError:
+            continue
+        except OSError:
+            pass  # a damaged one, or a file system without locks
+        doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        if lock:
+            lock.close()
 
 
 def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:

@@ -24,8 +24,9 @@ QUIET_SECONDS = 10.0  # between progress lines where the output is not a termina
 class Reporter:
     """Reports one run; on every process but the first it is silent and writes nothing."""
 
-    def __init__(self, out_dir: Path, active: bool) -> None:
-        self.out_dir, self.active = out_dir, active
+    def __init__(self, out_dir: Path, active: bool, record: bool = True) -> None:
+        """Without `record` nothing is written: the directory may be another run's at work."""
+        self.out_dir, self.active, self.record = out_dir, active, record
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
         self.samples: list[list[Any]] = []  # for wandb's table: step and text
@@ -64,6 +65,8 @@ class Reporter:
 
     def append(self, name: str, text: str) -> None:
         """Raises RunError when the disk does not take it: a run that cannot be recorded is not worth going on."""
+        if not self.record:
+            return
         try:
             with (self.out_dir / name).open("a", encoding="utf-8") as file:
                 file.write(text)

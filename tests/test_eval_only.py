@@ -1,0 +1,68 @@
+"""--eval_only beside a run at work: it waits for nothing, disturbs nothing, and what it reads is whole."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_train import TINY, in_corpus, metrics, train
+
+from nib.checkpoint import Checkpoint, list_checkpoints, remove_old
+
+__all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
+
+
+def everything(run: Path) -> dict[str, tuple[int, bytes]]:
+    """Each file and directory with when it was last changed and what is in it."""
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in [run, *run.rglob("*")]
+    }
+
+
+def test_eval_only_writes_nothing_and_finds_what_the_run_found(capsys: pytest.CaptureFixture[str]) -> None:
+    train("--max_iters=4", "--checkpoint_interval=2")
+    (Path("out/run/checkpoints/latest")).write_text("step-00000002\n")  # as a kill leaves it
+    (Path("out/run/checkpoints/.step-00000006.partial")).mkdir()  # as a run at work has it
+    before = everything(Path("out/run"))
+    capsys.readouterr()
+    assert train("--max_iters=4", "--eval_only") == 0
+    assert everything(Path("out/run")) == before
+    said = capsys.readouterr().out
+    assert f"step 4: validation loss {metrics()[-1]['val_loss']:.4f}" in said
+    assert train("--init_from=out/run", "--eval_only", "--out_dir=out/none") == 0 and not Path("out/none").exists()
+
+
+def test_a_run_at_work_is_validated(capsys: pytest.CaptureFixture[str]) -> None:
+    """The run saves at every step and keeps one checkpoint; each time a whole one is read, without a warning."""
+    work = ["--max_iters=100000", "--schedule=constant", "--checkpoint_interval=1", "--keep_checkpoints=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, *work, "--log_interval=1000"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            while process.poll() is None and not list_checkpoints(Path("out/run/checkpoints")):
+                pass
+            for _ in range(6):
+                assert train(*work, "--eval_only", "--eval_tokens=500") == 0
+            assert process.poll() is None, process.stderr and process.stderr.read()
+        finally:
+            process.kill()
+    found = capsys.readouterr()
+    steps = [int(step) for step in re.findall(r"^step (\d+): validation loss \d", found.out, re.MULTILINE)]
+    assert len(steps) == 6 and steps == sorted(steps) and steps[-1] > steps[0] and found.err == ""
+
+
+def test_a_checkpoint_that_is_being_read_is_not_removed_as_an_old_one() -> None:
+    train("--max_iters=3", "--checkpoint_interval=1", "--keep_checkpoints=0")
+    checkpoints = Path("out/run/checkpoints")
+    reader = Checkpoint(checkpoints / "step-00000001")
+    (checkpoints / "best").unlink()
+    remove_old(checkpoints, 1, "step-00000003")
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-00000003", "step-00000001"]
+    assert reader.weights() and reader.tokenizer()
+    reader.release()
+    remove_old(checkpoints, 1, "step-00000003")
+    assert [path.name for path in list_checkpoints(checkpoints)] == ["step-00000003"]
