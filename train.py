@@ -60,7 +60,7 @@ from nib.source import check_vocabulary, open_source
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
-    """The whole run. Returns the exit status: 0 done, 130 or 143 stopped by a signal after saving."""
+    """The whole run. Returns the exit status: 0 done and saved, 1 not saved, 130 or 143 stopped by a signal."""
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)
@@ -76,8 +76,8 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         raise InputError(f"there is no checkpoint in {out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint)
     order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
-    lock = lock_run(out_dir) if cluster.first else None  # held until the process ends
-    report = Reporter(out_dir, cluster.first)
+    lock = lock_run(out_dir) if cluster.first and not settings.eval_only else None  # held until the process ends
+    report = Reporter(out_dir, cluster.first, record=not settings.eval_only)
     stop = StopSignal()
     place(model, settings, precision, cluster)
     optimizers = make_optimizers(
@@ -136,10 +136,10 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             ready, optimizers, precision, cluster, inputs, targets,
             micro=run.micro_batch_size, draw=(settings.seed, progress.step), grad_clip=settings.grad_clip,
         )  # fmt: skip
-        run.count_step(loss, grad_norm, report)
         progress.tokens += tokens_per_step
         progress.seconds += time.perf_counter() - began
         progress.seconds, stopped_by = agree(cluster, progress.seconds, stop.number)
+        run.count_step(loss, grad_norm, model, optimizers, report)
         done = finished(progress.step, steps, progress.seconds, settings.max_seconds)
 
         report.progress(progress.step, steps, progress.seconds, settings.max_seconds, loss, rate, rate * flops / peak)
@@ -162,7 +162,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             )  # fmt: skip
         if due(progress.step, settings.sample_interval):
             report.sample(progress.step, sample_text(model, dataset, settings.seed))
-        if best or run.overdue() or due(progress.step, settings.checkpoint_interval):
+        if best or run.checkpoint_due():
             run.save(model, optimizers, report, best)
         if stopped_by:
             break
@@ -176,7 +176,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     stop.restore()
     if lock:
         lock.close()
-    return 128 + stopped_by if stopped_by else 0
+    return 128 + stopped_by if stopped_by else int(run.saved_step != progress.step)
 
 
 def optimizer_step(
@@ -186,9 +186,9 @@ def optimizer_step(
     """One update from this process's share (sequences, T) of the global batch, `micro` sequences at a time.
 
     Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
-    before clipping to `grad_clip` (0: no clipping); where one of them is not finite, nothing is updated. `draw` is
-    (seed, step): with the process and the micro-batch it decides every random number, so that a resumed run draws
-    what an unbroken one would have.
+    before clipping to `grad_clip` (0: no clipping); where one of them is not finite, no optimizer updates anything,
+    and float16's loss scale falls. `draw` is (seed, step): with the process and the micro-batch it decides every
+    random number, so that a resumed run draws what an unbroken one would have.
     """
     device, scaler = cluster.device, precision.scaler
     (counted,) = cluster.total([float((targets >= 0).sum())])
@@ -206,10 +206,11 @@ def optimizer_step(
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     grad_norm = float(whole(nn.utils.clip_grad_norm_(ready.parameters(), grad_clip or math.inf)))
-    (loss_sum,) = cluster.total([float(total)])
+    loss_sum, unfit = cluster.total([float(total), float(not math.isfinite(grad_norm))])
+    grad_norm += math.inf if unfit else 0.0  # all processes decide alike
     for optimizer in optimizers:
-        if math.isfinite(loss_sum + grad_norm) or scaler.is_enabled():  # the scaler skips by itself, and adapts
-            scaler.step(optimizer)
+        if math.isfinite(loss_sum + grad_norm):  # scaler.step would decide for each optimizer by its own gradients
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss_sum, grad_norm
@@ -319,6 +320,8 @@ def farewell(report: Reporter, run: Run, signal_number: int) -> None:
     if signal_number:
         saved = "which is saved" if run.saved_step == run.progress.step else "which is not saved"
         report.say(f"stopped at step {run.progress.step}, {saved}. Go on with: {command_line()}")
+    elif run.saved_step != run.progress.step:
+        report.say(f"error: the run's end, step {run.progress.step}, is not saved. {run.way_back()}")
     else:
         report.say(
             f"done: step {run.progress.step}, {run.progress.seconds:.0f} s of training; the run is in {run.out_dir}"

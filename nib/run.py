@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import platform
+import shlex
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +19,7 @@ from torch import nn
 from nib.checkpoint import (
     BrokenCheckpoint,
     Checkpoint,
+    list_checkpoints,
     load_optimizer_tensors,
     name_restored,
     named_checkpoint,
@@ -27,7 +31,7 @@ from nib.device import Precision
 from nib.distributed import Cluster, like, reshard, whole
 from nib.errors import InputError, RunError
 from nib.prepare import BUILTIN_DATASETS, prepare_builtin
-from nib.report import Reporter
+from nib.report import Reporter, command_line
 from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
 
@@ -81,7 +85,8 @@ class Run:
 
         Raises InputError, also where the settings, of which the user gave those named in `given`, make another run.
         """
-        found = newest_good(self.out_dir / "checkpoints", optimizer=True) if self.cluster.first else None
+        resume = not self.settings.eval_only  # which needs no optimizer
+        found = newest_good(self.out_dir / "checkpoints", optimizer=resume) if self.cluster.first else None
         path = self.cluster.from_first(found.directory if found else None)
         if path is None:
             if self.settings.resume == "must":
@@ -92,7 +97,7 @@ class Run:
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: it is this run's own
         if self.settings.resume == "never" and not restarted:
             raise InputError(f"{self.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
-        checkpoint = found or Checkpoint(path, optimizer=True)
+        checkpoint = found or Checkpoint(path, optimizer=resume)
         try:
             saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
         except (KeyError, TypeError, ValueError):
@@ -106,25 +111,29 @@ class Run:
         return checkpoint
 
     def restore(self, checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Put everything back as it was when the checkpoint was made."""
+        """Put everything back as it was when the checkpoint was made; with eval_only the weights, and write nothing."""
         names = parameter_names(model)
         try:
             load_weights(model, checkpoint.weights())
-            load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
+            if not self.settings.eval_only:
+                load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
             self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
             self.progress = Progress(**checkpoint.state["progress"])
             if not all(type(value) in (int, float) for value in asdict(self.progress).values()):
                 raise TypeError("its progress is not in numbers")
         except (RuntimeError, KeyError, TypeError) as error:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
-        if self.cluster.first:
+        checkpoint.release()
+        if self.cluster.first and not self.settings.eval_only:
             name_restored(self.saver.checkpoints, checkpoint.directory.name, checkpoint.state.get("best") is True)
         self.saved_step = self.progress.step
 
-    def count_step(self, loss: float, grad_norm: float, report: Reporter) -> None:
+    def count_step(
+        self, loss: float, grad_norm: float, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter
+    ) -> None:
         """Count a step that was done, or skipped because its numbers were not finite.
 
-        Raises RunError after max_skipped_steps of these in a row.
+        Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
         """
         progress, limit = self.progress, self.settings.max_skipped_steps
         progress.step += 1
@@ -135,26 +144,59 @@ class Run:
         progress.skipped_in_a_row += 1
         report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
         if limit and progress.skipped_in_a_row >= limit:
+            self.saver.keep = 0  # the older ones are what one may want to go back to
+            if not self.unchanged():
+                self.save(model, optimizers, report)
             try:
                 self.saver.finish()
             except RunError as error:
                 report.say(f"warning: {error}")
-            latest = named_checkpoint(self.saver.checkpoints, "latest")
-            back = f"The newest checkpoint is {self.saver.checkpoints / latest}" if latest else "There is no checkpoint"
+            self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
             raise RunError(
                 f"loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}. "
-                f"{back}; lower the learning rate, or check the data"
+                f"{self.way_back()}"
             )
+
+    def way_back(self) -> str:
+        """For a run that diverged: its newest checkpoint, and the command that starts anew with lower rates.
+
+        It starts from the best checkpoint, else from the newest from which an update was made: later weights are
+        those that gave no finite number. Where there is neither, it starts where this run did.
+        """
+        settings, checkpoints = self.settings, self.saver.checkpoints
+        last_update = self.progress.step - self.progress.skipped_in_a_row
+        older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
+        source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
+        changes: dict[str, Any] = {"out_dir": next(
+            place for number in itertools.count(2) if not Path(place := f"{self.out_dir}-{number}").exists()
+        )}  # fmt: skip
+        if source:
+            changes["init_from"] = checkpoints / source
+        if settings.resume == "must":
+            changes["resume"] = "auto"
+        for name in ("learning_rate", "muon_learning_rate")[: 2 if settings.optimizer == "muon" else 1]:
+            changes[name] = f"{min(getattr(settings, name) / 10, getattr(TrainSettings, name)):g}"
+        if settings.min_lr:
+            changes["min_lr"] = f"{settings.min_lr / settings.learning_rate * float(changes['learning_rate']):g}"
+        command = " ".join([command_line(), *(shlex.quote(f"--{name}={value}") for name, value in changes.items())])
+        latest = named_checkpoint(checkpoints, "latest")
+        newest = f"The newest checkpoint is {checkpoints / latest}" if latest else "There is no checkpoint"
+        start = f"go back to {source}" if source else "start again"
+        return f"{newest}; {start} with a lower learning rate: {command}"
+
+    def unchanged(self) -> bool:
+        """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
+        return self.progress.step - self.progress.skipped_in_a_row <= self.saved_step
 
     def save(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter, best: bool = False
     ) -> None:
         """Copy the state and write it in the background; when the write before this one failed, say so and go on.
 
-        A state with numbers that are not finite is not saved: the checkpoint before it is the better one.
+        Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
         """
         weights, optimizer = snapshot(model, optimizers, keep=self.cluster.first)
-        finite = not self.progress.skipped_in_a_row and all(tensor.isfinite().all() for tensor in weights.values())
+        finite = all(tensor.isfinite().all() for tensor in weights.values())
         if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
             report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
             return
@@ -180,10 +222,18 @@ class Run:
             report.say(f"warning: {error}")
         self.saver.save(weights, optimizer, state, best)
 
-    def overdue(self) -> bool:
-        """Whether checkpoint_seconds have passed since the last save, by the first process's clock."""
-        limit = self.settings.checkpoint_seconds
-        return bool(limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit))
+    def checkpoint_due(self) -> bool:
+        """Whether it is time to save, by the steps or by the first process's clock.
+
+        Not while all steps are skipped: the same weights again and again would push out older ones.
+        """
+        settings = self.settings
+        if self.unchanged():
+            return False
+        limit = settings.checkpoint_seconds
+        return due(self.progress.step, settings.checkpoint_interval) or bool(
+            limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit)
+        )
 
 
 def open_dataset(name: str) -> Dataset:
