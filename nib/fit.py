@@ -70,6 +70,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.compute_dtype = precision.dtype  # type: ignore[assignment]  # of the keys and values that sampling caches
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
     return model
@@ -125,7 +126,7 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
     return [size for size in sizes if size <= most] or sizes[-1:]
 
 
-def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> RuntimeError | None:
+def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
     """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take."""
     device = precision.device
     try:
@@ -135,7 +136,7 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
             _, loss = ready(tokens, targets)
         loss.backward()
         del room, loss
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         return error.with_traceback(None)
     finally:
         model.zero_grad(set_to_none=True)

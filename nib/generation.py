@@ -140,8 +140,9 @@ class Rows:
                 self.seen[row, context] = True
 
     def new_cache(self, rows: int, room: int) -> Any:
-        weight = next(iter(self.model.parameters()))
-        return self.make_cache(self.model.config, rows, room, device=self.device, dtype=weight.dtype)
+        """A cache in the dtype that the model computes in: its weights', or with FSDP the one that place() chose."""
+        dtype = getattr(self.model, "compute_dtype", next(iter(self.model.parameters())).dtype)
+        return self.make_cache(self.model.config, rows, room, device=self.device, dtype=dtype)
 
     def encode(self, contexts: list[list[int]], cache: Any) -> Tensor:
         """The stream (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
