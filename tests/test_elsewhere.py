@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_script
-from test_train import TINY, losses, tensors
+from test_train import TINY, losses, metrics, tensors
 
 from nib.errors import InputError
 from nib.slurm import adopt_slurm, first_host
@@ -84,6 +84,15 @@ def test_without_a_login_wandb_is_offline_and_a_resumed_run_goes_on_under_its_id
     config = next(record.run.config for record in records(first) if record.WhichOneof("record_type") == "run")
     kept = {item.key: json.loads(item.value_json) for item in config.update}
     assert kept["n_layer"] == 2 and kept["model_config"]["norm"] == "rmsnorm" and kept["parameters"] > 1000
+
+
+def test_wandb_offline_gets_the_same_numbers(tmp_path: Path) -> None:
+    options = ["--wandb_log", "--eval_interval=2", "--max_iters=4"]
+    done = run_script("train.py", *STEPS, *options, cwd=tmp_path, env=without_login(WANDB_MODE="offline"))
+    assert done.returncode == 0 and "wandb" not in done.stdout, done.stderr
+    (directory,) = Path("out/run/wandb").glob("offline-run-*")
+    logged = [{name: row[name] for name in row if name[0] != "_" and "/" not in name} for row in history(directory)]
+    assert logged == metrics("out/run") and len(logged) == 4
 
 
 def test_wandb_that_is_not_installed_or_fails_stops_no_run(tmp_path: Path) -> None:
