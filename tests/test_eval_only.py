@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from test_train import TINY, in_corpus, metrics, train
 
+from nib import checkpoint
 from nib.checkpoint import Checkpoint, list_checkpoints, remove_old
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
@@ -66,3 +67,14 @@ def test_a_checkpoint_that_is_being_read_is_not_removed_as_an_old_one() -> None:
     reader.release()
     remove_old(checkpoints, 1, "step-00000003")
     assert [path.name for path in list_checkpoints(checkpoints)] == ["step-00000003"]
+
+
+def test_a_checkpoint_that_goes_while_it_is_opened_is_not_called_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train("--max_iters=2", "--checkpoint_interval=1")
+    listed = [[Path("out/run/checkpoints/step-00000000")]]  # as it was a moment ago
+    real = checkpoint.list_checkpoints
+    monkeypatch.setattr(checkpoint, "list_checkpoints", lambda place: listed.pop() if listed else real(place))
+    found = checkpoint.newest_good(Path("out/run/checkpoints"))
+    assert found is not None and found.state["step"] == 2 and capsys.readouterr().err == ""
