@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -80,19 +81,29 @@ def test_an_infinite_gradient_skips_every_optimizer(
     assert not any(torch.equal(value, before[0][name]) for name, value in tensors("out/run").items() if "qkv" in name)
 
 
-@pytest.mark.parametrize("limit", ["", "--max_skipped_steps=1"], ids=["the run's end", "too many skipped"])
+@pytest.mark.parametrize("end", ["budget", "signal", "too many skipped"])
 def test_a_skipped_last_step_loses_nothing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], limit: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], end: str
 ) -> None:
     train("--max_iters=4", "--schedule=constant", "--out_dir=out/sane")
     spoil_gradients(monkeypatch, {5})
-    settings = ["--max_iters=5", "--schedule=constant", *limit.split()]
-    if limit:
-        with pytest.raises(RunError, match=r"The newest checkpoint is out/run/checkpoints/step-00000005"):
-            train(*settings)
-    else:
-        assert train(*settings) == 0
+    if end == "budget":
+        assert train("--max_iters=5", "--schedule=constant") == 0
         assert "done: step 5" in capsys.readouterr().out
+    elif end == "signal":
+        spoiled = train_script.optimizer_step
+
+        def step(*rest: Any, draw: tuple[int, int], **more: Any) -> tuple[float, float]:
+            if draw[1] == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return spoiled(*rest, draw=draw, **more)
+
+        monkeypatch.setattr(train_script, "optimizer_step", step)
+        assert train("--schedule=constant") == 143
+        assert "stopped at step 5, which is saved." in capsys.readouterr().out
+    else:
+        with pytest.raises(RunError, match=r"The newest checkpoint is out/run/checkpoints/step-00000005"):
+            train("--schedule=constant", "--max_skipped_steps=1")
     for file in FILES:
         expected = tensors("out/sane", file)
         assert all(torch.equal(expected[name], value) for name, value in tensors("out/run", file).items())
