@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT
 from test_train import TINY, in_corpus, losses, metrics, tensors, train
 
@@ -192,16 +193,25 @@ leave(0)
 
 def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(tmp_path: Path) -> None:
     """Sharded in bfloat16, which also samples while it trains, and float16 with its loss scale."""
-    (tmp_path / "spoiled.py").write_text(SPOILED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "spoiled.py"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*launcher, *TINY, "--max_iters=3"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    place = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    environment = {**os.environ, **place, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SPOILED, *TINY, "--max_iters=3"], cwd=tmp_path,
+            env={**environment, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
     runs = sorted(path.name for path in Path("out").iterdir())
     assert runs == (["dty", "par"] if hasattr(torch.cpu.Stream, "record_event") else ["dty"])
-    assert done.stdout.count("warning: step 2 is skipped") == len(runs), done.stdout
+    assert said[0].count("warning: step 2 is skipped") == len(runs), said
     for run in runs:
         assert [line["grad_norm"] is None for line in metrics(f"out/{run}")] == [False, True, False]
         assert state_of(f"out/{run}")["progress"]["skipped_steps"] == 1
