@@ -29,7 +29,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
         self.content, self.config = content, config
         kinds = [part.get("type") for part in _parts(content.get("decoder"), "decoders")]
-        model = content.get("model")
+        model: Any = content.get("model")
         kind = model.get("type", "BPE") if isinstance(model, dict) else None
         if kind != "BPE" or kinds != ["ByteLevel"]:
             found = f"{kind} decoded by {', '.join(map(str, kinds)) or 'nothing'}"

@@ -153,7 +153,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(what: str) -> None:
     assert tokenizer.encode(text) == expected
     for size in (250, 299, 1000):
         pieces = [piece.decode() for piece, _ in read_pieces(io.BytesIO(text.encode()), size)]
-        assert len(pieces) > 4
+        assert len(pieces) > 3
         assert [id for piece in pieces for id in tokenizer.encode(piece)] == expected
 
 
