@@ -337,7 +337,7 @@ class Place:
 
 def plain_name(stored: str) -> str:
     """A tensor's name without what torch.compile, DDP, FSDP and checkpoint_wrapper put into it."""
-    return re.sub(r"^module\.|_orig_mod\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.", "", stored)
+    return re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\.", "", stored)
 
 
 def places(architecture: Architecture, model: dict[str, Any]) -> Iterator[Place]:

@@ -151,8 +151,6 @@ def test_a_model_is_tuned_on_data_of_a_larger_tokenizer_that_have_none_of_its_fu
     tiny_train("--init_from=hf", "--max_iters=2", "--dataset=plain", "--block_size=16", "--sample_interval=1")
     refused(call(sample.main, "out/run", "--prompt=[PAD]", cwd=tmp_path), "'[PAD]', id 257")
     assert call(evaluate.main, "out/run", cwd=tmp_path).returncode == 0
-    with pytest.raises(
-        InputError, match=r"data/added has the token '<think>', id 258, but the model only the ids"
-    ) as e:
+    with pytest.raises(InputError, match="data/added has the token '<think>', id 258, but the model only") as found:
         tiny_train("--init_from=hf", "--max_iters=2", "--dataset=added", "--block_size=16", "--out_dir=out/other")
-    assert "--tokenizer=hf" not in str(e.value), "which the data were prepared with"
+    assert "--tokenizer=hf" not in str(found.value), "which the data were prepared with"
