@@ -78,9 +78,6 @@ class HuggingFaceTokenizer(Tokenizer):
                 token_bytes[id] = bytes(byte_of[letter] for letter in token)
             elif not added[id].special:
                 token_bytes[id] = token.encode("utf-8")
-        unknown = vocab.get(self.content["model"].get("unk_token"))
-        if unknown is not None:
-            token_bytes[unknown] = b""
         return token_bytes
 
     def _ids(self, text: str, prompt: bool) -> list[int]:

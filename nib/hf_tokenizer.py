@@ -121,7 +121,7 @@ def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     content = _content(vocab, merges, special, split)
     content["model"]["ignore_merges"] = False
     begin = _text_of(settings.get("bos_token", END_OF_TEXT))
-    if settings.get("add_bos_token") is True and begin in special:
+    if settings.get("add_bos_token") is True and isinstance(begin, str) and begin in special:
         single = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
         tokens = {begin: {"id": begin, "ids": [special[begin]], "tokens": [begin]}}
         content["post_processor"] = {
