@@ -17,9 +17,12 @@ import export
 import prepare_data
 import sample
 import train
+from model import KVCache
 from nib.checkpoint import open_checkpoint
 from nib.errors import InputError
+from nib.generation import generate_text
 from nib.hf_tokenizer import read_tokenizer, write_tokenizer
+from nib.samples import SamplingSettings
 from nib.tokenizer import make_tokenizer
 
 WRITE = ["--prompt=ab", "--temperature=0", "--max-new-tokens=5", "--json"]
@@ -118,6 +121,9 @@ def test_a_prompt_of_ids_beyond_the_model_is_one_line(call: Call, tmp_path: Path
     done = call(sample.main, "hf", "--prompt=a[PAD]", cwd=tmp_path)
     refused(done, "the prompt has the token '[PAD]', id 257")
     assert not done.stdout, "the prompt is not printed before it is refused"
+    model, tokenizer, _ = sample.load_model([str(tmp_path / "hf")], "cpu", "float32")
+    with pytest.raises(InputError, match="id 257"):
+        generate_text(model, KVCache, tokenizer, ["[PAD]"], SamplingSettings())
     refused(call(sample.main, "hf", "--prompt=a", "--prompt=<think>", cwd=tmp_path), "'<think>', id 258")
     assert call(sample.main, "hf", *WRITE, cwd=tmp_path).returncode == 0
     # What ends a text, or begins one, stands before an empty prompt.
