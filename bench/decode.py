@@ -38,6 +38,13 @@ from nib.tokenizer import Tokenizer
 RAGGED = (40, 33, 57, 64, 12, 48, 25, 61)  # tokens in the prompts of the eight streams
 
 
+class Numbers(Tokenizer):
+    """A tokenizer without text, as wide as GPT-2's."""
+
+    def __init__(self) -> None:
+        super().__init__("numbers", [b"."] * 50257, end_of_text=None)
+
+
 def prompt_of(length: int) -> list[int]:
     return torch.randint(50257, (length,), generator=torch.Generator().manual_seed(length)).tolist()
 
@@ -45,8 +52,7 @@ def prompt_of(length: int) -> list[int]:
 def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and all streams' tokens a second after it, as sample.py writes them."""
     settings = SamplingSettings(max_new_tokens=tokens)
-    tokenizer = Tokenizer("dots", [b"."] * 50257, end_of_text=None)  # as many ids as GPT-2's
-    samples = [Sample("", i, 0, prompt_of(n), tokenizer, settings) for i, n in enumerate(lengths)]
+    samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]
     began, first = time.perf_counter(), 0.0
     for _ in stream_text(model, KVCache, samples, settings):
         first = first or time.perf_counter() - began
