@@ -23,7 +23,7 @@ from nib.errors import InputError
 from nib.generation import generate_text
 from nib.hf_tokenizer import read_tokenizer, write_tokenizer
 from nib.samples import SamplingSettings
-from nib.tokenizer import make_tokenizer
+from nib.tokenizer import load_tokenizer, make_tokenizer
 
 WRITE = ["--prompt=ab", "--temperature=0", "--max-new-tokens=5", "--json"]
 BYTES, END = 256, 256
@@ -84,6 +84,14 @@ def test_an_end_that_is_no_id_is_one_line(file: str, value: Any, tmp_path: Path)
     directory = hf_bytes(tmp_path / "hf", **{file: {"eos_token_id": value}})
     with pytest.raises(InputError, match=f"eos_token_id in {file}.json is .*, not a token id or a list. Correct it"):
         read_tokenizer(directory)
+
+
+@pytest.mark.parametrize("stops", ["x", 10, [-1], [257], [True], ["a"], {"10": 1}])
+def test_a_saved_tokenizer_with_wrong_ends_is_one_line(stops: Any, tmp_path: Path) -> None:
+    path = make_tokenizer("byte").save(tmp_path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_ids": stops}))
+    with pytest.raises(InputError, match="its stop_ids are no list of ids"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "", "\x00"])
