@@ -161,6 +161,8 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
     from nib.generation import Rows, stream_text
 
     make_rows = CompiledRows if options.compile else Rows
+    for sample in samples:  # before any of it is printed
+        sample.tokenizer.check_ids(sample.prompt_tokens, model.config.vocab_size, "the prompt")
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False

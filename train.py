@@ -56,7 +56,7 @@ from nib.run import STOP_SIGNALS, Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
-from nib.source import check_vocabulary, open_source
+from nib.source import open_source, take_vocabulary
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
@@ -255,7 +255,7 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
             return GPT(GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings()))
         source = checkpoint or open_source(settings.init_from)
         config = GPTConfig(**{**source.model_config, "dropout": settings.dropout})
-        check_vocabulary(source, dataset, settings.init_from)
+        take_vocabulary(source, dataset, settings.init_from)
         for name, wanted in settings.model_settings().items():
             has = getattr(config, name)
             if (

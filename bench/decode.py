@@ -33,17 +33,16 @@ from nib.packing import pack_linears
 from nib.quantize import pack_int8, quantize
 from nib.samples import Sample, SamplingSettings
 from nib.sampling import choose
+from nib.tokenizer import Tokenizer
 
 RAGGED = (40, 33, 57, 64, 12, 48, 25, 61)  # tokens in the prompts of the eight streams
 
 
-class Numbers:
+class Numbers(Tokenizer):
     """A tokenizer without text, as wide as GPT-2's."""
 
-    vocab_size, end_of_text = 50257, None
-
-    def decode_bytes(self, tokens: list[int]) -> bytes:
-        return b"."
+    def __init__(self) -> None:
+        super().__init__("numbers", [b"."] * 50257, end_of_text=None)
 
 
 def prompt_of(length: int) -> list[int]:
@@ -53,7 +52,7 @@ def prompt_of(length: int) -> list[int]:
 def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and all streams' tokens a second after it, as sample.py writes them."""
     settings = SamplingSettings(max_new_tokens=tokens)
-    samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]  # type: ignore[arg-type]
+    samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]
     began, first = time.perf_counter(), 0.0
     for _ in stream_text(model, KVCache, samples, settings):
         first = first or time.perf_counter() - began

@@ -36,7 +36,7 @@ def make_model(shape: tuple[int, int, int]) -> GPT:
 def tokens_per_second(model: GPT, make_rows: type[Rows]) -> float:
     """After the first token, as sample.py writes a text."""
     settings = SamplingSettings(max_new_tokens=TOKENS)
-    sample = Sample("", 0, 0, prompt_of(64), Numbers(), settings)  # type: ignore[arg-type]
+    sample = Sample("", 0, 0, prompt_of(64), Numbers(), settings)
     for _ in stream_text(model, KVCache, [sample], settings, make_rows):
         pass
     return sample.tokens_per_second or 0.0

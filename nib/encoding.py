@@ -56,7 +56,10 @@ class Encoder:
         end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
         for part in parts:
             text, replaced, invalid = part_text(part, self.settings.field, self.settings.invalid)
-            tokens = self.tokenizer.encode_array(text).astype(self.settings.dtype)
+            try:
+                tokens = self.tokenizer.encode_array(text).astype(self.settings.dtype)
+            except InputError as error:
+                raise InputError(f"{part.where}: {error}") from None
             arrays.append(tokens)
             count = len(tokens)
             # An empty document gives nothing, not even an end.

@@ -18,7 +18,7 @@ from nib.device import DTYPES
 from nib.errors import InputError, RunError
 from nib.gguf import check_gguf, write_gguf
 from nib.hf_architectures import LINEAR, XIELU, Architecture, choose_architecture, places, write_config
-from nib.hf_tokenizer import as_tokenizer_json, begin_of_text, read_object, write_tokenizer
+from nib.hf_tokenizer import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
 from nib.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.shards import staging_directory, sync
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 CARD_KEYS = (
     "dataset seed batch_size block_size optimizer learning_rate muon_learning_rate weight_decay schedule".split()
 )
-GENERATION_FILE = "generation_config.json"
 
 
 def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf") -> str:
@@ -126,15 +125,16 @@ def write_settings(
     architecture: Architecture, source: Source, tokenizer: Tokenizer, dtype: torch.dtype, directory: Path
 ) -> None:
     """config.json, generation_config.json and the files of the tokenizer."""
-    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": tokenizer.end_of_text}
+    ends = [tokenizer.end_of_text, *sorted(tokenizer.stop_ids)]
+    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends if tokenizer.stop_ids else ends[0]}
     kind = str(dtype).removeprefix("torch.")
     config = write_config(architecture, source.model_config) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation: dict[str, Any] = dict(ids)
-    given = source.directory / GENERATION_FILE
+    given = source.directory / GENERATION_JSON
     if isinstance(source, HuggingFaceModel) and given.is_file():
         generation = read_object(given)
-    (directory / GENERATION_FILE).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, directory, source.model_config["block_size"])
 
 

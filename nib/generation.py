@@ -112,6 +112,7 @@ class Rows:
         branch = []
         for sample in samples:
             context = sample.prompt_tokens[-self.block_size :]
+            sample.tokenizer.check_ids(context, self.vocab_size, "the prompt")
             if not contexts or context != contexts[-1]:
                 contexts.append(context)
             branch.append(len(contexts) - 1)

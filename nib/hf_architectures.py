@@ -335,6 +335,11 @@ class Place:
     transposed: bool
 
 
+def plain_name(stored: str) -> str:
+    """A tensor's name without what torch.compile, DDP, FSDP and checkpoint_wrapper put into it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\.", "", stored)
+
+
 def places(architecture: Architecture, model: dict[str, Any]) -> Iterator[Place]:
     """Every parameter of a model of this architecture, with its names in both."""
     for ours, shape in parameter_shapes(model).items():

@@ -8,100 +8,23 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from nib.byte_level import HuggingFaceTokenizer
 from nib.errors import InputError
 from nib.tokenizer import (
     _PROBE,
     END_OF_TEXT,
     MAX_FILE_BYTES,
-    MAX_VOCAB,
     BpeTokenizer,
     CharTokenizer,
     Tokenizer,
     bytes_of_letters,
 )
 
-TOKENIZER_JSON, CONFIG_JSON = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_JSON, CONFIG_JSON, GENERATION_JSON = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # The settings of tokenizer_config.json that are kept from reading to writing.
 KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token", "add_eos_token")
 GPT2_MODELS = ("gpt2", None)  # whose vocab.json and merges.txt are split by GPT-2's pattern
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level BPE of a tokenizer.json, with the ids that transformers gives.
-
-    `content` is the object in tokenizer.json, `config` what is kept of tokenizer_config.json. What its normaliser
-    changes, as Qwen's does with decomposed accents, does not come back. Raises InputError for another kind.
-    """
-
-    kind = "huggingface"
-
-    def __init__(self, name: str, content: dict[str, Any], config: dict[str, Any], end_of_text: int | None) -> None:
-        import tokenizers
-
-        self.content, self.config = content, config
-        kinds = [part.get("type") for part in _parts(content.get("decoder"), "decoders")]
-        model = content.get("model")
-        kind = model.get("type", "BPE") if isinstance(model, dict) else None
-        if kind != "BPE" or kinds != ["ByteLevel"]:
-            found = f"{kind} decoded by {', '.join(map(str, kinds)) or 'nothing'}"
-            raise InputError(f"tokenizer {name} is {found[:80]}, not a byte-level BPE. Give a model that has one")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
-            token_bytes = self._token_bytes()
-        except InputError:
-            raise
-        except BaseException as error:  # the library's errors are plain Exceptions, its panics not even these
-            if isinstance(error, KeyboardInterrupt | MemoryError):
-                raise
-            raise InputError(f"tokenizer {name}: {str(error)[:120]}. Give a whole tokenizer.json") from None
-        if end_of_text is not None and not 0 <= end_of_text < len(token_bytes):
-            raise InputError(
-                f"tokenizer {name}: its end of text, {end_of_text}, is no id of it. Give a whole directory"
-            )
-        if end_of_text is not None:
-            token_bytes[end_of_text] = b""
-        super().__init__(name, token_bytes, end_of_text)
-
-    def _token_bytes(self) -> list[bytes]:
-        added = self.tokenizer.get_added_tokens_decoder()
-        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        size = max(vocab.values(), default=-1) + 1
-        if not 0 < size <= MAX_VOCAB:
-            raise InputError(f"the tokenizer has ids up to {size - 1}. Give one of at most {MAX_VOCAB}")
-        byte_of, token_bytes = bytes_of_letters(), [b""] * size
-        for token, id in vocab.items():
-            if id not in added:
-                token_bytes[id] = bytes(byte_of[letter] for letter in token)
-            elif not added[id].special:
-                token_bytes[id] = token.encode("utf-8")
-        return token_bytes
-
-    def _encode_piece(self, text: str) -> np.ndarray:
-        text.encode("utf-8")  # UnicodeEncodeError for half a character
-        self.tokenizer.encode_special_tokens = True  # which means: as text
-        return np.array(self.tokenizer.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """The ids that transformers gives: special tokens in the text are themselves, and one may come before it."""
-        self.encode(text)  # says what is wrong with it
-        self.tokenizer.encode_special_tokens = False
-        return list(self.tokenizer.encode(text).ids)
-
-    def _content(self) -> dict[str, Any]:
-        return {"tokenizer": self.content, "config": self.config}
-
-
-def _parts(node: Any, inside: str) -> list[dict[str, Any]]:
-    """A component of tokenizer.json, or those in its sequence."""
-    if not isinstance(node, dict):
-        return []
-    inner = node.get(inside)
-    return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else [node]
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -113,7 +36,9 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
     One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
     """
-    settings, model = (read_object(directory / name, optional=True) for name in (CONFIG_JSON, "config.json"))
+    settings, model, generation = (
+        read_object(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
+    )
     if (directory / TOKENIZER_JSON).is_file():
         content = read_object(directory / TOKENIZER_JSON)
         if letters := _characters(content):
@@ -121,23 +46,30 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         if model.get("model_type") not in GPT2_MODELS:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
-        content = _gpt2_content(directory, bool(settings.get("add_prefix_space", False)))
+        content = _gpt2_content(directory, settings)
     else:
         raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a whole model directory")
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
     if (directory / CHAT_TEMPLATE).is_file():
         config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
     tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
-    end = tokenizer.tokenizer.token_to_id(str(config.get("eos_token", "")))
-    if end is None:
-        end = model.get("eos_token_id")
-        end = end[0] if isinstance(end, list) and end else end
-    if end is None:
-        end = tokenizer.tokenizer.token_to_id(END_OF_TEXT)
-    if type(end) is int and 0 <= end < tokenizer.vocab_size:
-        tokenizer.end_of_text = end
-        tokenizer.token_bytes[end] = b""
+    named = (tokenizer.tokenizer.token_to_id(token) for token in (str(config.get("eos_token", "")), END_OF_TEXT))
+    first, last = ([] if id is None else [id] for id in named)
+    stops = [*_end_ids(model, "config.json", tokenizer), *_end_ids(generation, GENERATION_JSON, tokenizer)]
+    if ends := [*first, *stops, *last]:
+        tokenizer.end_of_text = ends[0]
+        tokenizer.token_bytes[ends[0]] = b""
+        tokenizer.stop_ids = frozenset(stops) - {ends[0]}
     return tokenizer
+
+
+def _end_ids(settings: dict[str, Any], file: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text by a settings file, without those that the tokenizer does not have and so never come."""
+    found = settings.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(id) is int for id in ids):
+        raise InputError(f"eos_token_id in {file} is {str(found)[:40]!r}, not a token id or a list. Correct it")
+    return [id for id in ids if 0 <= id < tokenizer.vocab_size]
 
 
 def _characters(content: dict[str, Any]) -> str:
@@ -179,14 +111,22 @@ def _text_of(value: Any) -> Any:
     return value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
 
 
-def _gpt2_content(directory: Path, add_prefix_space: bool) -> dict[str, Any]:
+def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     vocab = read_object(directory / "vocab.json")
     lines = read_text(directory / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
-    split = {"type": "ByteLevel", "add_prefix_space": add_prefix_space, "trim_offsets": True, "use_regex": True}
+    prefix = settings.get("add_prefix_space") is True
+    split = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
     content = _content(vocab, merges, special, split)
     content["model"]["ignore_merges"] = False
+    begin = _text_of(settings.get("bos_token", END_OF_TEXT))
+    if settings.get("add_bos_token") is True and isinstance(begin, str) and begin in special:
+        single = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        tokens = {begin: {"id": begin, "ids": [special[begin]], "tokens": [begin]}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens,
+        }  # fmt: skip
     return content
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 
 from nib.errors import InputError
 
-TOKENIZER_FILES = ["config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "*.jinja"]
+TOKENIZER_FILES = [
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "*.jinja",
+]  # fmt: skip
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nib.errors import InputError
-from nib.hf_architectures import XIELU, places, read_config
+from nib.hf_architectures import XIELU, places, plain_name, read_config
 from nib.hf_tokenizer import read_object, read_tokenizer
 from nib.tokenizer import Tokenizer
 
@@ -62,8 +62,8 @@ class HuggingFaceModel:
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
 
-    def _find_tensors(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
-        """The file and the shape of every tensor, by its name."""
+    def _find_tensors(self) -> dict[str, tuple[Path, tuple[int, ...], str]]:
+        """The file, the shape and the name in it of every tensor, by its plain name."""
         expected: dict[str, Any] | None = None
         if (self.directory / WEIGHTS_FILE).is_file():
             names = [WEIGHTS_FILE]
@@ -78,7 +78,7 @@ class HuggingFaceModel:
         else:
             pickled = next((f"{path.name} is pickled and " for path in self.directory.glob("*.bin")), "")
             raise InputError(f"{pickled}there is no {WEIGHTS_FILE}. Give a model that is saved as safetensors")
-        found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+        found: dict[str, tuple[Path, tuple[int, ...], str]] = {}
         for name in names:
             path = self.directory / name
             if not path.is_file():
@@ -90,11 +90,13 @@ class HuggingFaceModel:
                         if part.get_dtype() not in DTYPES and not NOT_WEIGHTS.fullmatch(tensor):
                             kinds = "F32, BF16 or F16"
                             raise InputError(f"{tensor} is of type {part.get_dtype()}, not {kinds}. Give a plain model")
-                        found[tensor] = (path, tuple(part.get_shape()))
+                        if (plain := plain_name(tensor)) in found:
+                            raise InputError(f"{plain} is there twice. Give a whole model directory")
+                        found[plain] = (path, tuple(part.get_shape()), tensor)
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"cannot read {name}: {str(error)[:120]}. Download the model again") from None
         for tensor in expected or ():
-            if tensor not in found or found[tensor][0].name != expected[tensor]:  # type: ignore[index]
+            if found.get(plain_name(tensor), (Path(),))[0].name != expected[tensor]:  # type: ignore[index]
                 raise InputError(f"{tensor[:80]} is not in the shard that {INDEX_FILE} names. Download it again")
         return found
 
@@ -107,6 +109,10 @@ class HuggingFaceModel:
         base = architecture.names["wte"][0].split(".")[0] + "."
         short = not any(name.startswith(base) for name in rest)
         self.prefix = base if short else ""
+        embedding = self._stored(architecture.names["wte"][0] + ".weight")
+        if model["tie_weights"] and embedding not in rest and "lm_head.weight" in rest:  # safetensors kept one name
+            self.files[embedding] = self.files["lm_head.weight"]
+            rest ^= {embedding, "lm_head.weight"}
         matched = []
         for place in places(architecture, model):
             layer_free = re.sub(r"^blocks\.\d+\.", "", place.ours)
@@ -124,7 +130,7 @@ class HuggingFaceModel:
                 rest.discard(stored)
             matched.append(place)
         if model["tie_weights"] and "lm_head.weight" in rest:
-            self._check_tied(self._stored(architecture.names["wte"][0] + ".weight"))
+            self._check_tied(embedding)
             rest.discard("lm_head.weight")
         if config.get("hidden_act", "xielu") == "xielu" and architecture.model_type == "apertus":
             rest -= self._check_xielu()
@@ -164,7 +170,7 @@ class HuggingFaceModel:
             path = self.files[name][0]
             if path not in files:
                 files[path] = safe_open(path, "pt")
-            return files[path].get_tensor(name)
+            return files[path].get_tensor(self.files[name][2])
 
         return read
 

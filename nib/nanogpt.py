@@ -36,14 +36,16 @@ class NanoGPTCheckpoint:
     def __init__(self, path: Path) -> None:
         import torch
 
-        from nib.hf_architectures import ARCHITECTURES, number, places
+        from nib.hf_architectures import ARCHITECTURES, number, places, plain_name
 
         self.directory = path
         try:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             stored, arguments = content["model"], content["model_args"]
             self.dataset = str(content.get("config", {}).get("dataset", ""))
-            stored = {str(name).removeprefix("_orig_mod."): tensor for name, tensor in stored.items()}
+            stored = {plain_name(str(name)): tensor for name, tensor in stored.items()}
+            if "lm_head.weight" in stored:  # tied: one matrix, of which either name may have been kept
+                stored.setdefault("transformer.wte.weight", stored["lm_head.weight"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
                 pickle.UnpicklingError) as error:  # fmt: skip
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]

@@ -14,7 +14,8 @@ from typing import BinaryIO
 PIECE_BYTES = 1 << 19
 
 # The split patterns of GPT-2, cl100k, o200k, Llama 3 and our own all end a match between a letter or digit and
-# white space, and what they do next depends only on what follows. So a cut there changes no token.
+# white space, and what they do next depends only on what follows. So a cut there changes no token. A tokenizer of
+# Hugging Face's whose tokens reach over words has others at a cut, which decode to the same text.
 _ASCII_CUT = re.compile(rb".*[A-Za-z0-9](?=[ \t\r\n])", re.DOTALL)
 # The same for text without ASCII spaces: a letter of any script before white space or a full-width stop or comma.
 _LETTER_CUT = re.compile(r".*[^\W\d_](?=[\s\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f])", re.DOTALL)

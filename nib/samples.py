@@ -112,7 +112,7 @@ class Sample:
 
     def append(self, token: int) -> str:
         """Take the next token; returns the text that is certain now. Sets `finish_reason` when this ends it."""
-        if token == self.tokenizer.end_of_text:
+        if token == self.tokenizer.end_of_text or token in self.tokenizer.stop_ids:
             return self.finish("end_of_text")
         self.tokens.append(token)
         text = self.stream.push(self.tokenizer.decode_bytes([token]))

@@ -113,6 +113,7 @@ def score_texts(
             if room <= 0:
                 return
             kept = ids[:room]
+            tokenizer.check_ids(start + kept, model.config.vocab_size, "a text")
             predicted = kept if start else kept[1:]
             score.texts += 1
             score.tokens += len(predicted)
@@ -214,7 +215,9 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
     def endings() -> Iterator[Window]:
         for question in questions:
             for ending in question["endings"]:
-                yield ending_window(tokenizer, question["context"], ending, model.config.block_size)
+                window = ending_window(tokenizer, question["context"], ending, model.config.block_size)
+                tokenizer.check_ids(window.ids, model.config.vocab_size, "a question")
+                yield window
 
     found = [float(value) for group in in_groups(endings(), batch) for value in log_likelihoods(model, group)]
     plain = normalized = first = 0

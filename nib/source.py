@@ -54,19 +54,27 @@ def build(source: Source, make_model: Callable[[dict[str, Any]], Model], samplin
     return model
 
 
-def check_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
-    """Raise InputError unless the ids in the dataset mean to the model what it has learned."""
+def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
+    """Have the texts of a model trained on the dataset end as the source's do.
+
+    Raises InputError unless the ids in the dataset mean to the model what it has learned.
+    """
     size = source.model_config["vocab_size"]
     try:
-        known = source.tokenizer().token_bytes
+        tokenizer = source.tokenizer()
     except InputError:
         if not isinstance(source, NanoGPTCheckpoint):  # which has no tokenizer of its own
             raise
-        known = dataset.tokenizer.token_bytes
-    if size < dataset.vocab_size or (known != dataset.tokenizer.token_bytes and size != dataset.vocab_size):
+        tokenizer = dataset.tokenizer
+    if tokenizer.token_bytes != dataset.tokenizer.token_bytes:
         what = f"{name} has {size} token ids, {dataset.directory} {dataset.vocab_size}"
-    elif known != dataset.tokenizer.token_bytes:
-        what = f"{name} has another tokenizer than {dataset.directory}"
-    else:
-        return
-    raise InputError(f"{what}. Prepare the data with --tokenizer={name}")
+        if size == dataset.vocab_size:
+            what = f"{name} has another tokenizer than {dataset.directory}"
+        raise InputError(f"{what}. Prepare the data with --tokenizer={name}")
+    if size < dataset.vocab_size:  # mostly by special tokens that were added later, and which no text has
+        for split in (dataset.train, dataset.val):
+            for begin in range(0, split.tokens, 1 << 22):
+                largest = split.read(begin, begin + (1 << 22)).max()
+                tokenizer.check_ids([int(largest)], size, str(dataset.directory))
+    ends = {tokenizer.end_of_text, *tokenizer.stop_ids} - {dataset.tokenizer.end_of_text}
+    dataset.tokenizer.stop_ids |= {end for end in ends if end is not None}

@@ -41,9 +41,11 @@ class Tokenizer:
     """Token ids of a text. `decode(encode(text)) == text` for every text without lone surrogates.
 
     `token_bytes[id]` are the bytes an id stands for; none for end-of-text, other special tokens and unused ids.
+    `stop_ids` end a text that a model writes as end-of-text does; models of Hugging Face's may have several.
     """
 
     kind = ""
+    stop_ids: frozenset[int] = frozenset()
 
     def __init__(self, name: str, token_bytes: list[bytes], end_of_text: int | None) -> None:
         self.name = name
@@ -93,9 +95,26 @@ class Tokenizer:
         """How many bytes each id stands for, int64 (V,): turns a loss per token into bits per byte."""
         return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
 
+    def check_ids(self, ids: Iterable[int], known: int, what: str) -> None:
+        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for."""
+        largest = max(ids, default=-1)
+        if largest >= known:
+            raise InputError(
+                f"{what} has the token {self.token_name(largest)!r}, id {largest}, but the model only the ids 0 to "
+                f"{known - 1}. Leave it out, or add embeddings with transformers' resize_token_embeddings"
+            )
+
+    def token_name(self, id: int) -> str:
+        """The token as text, for messages."""
+        return self.decode([id])
+
     def save(self, directory: Path) -> Path:
         """Write `nib_tokenizer.json` into `directory` and return its path."""
-        content = {"format": FORMAT, "kind": self.kind, "name": self.name, "end_of_text": self.end_of_text}
+        content: dict[str, Any] = {
+            "format": FORMAT, "kind": self.kind, "name": self.name, "end_of_text": self.end_of_text,
+        }  # fmt: skip
+        if self.stop_ids:
+            content["stop_ids"] = sorted(self.stop_ids)
         path = Path(directory) / TOKENIZER_FILE
         path.write_text(json.dumps(content | self._content()) + "\n", encoding="utf-8")
         return path
@@ -327,7 +346,7 @@ def _from_content(content: Any) -> Tokenizer:
         _check(tokens[-1] is not None or len(tokens) - 1 in special.values(), "its last id stands for nothing")
         tokenizer = BpeTokenizer(name, pattern, dict(_ranks(enumerate(tokens))), special)
     elif kind == "huggingface":
-        from nib.hf_tokenizer import HuggingFaceTokenizer
+        from nib.byte_level import HuggingFaceTokenizer
 
         _check(isinstance(content["tokenizer"], dict) and isinstance(content["config"], dict), "it has no tokenizer")
         _check(end_of_text is None or type(end_of_text) is int, "its end_of_text is no id")
@@ -335,6 +354,10 @@ def _from_content(content: Any) -> Tokenizer:
     else:
         raise ValueError(f"its kind is {kind!r}, not byte, char, bpe or huggingface")
     _check(tokenizer.end_of_text == end_of_text, "its end_of_text does not fit")
+    stops = content.get("stop_ids", [])
+    whole = isinstance(stops, list) and all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in stops)
+    _check(whole, "its stop_ids are no list of ids")
+    tokenizer.stop_ids = frozenset(stops)
     return tokenizer
 
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unicodedata import is_normalized, normalize
 
 import pytest
 from data_helpers import TORTURE, gpt2_cache, prepared
@@ -19,7 +20,8 @@ from nib.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe, 
 
 CODE = "def f(x):\n\tif x >= 10_000:\n        return {'a': [1, 22, 333, 4444]}  # don't\n\n\n" + " " * 37 + "\t\t\n"
 TEXTS = [
-    TORTURE, TORTURE[::-1], CODE, "", " ", "\n", "a", "  a", "12345678901234567890", "中文分词，没有空格。",
+    TORTURE, TORTURE[::-1], normalize("NFC", TORTURE), CODE, "",
+    " ", "\n", "a", "  a", "12345678901234567890", "中文分词，没有空格。",
     "🙂👩‍👩‍👧‍👦", "x<|endoftext|>y<|im_start|>user\nhi<|im_end|>\n<think>\n</think><|endoftext|>", "\r\n\r\n \r\n",
     "don't I'LL we'Ve ſ'ſ", "café cafe\u0301", "the end \n", "trailing   ", "\x00\x01", "Ａ\u3000Ｂ",
     "a" * 300, " " * 300 + "x",
@@ -78,11 +80,14 @@ def gpt2_files(directory: Path) -> Path:
 
 
 def check_same_ids(ours: Tokenizer, theirs: Any, texts: list[str]) -> None:
+    composes = theirs.backend_tokenizer.normalizer is not None
     for text in texts:
         ids = ours.encode(text)
-        assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
+        assert ours.decode(ids) == text
         assert ours.encode_prompt(text) == theirs(text).input_ids, text
-        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
+        if not composes or is_normalized("NFC", text):
+            assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
+            assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True), text
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama", "smollm", "vocab.json and merges.txt"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,50 @@ def test_names_as_in_the_files_of_gpt2_itself(tmp_path: Path) -> None:
     tokens = random_tokens(1, 20)
     with torch.no_grad():
         assert (load_ours(tmp_path)(tokens)[0] - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_a_tied_model_that_was_saved_with_its_head_only_is_read(kind: str, tmp_path: Path) -> None:
+    """safetensors.torch.save_model keeps one name of a shared matrix."""
+    theirs = make_model(kind, tie_word_embeddings=True)
+    theirs.save_pretrained(tmp_path)
+    embedding = "transformer.wte.weight" if kind == "GPT2" else "model.embed_tokens.weight"
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors.pop(embedding)}))
+    tokens = random_tokens(1, 20)
+    with torch.no_grad():
+        assert (load_ours(tmp_path)(tokens)[0] - theirs(tokens).logits).abs().max() < 1e-4
+    change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(41, 32)}))
+    refused(tmp_path, r"has the shape \[41, 32\]")
+    change_config(tmp_path, tie_word_embeddings=False)
+    refused(tmp_path, f"{embedding} is missing")
+
+
+WRAPPED: dict[str, Callable[[str], str]] = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "DDP": lambda name: f"module.{name}",
+    "DDP of a compiled model": lambda name: f"module._orig_mod.{name}",
+    "compiled DDP": lambda name: f"_orig_mod.module.{name}",
+    "compiled blocks": lambda name: re.sub(r"(layers\.\d+\.)", r"\1_orig_mod.", name),
+    "checkpointed blocks of FSDP": lambda name: re.sub(
+        r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_names_of_a_model_that_was_saved_in_a_wrapper_are_read(how: str, copy: Path) -> None:
+    before = HuggingFaceModel(copy).weights()
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[WRAPPED[how](name)] = tensors.pop(name)
+
+    change_tensors(copy, rename)
+    after = HuggingFaceModel(copy).weights()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    change_tensors(copy, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}))
+    if "blocks" not in how:
+        refused(copy, "model.norm.weight is there twice")
 
 
 def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:

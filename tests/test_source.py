@@ -148,7 +148,7 @@ def test_a_hub_name_without_a_network_is_one_line(monkeypatch: pytest.MonkeyPatc
 # ---- nanoGPT -------------------------------------------------------------------------------------------------------
 
 
-def nanogpt_checkpoint(path: Path, bias: bool, compiled: bool = True, **changes: Any) -> Any:
+def nanogpt_checkpoint(path: Path, bias: bool, prefix: str = "_orig_mod.", **changes: Any) -> Any:
     """A ckpt.pt as nanoGPT's train.py writes it, of the weights of a GPT-2 of transformers, which is returned."""
     theirs = make_model("GPT2", activation_function="gelu", vocab_size=65)
     weights = {}
@@ -158,8 +158,8 @@ def nanogpt_checkpoint(path: Path, bias: bool, compiled: bool = True, **changes:
                 parameter.zero_()
                 continue
             is_matrix = parameter.ndim == 2 and ".h." in name
-            weights[("_orig_mod." if compiled else "") + name] = parameter.T.contiguous() if is_matrix else parameter
-    weights[("_orig_mod." if compiled else "") + "lm_head.weight"] = theirs.transformer.wte.weight
+            weights[prefix + name] = parameter.T.contiguous() if is_matrix else parameter
+    weights[prefix + "lm_head.weight"] = theirs.transformer.wte.weight
     weights = {name: tensor.detach().clone() for name, tensor in weights.items()}
     arguments = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, bias=bias, vocab_size=65, dropout=0.1)
     content = {"model": weights, "optimizer": {"state": {}, "param_groups": []}, "model_args": arguments,
@@ -179,9 +179,15 @@ def write_meta(directory: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_nanogpt_checkpoint_gives_its_logits(bias: bool, compiled: bool, tmp_path: Path) -> None:
-    theirs = nanogpt_checkpoint(tmp_path / "out-x/ckpt.pt", bias, compiled)
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+@pytest.mark.parametrize("one_name", [True, False])
+def test_a_nanogpt_checkpoint_gives_its_logits(bias: bool, prefix: str, one_name: bool, tmp_path: Path) -> None:
+    path = tmp_path / "out-x/ckpt.pt"
+    theirs = nanogpt_checkpoint(path, bias, prefix)
+    if one_name:
+        content = torch.load(path)
+        del content["model"][f"{prefix}transformer.wte.weight"]
+        torch.save(content, path)
     source = open_source(str(tmp_path / "out-x"))
     ours = build(source, lambda settings: GPT(GPTConfig(**settings))).eval()
     assert ours.config.bias == bias and ours.config.mlp == "gelu"
