@@ -39,7 +39,8 @@ class Dataset:
         self.tokenizer: Tokenizer = load_tokenizer(directory)
         self.vocab_size = int(self.meta["vocab_size"])
         if self.tokenizer.vocab_size != self.vocab_size:
-            sizes = f"the tokenizer has {counted(self.tokenizer.vocab_size, 'id')}, meta.json says {self.vocab_size}"
+            size = self.tokenizer.vocab_size
+            sizes = f"the tokenizer has {counted(size, 'id')}, meta.json says {self.vocab_size}"
             raise InputError(f"{directory}: {sizes}. {HOW}")
         self.train = self.open_split("train")
         self.val = self.open_split("val")
@@ -54,7 +55,7 @@ class Dataset:
             try:
                 shard = Shard(path)
                 if shard.size != expected:
-                    raise InputError(f"{path} has {shard.size} bytes instead of {expected}. {HOW}")
+                    raise InputError(f"{path} has {counted(shard.size, 'byte')} instead of {expected}. {HOW}")
                 self.check_content(path, np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"

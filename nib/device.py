@@ -12,6 +12,7 @@ import torch
 
 from nib.errors import InputError
 from nib.products import use_onednn
+from nib.words import counted
 
 # Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets, by a part of the name that the driver reports.
 PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "B200": 2250e12, "A100": 312e12, "A10G": 70e12}
@@ -31,7 +32,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.index if device.index is not None else local_rank
         if index >= count:
-            raise InputError(f"device {name} is not there: this machine has {count} CUDA devices. Use --device=auto")
+            raise InputError(
+                f"device {name} is not there: this machine has {counted(count, 'CUDA device')}. Use --device=auto"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
@@ -51,7 +54,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

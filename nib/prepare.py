@@ -258,8 +258,8 @@ def _print_summary(out: Path, meta: dict[str, Any], replaced: int, seconds: floa
     if replaced:
         _say(f"replaced {counted(replaced, 'place')} not valid in UTF-8 by U+FFFD")
     for split in ("train", "val"):
-        documents, tokens, bytes = (counted(meta[f"{noun}s"][split], noun) for noun in ("document", "token", "byte"))
-        _say(f"{split:5} {documents:>20} {tokens:>22} {bytes:>21}")
+        counts = ((meta[f"{noun}s"][split], noun) for noun in ("document", "token", "byte"))
+        _say(f"{split:5} " + " ".join(f"{counted(f'{count:,}', noun):>21}" for count, noun in counts))
     _say(
         f"{out}: {meta['tokenizer']}, vocabulary {meta['vocab_size']}, "
         f"{total_bytes / total_tokens:.2f} bytes a token; {seconds:.1f} s, {total_bytes / 1e6 / seconds:.1f} MB/s"

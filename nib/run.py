@@ -32,6 +32,7 @@ from nib.report import Reporter
 from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
 from nib.shards import staging_path
+from nib.words import counted
 
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
 # its files stay as they are. A network file system shows a new name after up to a minute.
@@ -148,8 +149,8 @@ class Run:
             latest = named_checkpoint(self.saver.checkpoints, "latest")
             back = f"The newest checkpoint is {self.saver.checkpoints / latest}" if latest else "There is no checkpoint"
             raise RunError(
-                f"loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}. "
-                f"{back}; lower the learning rate, or check the data"
+                f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step "
+                f"{progress.step}. {back}; lower the learning rate, or check the data"
             )
 
     def save(

@@ -1,6 +1,6 @@
-"""Numbers and nouns in messages."""
+"""Numbers and their nouns in messages."""
 
 
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """ "1 document", "2 documents"; `plural` where it is not the noun with an s."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+def counted(number: object, noun: str) -> str:
+    """A number, or one that is written already, and the noun in the form that goes with it: 1 token, 2 tokens."""
+    return f"{number} {noun if str(number) == '1' else noun + 's'}"
