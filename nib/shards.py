@@ -82,9 +82,12 @@ def _finish_replacement(out: Path) -> None:
     if (new / META_FILE).exists():
         if (out / META_FILE).exists():
             (out / META_FILE).rename(new / REPLACED)
-        for name in dataset_files(new, REPLACED) - dataset_files(new):
-            (out / name).unlink(missing_ok=True)
-            (out / name).with_suffix(".checked").unlink(missing_ok=True)  # a stamp of nib.dataset
+        for name in dataset_files(new, REPLACED):
+            if name.endswith(".bin"):
+                with contextlib.suppress(OSError):
+                    (out / name).with_suffix(".checked").unlink()  # the stamp of nib.dataset
+            if name not in dataset_files(new):  # where they may have been moved from already
+                (out / name).unlink(missing_ok=True)
         for path in new.iterdir():
             if path.name not in (META_FILE, REPLACED):
                 path.rename(out / path.name)
