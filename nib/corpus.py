@@ -275,9 +275,9 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
     lines: Iterable[bytes] = stream
     if source.format == "json":
         head = [stream.readline(1 << 16)]
-        while head[-1] and not head[-1].removeprefix(BYTE_ORDER_MARK).strip():
+        while head[-1] and not (line := head[-1].removeprefix(BYTE_ORDER_MARK).strip()):
             head.append(stream.readline(1 << 16))
-        if not head[-1].endswith((b"}", b"}\n", b"}\r\n")):
+        if not (head[-1] and line.startswith(b"{") and line.endswith(b"}")):
             yield from _json_rows(source.name, stream, b"".join(head))
             return
         lines = itertools.chain(head, stream)  # one object, or JSONL under another name
