@@ -104,11 +104,13 @@ def connect(backend: str) -> None:
     waiting = threading.Timer(SILENCE, print, [f"waiting for the other processes at {at}"], {"file": sys.stderr})
     waiting.daemon = True
     waiting.start()
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = common_names(store, rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    dist.all_reduce(torch.zeros(1))
-    waiting.cancel()
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = common_names(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.all_reduce(torch.zeros(1))
+    finally:
+        waiting.cancel()
 
 
 def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:
