@@ -6,7 +6,6 @@ A document is one text file, one line of JSONL or one row of Parquet. Everything
 from __future__ import annotations
 
 import bz2
-import fnmatch
 import gzip
 import io
 import itertools
@@ -19,7 +18,7 @@ import shutil
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,14 +27,15 @@ from urllib.parse import urlsplit
 from nib.download import download
 from nib.errors import InputError
 from nib.pieces import read_pieces
-from nib.shards import dataset_files
+from nib.walk import walk
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it
 # By the ending of the name; anything else is text.
 FORMATS = {".jsonl": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 PACKED = set(".7z .br .lz4 .lzma .rar .tar .tbz .tbz2 .tgz .txz .tzst .z .zip .zst .zstd".split())  # and not read
-SEPARATOR = re.compile(r"[\s,]*")  # between the rows of a .json file
+SEPARATOR = re.compile(r"[ \t\r\n,]*")  # between the rows of a .json file
+HEAD_BYTES = 1 << 16  # of its first line, which shows what it is
 ROW_BYTES = 1 << 28  # the longest row of a .json file; in a broken file the end of a row is not found
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
@@ -111,7 +111,7 @@ def _pipe(name: str, format: str, copy: Path | None) -> Source:
 
 def _standard_library() -> list[Source]:
     root = Path(sysconfig.get_path("stdlib"))
-    files = _walk(root, "*.py", NOT_STDLIB, follow=False)
+    files = walk(root, "*.py", NOT_STDLIB, follow=False)
     if not files:
         raise InputError(f"this Python has no source of its standard library in {root}. Give a directory of text")
     return [Source(f"stdlib: {path.relative_to(root)}", "text", path, path.stat().st_size, True) for path in files]
@@ -130,7 +130,7 @@ def _downloaded(name: str, format: str, path: Path) -> Source:
 def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
     try:
         if path.is_dir():
-            files = _walk(path, glob or "*")
+            files = walk(path, glob or "*")
             tables = [file for file in files if file.suffix.lower() == ".parquet"]
             if tables and not glob and format == "auto":  # the notes beside them are no part of the corpus
                 files = tables
@@ -167,68 +167,6 @@ def _format_of(path: Path, format: str) -> str:
             "pipe what is in it to prepare_data.py -, or leave it out by --glob"
         )
     return found
-
-
-def _walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool = True) -> list[Path]:
-    """The files below `root` that match, sorted by their path; nothing hidden, and nothing of a prepared dataset.
-
-    Links are followed (`follow`: to directories too). What is there without the link, or was reached by another, is
-    not read again, and a link to a directory that it lies in is not followed.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    def identity(path: str | Path) -> tuple[int, int]:
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
-
-    files, links, seen = [], [root], set()
-    while links:
-        links.sort(reverse=True)
-        top = links.pop()
-        for directory, names, file_names in os.walk(top, onerror=fail):
-            here = Path(directory)
-            if identity(here) in seen:
-                names.clear()
-                continue
-            seen.add(identity(here))
-            names[:] = [name for name in names if not name.startswith(".") and name not in leave_out]
-            for link in (here / name for name in names if follow and (here / name).is_symlink()):
-                if not Path(os.path.realpath(here)).is_relative_to(os.path.realpath(link)):
-                    links.append(link)
-            own = dataset_files(here)
-            for name in file_names:
-                path = here / name
-                if name.startswith(".") or name in own or not _matches(path.relative_to(root).parts, glob):
-                    continue
-                if path.is_file():
-                    files.append(path)
-                elif path.is_symlink():
-                    print(f"passed over {path}: a link to nothing", file=sys.stderr)
-    files.sort(key=lambda path: (path.is_symlink(), path.relative_to(root).as_posix()))
-    once = [path for path in files if not path.is_symlink()]
-    known = {identity(path) for path in once} if len(once) < len(files) else set()
-    for path in files[len(once) :]:
-        if identity(path) not in known:
-            known.add(identity(path))
-            once.append(path)
-    return sorted(once, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _matches(parts: tuple[str, ...], glob: str) -> bool:
-    """Whether a path matches: by its name, or where `glob` has a slash as a whole, `**` being any directories."""
-    if "/" not in glob:
-        return fnmatch.fnmatchcase(parts[-1], glob)
-
-    def match(parts: tuple[str, ...], patterns: list[str]) -> bool:
-        if not patterns or not parts:
-            return not parts and all(pattern == "**" for pattern in patterns)
-        if patterns[0] == "**":
-            return match(parts, patterns[1:]) or match(parts[1:], patterns)
-        return fnmatch.fnmatchcase(parts[0], patterns[0]) and match(parts[1:], patterns[1:])
-
-    return match(parts, [pattern for pattern in glob.split("/") if pattern not in ("", ".")])
 
 
 def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
@@ -274,10 +212,11 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
         return
     lines: Iterable[bytes] = stream
     if source.format == "json":
-        head = [stream.readline(1 << 16)]
+        head = [stream.readline(HEAD_BYTES)]
         while head[-1] and not (line := head[-1].removeprefix(BYTE_ORDER_MARK).strip()):
-            head.append(stream.readline(1 << 16))
-        if not (head[-1] and line.startswith(b"{") and line.endswith(b"}")):
+            head.append(stream.readline(HEAD_BYTES))
+        whole = head[-1].endswith(b"\n") or 0 < len(head[-1]) < HEAD_BYTES
+        if not (whole and line.startswith(b"{") and line.endswith(b"}")):
             yield from _json_rows(source.name, stream, b"".join(head))
             return
         lines = itertools.chain(head, stream)  # one object, or JSONL under another name
@@ -296,7 +235,7 @@ def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
     """
     decoder = json.JSONDecoder(strict=False)
     text = head.removeprefix(BYTE_ORDER_MARK).decode("latin-1")  # a character a byte, so that positions are the same
-    offset, at = len(head) - len(text), len(text) - len(text.lstrip())
+    offset, at = len(head) - len(text), SEPARATOR.match(text).end()  # type: ignore[union-attr]
     array = text.startswith("[", at)
     at += array
     number = 1

@@ -115,7 +115,9 @@ def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
     """What `part_text` returns for a row that is left out. Raises InputError where it is not."""
     if invalid == "skip":
         return "", 0, reason
-    raise InputError(f"{reason}. Mend it, give another --field or --format, or leave such rows out with --invalid=skip")
+    raise InputError(
+        f"{reason}. Mend it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
+    )
 
 
 def _json_text(line: str, field: str) -> tuple[str, str]:

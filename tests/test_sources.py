@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from nib.corpus import chat_text, find_sources, read_parts
+from nib.corpus import HEAD_BYTES, chat_text, find_sources, read_parts
+from nib.dataset import Dataset
 from nib.encoding import part_text
 from nib.errors import InputError
 from nib.prepare import prepare
@@ -92,6 +93,7 @@ def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
         for path in (work / "new").iterdir():
             path.rename(work / out / path.name)
         (work / "new").rmdir()
+        Dataset(work / out)  # leaves stamps
     assert texts("d") == ["d/input.txt"]
 
 
@@ -125,6 +127,10 @@ def test_rows_of_json_may_be_longer_than_what_is_read_at_a_time() -> None:
         assert texts("t.json") == long
     Path("t.json").write_text(json.dumps({"text": long[0]}))
     assert texts("t.json") == long[:1]
+    cut_at_a_brace = json.dumps({"text": "x" * (HEAD_BYTES - 11) + "}" * 99})
+    assert cut_at_a_brace[HEAD_BYTES - 1] == "}"
+    Path("t.json").write_text(cut_at_a_brace)
+    assert len(texts("t.json")) == 1
 
 
 @pytest.mark.parametrize(
