@@ -24,7 +24,7 @@ class Settings:
         "auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME, FILE or HF_DIR"
     )
     format: str = option(
-        "auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "json", "parquet")
+        "auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "parquet", "json")
     )
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     glob: str = option("", "which files of a directory to read, '*.py' or 'docs/**/*.md'; empty: all but hidden ones")
