@@ -11,10 +11,10 @@ from nib.cli import option, parse
 from nib.errors import InputError, run_script
 
 USAGE = "python prepare_data.py SOURCE... [--option=value]..."
-ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSONL, Parquet), a directory, - for
+ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSON, Parquet), a directory, - for
 standard input, an http(s) URL, or one of stdlib, stdlib_char, shakespeare, shakespeare_char, openwebtext, fineweb-edu.
-Each text file, JSONL line or Parquet row is a document; a column of chat messages becomes plain text. A directory of
-nanoGPT's train.bin and val.bin is taken over."""
+Each text file, JSONL line, element of a JSON array or Parquet row is a document; a column of chat messages becomes
+plain text. A directory of nanoGPT's train.bin and val.bin is taken over."""
 
 
 @dataclass
@@ -23,17 +23,21 @@ class Settings:
     tokenizer: str = option(
         "auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME, FILE or HF_DIR"
     )
-    format: str = option("auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "parquet"))
+    format: str = option(
+        "auto", "what files hold; auto: by the ending", choices=("auto", "text", "jsonl", "parquet", "json")
+    )
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
-    glob: str = option("", "which files of a directory to read, such as '*.py'; by default all that are not hidden")
+    glob: str = option("", "which files of a directory to read, '*.py' or 'docs/**/*.md'; empty: all but hidden ones")
     val_fraction: float = option(0.01, "share of the documents that is kept for validation", at_least=0, below=1)
     workers: int = option(0, "processes; 0 is one a core. The result does not depend on it", at_least=0, at_most=1024)
     shard_tokens: int = option(100_000_000, "tokens a shard file", at_least=1)
     seed: int = option(1337, "decides which documents are kept for validation", at_least=0)
     invalid: str = option(
-        "error", "about invalid UTF-8; skip: leave the document out", choices=("error", "replace", "skip")
+        "error",
+        "about invalid UTF-8; skip: leave the document out, and rows without a text",
+        choices=("error", "replace", "skip"),
     )
-    overwrite: bool = option(False, "replace the data directory, once the new one is complete")
+    overwrite: bool = option(False, "replace the dataset in the data directory, once the new one is complete")
 
 
 def main() -> None:

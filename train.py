@@ -57,6 +57,7 @@ from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
 from nib.source import open_source, take_vocabulary
+from nib.words import counted
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
@@ -285,13 +286,16 @@ def announce(report: Reporter, run: Run, model: GPT) -> None:
     processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
     micro, steps = run.micro_batch_size, settings.steps()
     tokens = steps * settings.batch_size * settings.block_size
-    budget = f"{steps} steps, {tokens / 1e6:.1f}M tokens" if steps else f"{settings.max_seconds:g} seconds"
+    budget = counted(f"{settings.max_seconds:g}", "second")
+    if steps:
+        budget = f"{counted(steps, 'step')}, {tokens / 1e6:.1f}M tokens"
     report.say(
         f"model:  {model.num_parameters() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token"
     )
     report.say(
         f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
-        f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, {dataset.vocab_size} ids)"
+        f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, "
+        f"{counted(dataset.vocab_size, 'id')})"
     )
     report.say(
         f"run:    {budget}, {settings.batch_size} x {settings.block_size} tokens a step "

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nib.errors import InputError
-from nib.shards import FORMAT
+from nib.errors import InputError, RunError
+from nib.shards import FORMAT, META_FILE, REPLACEMENT
 from nib.tokenizer import Tokenizer, load_tokenizer
+from nib.words import counted
 
-META_FILE = "meta.json"
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
+# Of a split, at a time, and not above a quarter of the files that the process may hold open: each map is one of them.
+# Opening one takes 40 us, reading a window of an open one 4 us.
+OPEN_SHARDS = 128
 
 
 class Dataset:
@@ -36,7 +41,8 @@ class Dataset:
         self.tokenizer: Tokenizer = load_tokenizer(directory)
         self.vocab_size = int(self.meta["vocab_size"])
         if self.tokenizer.vocab_size != self.vocab_size:
-            sizes = f"the tokenizer has {self.tokenizer.vocab_size} ids, meta.json says {self.vocab_size}"
+            size = self.tokenizer.vocab_size
+            sizes = f"the tokenizer has {counted(size, 'id')}, meta.json says {self.vocab_size}"
             raise InputError(f"{directory}: {sizes}. {HOW}")
         self.train = self.open_split("train")
         self.val = self.open_split("val")
@@ -44,19 +50,20 @@ class Dataset:
     def open_split(self, split: str) -> TokenStream:
         tokens, size = self.meta["tokens"][split], self.meta["shard_tokens"]
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        shards: list[NDArray[Any]] = []
+        shards: list[Shard] = []
         for index in range(math.ceil(tokens / size)):
             path = self.directory / f"{split}-{index:05d}.bin"
             expected = min(size, tokens - index * size) * dtype.itemsize
             try:
-                actual = path.stat().st_size
-                if actual != expected:
-                    raise InputError(f"{path} has {actual} bytes instead of {expected}. {HOW}")
-                shards.append(np.memmap(path, dtype=dtype, mode="r"))
+                shard = Shard(path)
+                if shard.size != expected:
+                    raise InputError(f"{path} has {counted(shard.size, 'byte')} instead of {expected}. {HOW}")
+                self.check_content(path, np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
-                raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
-            self.check_content(path, shards[-1])
-        return TokenStream(shards, size)
+                how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
+                raise InputError(f"cannot read {path}: {error.strerror}. {how}") from None
+            shards.append(shard)
+        return TokenStream(MappedShards(shards, dtype), size)
 
     def check_content(self, path: Path, shard: NDArray[Any]) -> None:
         """Compare the shard's sha256, and its largest id, once: a stamp beside it remembers what was seen.
@@ -105,6 +112,9 @@ def read_meta(directory: Path) -> dict[str, Any]:
         sound = sound and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["sha256"], dict)
         sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
     except FileNotFoundError:
+        if (directory / REPLACEMENT).exists():
+            how = "Give the same prepare_data.py command again to finish it"
+            raise InputError(f"the replacement of {directory} was interrupted. {how}") from None
         raise InputError(
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {directory}"
         ) from None
@@ -117,12 +127,50 @@ def read_meta(directory: Path) -> dict[str, Any]:
     return meta
 
 
+class Shard:
+    """One file of tokens, as it was when it was opened."""
+
+    def __init__(self, path: Path) -> None:
+        status = path.stat()
+        self.path, self.size = path, status.st_size
+        self.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class MappedShards(Sequence[NDArray[Any]]):
+    """Shards that are mapped into memory when they are read; the last used stay so.
+
+    Raises RunError for one that was replaced since it was opened: the data would be of two corpora.
+    """
+
+    def __init__(self, shards: list[Shard], dtype: np.dtype) -> None:
+        self.shards, self.dtype = shards, dtype
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.map = functools.lru_cache(OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // 4))(self._map)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.map(index)
+
+    def _map(self, index: int) -> NDArray[Any]:
+        shard = self.shards[index]
+        try:
+            mapped = np.memmap(shard.path, dtype=self.dtype, mode="r")
+            if Shard(shard.path).identity == shard.identity:
+                return mapped
+            reason = "it was replaced meanwhile"
+        except (OSError, ValueError) as error:
+            reason = str(getattr(error, "strerror", None) or error)
+        raise RunError(f"cannot read {shard.path}: {reason}. Give the same command again")
+
+
 class TokenStream:
     """The tokens of one split, in shards of `size` tokens each (the last may be shorter), read as one sequence."""
 
-    def __init__(self, shards: list[NDArray[Any]], size: int) -> None:
+    def __init__(self, shards: Sequence[NDArray[Any]], size: int) -> None:
         self.shards, self.size = shards, size
-        self.tokens = sum(len(shard) for shard in shards)
+        self.tokens = (len(shards) - 1) * size + len(shards[-1]) if shards else 0
 
     def read(self, begin: int, end: int) -> NDArray[np.int64]:
         """Tokens begin to end (exclusive, cut at the end of the stream) as int64."""
@@ -147,8 +195,8 @@ class WindowOrder:
     def __init__(self, tokens: int, block_size: int, seed: int) -> None:
         if tokens < block_size + 1:
             raise InputError(
-                f"the training split has {tokens} tokens, fewer than one window of block_size + 1 = {block_size + 1}. "
-                "Lower block_size or prepare more text"
+                f"the training split has {counted(tokens, 'token')}, fewer than one window of block_size + 1 = "
+                f"{block_size + 1}. Lower block_size or prepare more text"
             )
         self.block_size, self.seed = block_size, seed
         # One block is kept free for the offset to move in, so that every epoch has the same number of windows, and

@@ -13,6 +13,7 @@ import torch
 
 from nib.errors import InputError
 from nib.products import use_onednn
+from nib.words import counted
 
 # Dense 16-bit peaks of the tensor cores with float32 sums, in TFLOP/s, from NVIDIA's data sheets and white papers (half
 # of what these give with sparsity), by what `card` makes of the name that the driver reports. Laptop versions, MIG
@@ -54,7 +55,9 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = device.index if device.index is not None else cuda_index(local_rank, count)
         if index >= count:
-            raise InputError(f"device {name} is not there: this machine has {count} CUDA devices. Use --device=auto")
+            raise InputError(
+                f"device {name} is not there: this machine has {counted(count, 'CUDA device')}. Use --device=auto"
+            )
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
@@ -86,7 +89,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -6,11 +6,13 @@ import contextlib
 import hashlib
 import os
 import secrets
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from nib.errors import InputError, RunError
 
 # The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
 PATIENCE = timedelta(minutes=10)
+SILENCE = 20.0  # seconds of waiting after which it is said what for
 
 
 @dataclass
@@ -56,13 +59,34 @@ class Cluster:
         self.total([0.0])
 
 
-def start_cluster(device_name: str) -> Cluster:
-    """Join the other processes where torchrun started several: nccl between GPUs, gloo otherwise."""
+class Place(NamedTuple):
+    rank: int
+    world: int
+    local_rank: int
+
+
+def own_place() -> Place:
+    """Which of how many processes this one is, by torchrun's environment. Raises InputError.
+
+    The only one is the first, whatever RANK a notebook or an earlier job has left in the environment.
+    """
     try:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        place = Place(int(os.environ.get("RANK", "0")), world, int(os.environ.get("LOCAL_RANK", "0")))
     except ValueError as error:
         raise InputError(f"RANK, LOCAL_RANK and WORLD_SIZE must be numbers: {error}. Start with torchrun") from None
+    if world == 1:
+        return Place(0, 1, 0)
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing or not 0 <= place.rank < world:
+        what = f"{' and '.join(missing)} missing" if missing else f"RANK {place.rank}"
+        raise InputError(f"WORLD_SIZE is {world}, with {what}. Start with torchrun, or unset RANK and WORLD_SIZE")
+    return place
+
+
+def start_cluster(device_name: str) -> Cluster:
+    """Join the other processes where torchrun started several: nccl between GPUs, gloo otherwise."""
+    rank, world, local_rank = own_place()
     device = pick_device(device_name, local_rank)
     if world == 1:
         return Cluster(rank, world, device)
@@ -88,10 +112,17 @@ def connect(backend: str) -> None:
     Every step has the whole of PATIENCE: connecting asks for the names of addresses, and where no name server answers,
     one process may wait 10 seconds for each while the others have long been ready.
     """
-    store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store = common_names(store, rank, world)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
-    dist.all_reduce(torch.zeros(1))
+    at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} for up to {PATIENCE}"
+    waiting = threading.Timer(SILENCE, print, [f"waiting for the other processes at {at}"], {"file": sys.stderr})
+    waiting.daemon = True
+    waiting.start()
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=PATIENCE))
+        store = common_names(store, rank, world)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.all_reduce(torch.zeros(1))
+    finally:
+        waiting.cancel()
 
 
 def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nib.errors import InputError, RunError
+from nib.words import counted
 
 ATTEMPTS = 5  # in a row that brought nothing more
 TIMEOUT = 30  # seconds without a byte
@@ -54,7 +55,9 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
                 raise RunError(f"cannot fetch {url}: {reason}. Check the network and run again")
             time.sleep(2**failures if failures else 0)
     if expected_bytes is not None and size != expected_bytes:
-        raise InputError(f"{url} has {size} bytes, not the {expected_bytes} it should have. Fetch it by hand")
+        raise InputError(
+            f"{url} has {counted(size, 'byte')}, not the {expected_bytes} it should have. Fetch it by hand"
+        )
     return size
 
 

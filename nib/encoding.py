@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nib.corpus import MESSAGES, Part, chat_text
+from nib.corpus import MESSAGES, Part, row_text
 from nib.errors import InputError
 from nib.pieces import PIECE_BYTES, cut
 from nib.tokenizer import load_tokenizer
@@ -80,12 +80,14 @@ class Encoder:
 def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
     """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
 
-    `invalid` says what to do about invalid UTF-8: error, replace or skip. Raises InputError, also for a JSONL line
-    that is not an object with a text in `field`.
+    `invalid` says what to do about invalid UTF-8: error, replace or skip. A row that is not an object with a text in
+    `field` can only be left out, by skip. Raises InputError.
     """
     if part.skip_invalid:
         invalid = "skip"
     data = part.data
+    if part.fault:
+        return without_text(f"{part.where}: {part.fault}", invalid)
     try:
         text, replaced = data.decode("utf-8"), 0
     except UnicodeDecodeError as error:
@@ -99,7 +101,9 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     if not part.is_json:
         return text, replaced, ""
-    text = _json_text(text, field, part.where)
+    text, fault = _json_text(text, field)
+    if fault:
+        return without_text(f"{part.where}: {fault}", invalid)
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
         reason = f"{part.where}: U+{ord(halves[0]):04X} is half a character"
         if invalid == "error":
@@ -110,23 +114,28 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
     return text, replaced + len(halves), ""
 
 
-def _json_text(line: str, field: str, where: str) -> str:
+def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
+    """What `part_text` returns for a row that is left out. Raises InputError where it is not."""
+    if invalid == "skip":
+        return "", 0, reason
+    raise InputError(
+        f"{reason}. Mend it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
+    )
+
+
+def _json_text(line: str, field: str) -> tuple[str, str]:
+    """The text in a row of JSON, and what is wrong with it, or ""."""
     try:
         document = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON: {error}. JSONL has one object a line") from None
+        return "", f"not valid JSON: {error}"
     if not isinstance(document, dict):
-        raise InputError(f"{where}: {type(document).__name__}, not an object. JSONL has one object a line")
+        return "", f"{type(document).__name__}, not an object"
     if field == "text" and field not in document and MESSAGES in document:
         field = MESSAGES
     if field not in document:
-        names = ", ".join(list(document)[:10])
-        raise InputError(f"{where}: no field {field!r} among {names or 'none'}. Give --field=NAME")
-    value = document[field]
-    text = chat_text(value) if isinstance(value, list) else value
-    if not isinstance(text, str):
-        raise InputError(f"{where}: field {field!r} holds {type(value).__name__}, not text. Give --field=NAME")
-    return text
+        return "", f"no field {field!r} among {', '.join(list(document)[:10]) or 'none'}"
+    return row_text(document[field], f"field {field!r}")
 
 
 def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:

@@ -47,8 +47,9 @@ def script_errors() -> Iterator[None]:
     try:
         yield
     except (InputError, RunError) as error:
-        rank = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))
-        if rank == "0" or not rank.isdigit() or isinstance(error, RunError):
+        rank = os.environ.get("LOCAL_RANK", "0")  # not set where RANK was left by something else than torchrun
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if alone or rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         leave(2 if isinstance(error, InputError) else 1)
     except BrokenPipeError:  # the reader went away, as in `python sample.py | head`

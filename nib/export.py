@@ -21,6 +21,7 @@ from nib.hf_architectures import LINEAR, XIELU, Architecture, choose_architectur
 from nib.hf_tokenizer import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
 from nib.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.shards import staging_directory, sync
+from nib.words import counted
 
 if TYPE_CHECKING:
     from nib.source import Source
@@ -146,7 +147,8 @@ def model_card(source: Source, architecture: Architecture, tokenizer: Tokenizer,
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nib", "---", "", f"# {name}",
         "", f"A language model of {size / 1e6:.2f} M parameters, exported by nib as {architecture.name}: {shape}, "
-        f"a context of {model['block_size']} tokens, and a vocabulary of {model['vocab_size']} ({tokenizer.name}).",
+        f"a context of {counted(model['block_size'], 'token')}, and a vocabulary of {model['vocab_size']} "
+        f"({tokenizer.name}).",
         "", "```python", "from transformers import pipeline", "",
         f'write = pipeline("text-generation", "{name}")', 'print(write("Once")[0]["generated_text"])',
         "```",

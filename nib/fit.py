@@ -14,6 +14,7 @@ from nib.distributed import Cluster
 from nib.errors import InputError, RunError
 from nib.report import Reporter
 from nib.settings import TrainSettings
+from nib.words import counted
 
 # Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
 # for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
@@ -41,7 +42,7 @@ def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> lis
     if micro_batch_size not in sizes:
         allowed = ", ".join(map(str, sizes))
         raise InputError(
-            f"micro_batch_size {micro_batch_size} does not divide the {local} sequences of one process. "
+            f"micro_batch_size {micro_batch_size} does not divide the {counted(local, 'sequence')} of one process. "
             f"Use {allowed}, or 0 for an automatic one"
         )
     return [micro_batch_size]

@@ -19,6 +19,7 @@ from nib.errors import InputError
 from nib.hf_architectures import XIELU, places, plain_name, read_config
 from nib.hf_tokenizer import read_object, read_tokenizer
 from nib.tokenizer import Tokenizer
+from nib.words import counted
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
@@ -104,7 +105,7 @@ class HuggingFaceModel:
         """The places of our parameters, all of their tensors being there, of the right shape, and accounted for."""
         architecture, model, rest = self.architecture, self.model_config, set(self.files)
         if model["n_layer"] > len(rest):
-            raise InputError(f"there are no weights for {model['n_layer']} layers. Download the model again")
+            raise InputError(f"there are no weights for {counted(model['n_layer'], 'layer')}. Download the model again")
         # A model saved without its head, as the files of GPT-2 itself, has names without their first part.
         base = architecture.names["wte"][0].split(".")[0] + "."
         short = not any(name.startswith(base) for name in rest)

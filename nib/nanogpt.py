@@ -12,6 +12,7 @@ import numpy as np
 
 from nib.errors import InputError
 from nib.tokenizer import CharTokenizer, Tokenizer, make_tokenizer
+from nib.words import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +138,8 @@ def copy_tokens(directory: Path, tokenizer: Tokenizer, writer: SplitWriter) -> N
             while data := file.read(2 * COPY_TOKENS):
                 tokens = np.frombuffer(data, dtype="<u2")
                 if tokens.max() >= tokenizer.vocab_size:
-                    ids = f"id {tokens.max()}, {tokenizer.name} only {tokenizer.vocab_size} ids"
+                    size = tokenizer.vocab_size
+                    ids = f"id {tokens.max()}, {tokenizer.name} only {counted(size, 'id')}"
                     raise InputError(f"{path} has {ids}. Give the --tokenizer it was made with")
                 writer.files[split].write(tokens.astype(writer.dtype).tobytes())
                 writer.tokens[split] += len(tokens)

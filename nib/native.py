@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -149,11 +149,11 @@ def cache_directory() -> Iterator[Path]:
     """Where compiled code is kept, of this user alone; for this process only where that cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     directory = Path(home, "nib")
-    try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mine = directory.stat().st_uid == os.getuid() and os.access(directory, os.W_OK)
-    except (OSError, AttributeError):
-        mine = False
+    mine = False
+    with suppress(OSError):
+        if directory.is_absolute():  # for a user without HOME and without an entry in passwd, ~ stays ~
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            mine = directory.stat().st_uid == os.getuid() and os.access(directory, os.W_OK)
     if mine:
         yield directory
     else:

@@ -21,8 +21,9 @@ from nib.corpus import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.encoding import EncoderSettings, encode_all, part_text
 from nib.errors import InputError, RunError
 from nib.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
-from nib.shards import FORMAT, SplitWriter, staging_directory, sync
+from nib.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
 from nib.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe, train_char
+from nib.words import counted
 from nib.workers import Worker
 
 # A dataset that can be made from its name: the source and how it is prepared.
@@ -108,9 +109,9 @@ def prepare(
                 "val_fraction": val_fraction,
                 "seed": seed,
             }
-            (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+            (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
-            for name in ("meta.json", settings.tokenizer_file.name):
+            for name in (META_FILE, settings.tokenizer_file.name):
                 sync(staging / name)
     except OSError as error:
         if error.errno in DISK_ERRORS:
@@ -189,7 +190,7 @@ def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
 
 def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter) -> None:
     """Encode all documents into `writer`, in order."""
-    left_out: list[str] = []
+    left_out = 0
     encoded = encode_all(read_parts(sources, settings.field), settings, workers)
     with contextlib.closing(encoded), _Progress(sources) as progress:
         for parts, (results, tokens) in encoded:
@@ -199,7 +200,9 @@ def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writ
                     writer.begin(result.content_hash)
                 if result.invalid:
                     if writer.document is not None:
-                        left_out.append(result.invalid)
+                        left_out += 1
+                        if left_out <= 10:
+                            _say(f"left out: {result.invalid}")
                     writer.take_back()
                 elif writer.document is not None:
                     writer.append(tokens[position : position + result.tokens], result.bytes, result.replaced)
@@ -207,10 +210,8 @@ def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writ
                 if part.last:
                     writer.end()
             progress.update(sum(len(part.data) for part in parts), len(tokens))
-    for reason in left_out[:10]:
-        _say(f"left out: {reason}")
     if left_out:
-        _say(f"left out {len(left_out)} documents that are not valid UTF-8")
+        _say(f"left out {counted(left_out, 'document')} without valid text")
 
 
 def _nothing_to_train_on(writer: SplitWriter, sources: list[str]) -> str:
@@ -255,10 +256,10 @@ class _Progress:
 def _print_summary(out: Path, meta: dict[str, Any], replaced: int, seconds: float) -> None:
     total_bytes, total_tokens = sum(meta["bytes"].values()), sum(meta["tokens"].values())
     if replaced:
-        _say(f"replaced {replaced} places that are not valid UTF-8 by U+FFFD")
+        _say(f"replaced {counted(replaced, 'place')} not valid in UTF-8 by U+FFFD")
     for split in ("train", "val"):
-        documents, tokens, bytes = (meta[key][split] for key in ("documents", "tokens", "bytes"))
-        _say(f"{split:5} {documents:>10,} documents {tokens:>15,} tokens {bytes:>15,} bytes")
+        counts = ((meta[f"{noun}s"][split], noun) for noun in ("document", "token", "byte"))
+        _say(f"{split:5} " + " ".join(f"{counted(f'{count:,}', noun):>21}" for count, noun in counts))
     _say(
         f"{out}: {meta['tokenizer']}, vocabulary {meta['vocab_size']}, "
         f"{total_bytes / total_tokens:.2f} bytes a token; {seconds:.1f} s, {total_bytes / 1e6 / seconds:.1f} MB/s"

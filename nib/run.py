@@ -8,6 +8,7 @@ import os
 import platform
 import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,12 +29,18 @@ from nib.checkpoint import (
 )
 from nib.dataset import Dataset
 from nib.device import Precision
-from nib.distributed import Cluster, like, reshard, whole
+from nib.distributed import Cluster, like, own_place, reshard, whole
 from nib.errors import InputError, RunError
 from nib.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.report import Reporter, command_line
 from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
+from nib.shards import staging_path
+from nib.words import counted
+
+# How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
+# its files stay as they are. A network file system shows a new name after up to a minute.
+ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
 
 
 @dataclass
@@ -153,8 +160,8 @@ class Run:
                 report.say(f"warning: {error}")
             self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
             raise RunError(
-                f"loss or gradient was not finite in {limit} steps in a row, the last of them step {progress.step}. "
-                f"{self.way_back()}"
+                f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step "
+                f"{progress.step}. {self.way_back()}"
             )
 
     def way_back(self) -> str:
@@ -244,10 +251,10 @@ def open_dataset(name: str) -> Dataset:
     """
     directory = Path(name) if Path(name).is_dir() else Path("data") / name
     if not directory.exists() and name in BUILTIN_DATASETS:
-        if os.environ.get("RANK", "0") == "0":
+        if own_place().rank == 0:
             prepare_builtin(name)
-        while not directory.exists():
-            time.sleep(0.2)
+        else:
+            wait_for_dataset(directory)
     if not directory.exists():
         have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
         prepared = f" Prepared: {', '.join(have)}." if have else ""
@@ -256,6 +263,28 @@ def open_dataset(name: str) -> Dataset:
             f"Make it with: python prepare_data.py SOURCE --out data/{Path(name).name}"
         )
     return Dataset(directory)
+
+
+def wait_for_dataset(directory: Path) -> None:
+    """Return when the first process has prepared `directory`.
+
+    Raises RunError when nothing is seen of its work for too long: it failed, never came, or has another file system.
+    """
+    print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
+    seen, since = None, time.monotonic()
+    while True:
+        work = [staging_path(directory), *staging_path(directory).glob("**/*")]
+        now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
+        if directory.exists():  # looked at after the work, which it replaces
+            return
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > (SILENT_SECONDS if now else ABSENT_SECONDS):
+            raise RunError(
+                f"process 0 is not preparing {directory}. See its message, or unset RANK if this is the only process, "
+                f"or prepare it first: python prepare_data.py {directory.name}"
+            )
+        time.sleep(0.2)
 
 
 def snapshot(

@@ -3,61 +3,98 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from nib.errors import InputError
-from nib.tokenizer import Tokenizer
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one output are not noticed there
-    fcntl = None  # type: ignore[assignment]
+from nib.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FORMAT = "nib-data-1"
+META_FILE = "meta.json"
+# Every name that a file of a dataset can have.
+OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.bin|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
+# In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
+REPLACEMENT, REPLACED = ".nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
 SPLITS = ("train", "val")
 
 
+def staging_path(out: Path) -> Path:
+    """Where the content of `out` is prepared. Inside `out` where that exists: it may be a mount point, or a link."""
+    return out / ".nib-staging" if out.is_dir() else out.parent / f".{out.name}.staging"
+
+
 @contextlib.contextmanager
 def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden directory beside `out` that becomes `out` when the block ends well, and vanishes when it does not.
+    """A hidden directory whose content becomes that of `out` when the block ends well, and vanishes when it does not.
 
-    What a killed run left is removed. Raises InputError when another run is preparing `out` right now, and when
-    `out` exists: without `overwrite` always, with it when it holds anything but prepared data.
+    A new `out` appears by one rename. In an existing one the files of the old dataset are replaced, and only these.
+    What a killed run left is removed, or its replacement finished. Raises InputError when another run is preparing
+    `out` right now, and when `out` exists: without `overwrite` always, with it where a file of the user's is in danger.
     """
-    check_output(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging, old = out.parent / f".{out.name}.staging", out.parent / f".{out.name}.old"
-    staging.mkdir(exist_ok=True)
-    with _locked(staging) as locked:
+    inside, staging = out.is_dir(), staging_path(out)
+    if not inside:
+        check_output(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+    with _locked(out if inside else staging) as locked:
         if not locked:
             raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
         try:
-            if old.exists() and not out.exists():  # killed between the two renames below
-                old.rename(out)
-            check_output(out, overwrite)  # again: another run may have ended just now
+            _finish_replacement(out)
+            check_output(out, overwrite)  # here too: another run may have ended just now
+            staging.mkdir(exist_ok=True)
             for left in staging.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield staging
             sync(staging)
-            if out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                out.rename(old)
-            staging.rename(out)
-            sync(out.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            if inside:
+                staging.rename(out / REPLACEMENT)
+                sync(out)
+                _finish_replacement(out)
+            elif out.exists():
+                raise InputError(f"{out} was made by something else meanwhile. Move it away, and run again")
+            else:
+                staging.rename(out)
+                sync(out.parent)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
+
+
+def _finish_replacement(out: Path) -> None:
+    """Move a complete new dataset from its directory in `out` to its place, removing the old one.
+
+    A run that is killed in here leaves what the next call goes on from: every step may have been done before. There is
+    a meta.json in `out` only while one of the two datasets is complete.
+    """
+    new = out / REPLACEMENT
+    if (new / META_FILE).exists():
+        if (out / META_FILE).exists():
+            (out / META_FILE).rename(new / REPLACED)
+        for name in dataset_files(new, REPLACED):
+            if name.endswith(".bin"):
+                with contextlib.suppress(OSError):
+                    (out / name).with_suffix(".checked").unlink()  # the stamp of nib.dataset
+            if name not in dataset_files(new):  # where they may have been moved from already
+                (out / name).unlink(missing_ok=True)
+        for path in new.iterdir():
+            if path.name not in (META_FILE, REPLACED):
+                path.rename(out / path.name)
+        sync(out)
+        (new / META_FILE).rename(out / META_FILE)
+        sync(out)
+    shutil.rmtree(new, ignore_errors=True)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -66,15 +103,23 @@ def check_output(out: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{out} exists. Give --overwrite to replace it, or another --out")
-    if not out.is_dir() or out.is_symlink() or (any(out.iterdir()) and _format(out) != FORMAT):
+    own = dataset_files(out)
+    names = {path.name for path in out.iterdir()} - {staging_path(out).name} if out.is_dir() else {out.name}
+    if names and not own:
         raise InputError(f"{out} is not prepared data, so --overwrite does not replace it. Give another --out")
+    for name in sorted(filter(OWN_NAME.fullmatch, names)):
+        if name not in own or not (out / name).is_file():
+            raise InputError(f"{out / name} is no file of the dataset there. Move it away, or give another --out")
 
 
-def _format(directory: Path) -> Any:
+def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
+    """The names of the files that nib wrote into a directory of prepared data; none where there is no such data."""
     try:
-        return json.loads((directory / "meta.json").read_bytes()).get("format")
-    except (OSError, ValueError, AttributeError):
-        return None
+        meta = json.loads((directory / meta_file).read_bytes())
+        names = [*meta["sha256"], META_FILE, TOKENIZER_FILE] if meta["format"] == FORMAT else []
+        return set(filter(OWN_NAME.fullmatch, names))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
 
 
 @contextlib.contextmanager
@@ -83,9 +128,6 @@ def _locked(directory: Path) -> Iterator[bool]:
 
     The lock goes with the process, so a killed run leaves none behind.
     """
-    if fcntl is None:
-        yield True
-        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         try:
@@ -100,8 +142,6 @@ def _locked(directory: Path) -> Iterator[bool]:
 
 def sync(path: Path) -> None:
     """Make a file, or the names in a directory, survive a power cut."""
-    if path.is_dir() and os.name == "nt":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,6 +11,7 @@ from nib.errors import InputError
 from nib.hub import MODEL_FILES, download, is_hub_name
 from nib.huggingface import HuggingFaceModel, is_hugging_face
 from nib.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+from nib.words import counted
 
 if TYPE_CHECKING:
     from nib.dataset import Dataset
@@ -67,7 +68,7 @@ def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
             raise
         tokenizer = dataset.tokenizer
     if tokenizer.token_bytes != dataset.tokenizer.token_bytes:
-        what = f"{name} has {size} token ids, {dataset.directory} {dataset.vocab_size}"
+        what = f"{name} has {counted(size, 'token id')}, {dataset.directory} {dataset.vocab_size}"
         if size == dataset.vocab_size:
             what = f"{name} has another tokenizer than {dataset.directory}"
         raise InputError(f"{what}. Prepare the data with --tokenizer={name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +24,7 @@ from nib.dataset import (
     Dataset,
     validation_windows,
 )
-from nib.errors import InputError
+from nib.errors import InputError, RunError
 from nib.tokenizer import ByteTokenizer, CharTokenizer
 
 torch.set_num_threads(1)
@@ -224,6 +226,52 @@ def test_fingerprint_tells_corpora_apart(tmp_path: Path) -> None:
         write_dataset(tmp_path / str(number), train, val)
         prints.append(Dataset(tmp_path / str(number)).fingerprint())
     assert prints[0] == prints[1] and len(set(prints)) == 3
+
+
+# ---- many shards ---------------------------------------------------------------------------------------------------
+
+
+def open_files() -> int:
+    count = 0
+    for number in range(1000):
+        with contextlib.suppress(OSError):
+            os.fstat(number)
+            count += 1
+    return count
+
+
+@pytest.mark.parametrize("limit, most", [(1024, 128), (24, 6), (2, 0), (-1, 128)])
+def test_a_dataset_may_have_more_shards_than_a_process_may_open(
+    limit: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_dataset(tmp_path, TRAIN[:600], VAL[:20], shard_tokens=4)
+    monkeypatch.setattr(nib.dataset.resource, "getrlimit", lambda _: (limit, limit))
+    before = open_files()
+    dataset = Dataset(tmp_path)
+    assert dataset.train.read(0, 9999).tolist() == TRAIN[:600].tolist()
+    assert open_files() - before <= most + 1  # the last one of val, whose length was asked for
+    assert dataset.train.read(3, 9).tolist() == TRAIN[3:9].tolist()
+
+
+def test_a_shard_that_is_replaced_while_it_is_in_use_ends_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nib.dataset, "OPEN_SHARDS", 1)
+    dataset = Dataset(data)
+    shard = data / "train-00001.bin"
+    content = shard.read_bytes()
+    for damage in (shard.unlink, lambda: shard.write_bytes(content[::-1]), lambda: shard.write_bytes(b"")):
+        damage()
+        with pytest.raises(RunError, match=r"cannot read .*train-00001\.bin: .*Give the same command again"):
+            dataset.train.read(0, 2500)
+
+
+def test_the_cause_is_named_when_a_shard_cannot_be_opened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(nib.dataset.np, "memmap", fail)
+    with pytest.raises(InputError, match="Too many open files") as refused:
+        Dataset(data)
+    assert "Prepare it again" not in str(refused.value)
 
 
 # ---- any meta.json at all ------------------------------------------------------------------------------------------

@@ -118,6 +118,20 @@ def test_whatever_is_wrong_with_the_compiler_there_are_just_no_kernels(tmp_path,
     assert (found is not None) == (trouble == "no place to write" and bool(shutil.which("cc")))
 
 
+@pytest.mark.parametrize("place", [{}, {"XDG_CACHE_HOME": "cache"}, {"HOME": "home"}])
+def test_without_a_home_directory_nothing_is_kept_and_no_directory_is_made(tmp_path, monkeypatch, place):
+    """Also for a user without an entry in passwd, as containers have."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.getuid", lambda: 54321)
+    with native.cache_directory() as directory:
+        assert directory.is_dir() and directory.is_absolute()
+    assert not directory.exists() and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_without_kernels_float32_goes_by_onednn(no_kernels, bias):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nib.corpus import Part, Source, read_parts
 from nib.encoding import Encoder, EncoderSettings
 from nib.pieces import PIECE_BYTES
 from nib.prepare import BPE_SAMPLE_BYTES, _sample
+from nib.words import counted
 
 # What it writes
 
@@ -156,6 +158,17 @@ def test_the_bpe_sample_is_spread_over_the_corpus() -> None:
     assert len(taken) == 250 and taken == list(range(0, 1000, 4))
     assert len(list(_sample(parts(), [Source("x", "hub")]))) == 250
     assert len(list(_sample(parts(), [Source("x", "text", size=10)]))) == 250
+
+
+def test_one_is_written_without_an_s(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("a")
+    done = run(tmp_path, "t.txt", "--tokenizer=byte", "--val-fraction=0")
+    assert re.findall(rb"[\d,]+ \w+", done.stdout)[:6] == [
+        b"1 document", b"2 tokens", b"1 byte", b"0 documents", b"0 tokens", b"0 bytes",
+    ]  # fmt: skip
+    assert [counted(number, "step") for number in (0, 1, 2, 1.0, "1", "1,000")] == [
+        "0 steps", "1 step", "2 steps", "1.0 steps", "1 step", "1,000 steps",
+    ]  # fmt: skip
 
 
 # The split

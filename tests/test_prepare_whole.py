@@ -136,17 +136,6 @@ def test_an_output_is_replaced_only_on_request_and_only_when_the_new_one_is_comp
     assert left_over(tmp_path / "data") == ["out"]
 
 
-def test_a_run_killed_between_the_two_renames_is_put_right(tmp_path: Path) -> None:
-    (tmp_path / "t.txt").write_text("old")
-    options = ("t.txt", "--out=data/out", "--tokenizer=byte", "--val-fraction=0")
-    assert run(tmp_path, *options).returncode == 0
-    (tmp_path / "data" / "out").rename(tmp_path / "data" / ".out.old")
-    (tmp_path / "data" / ".out.staging" / "fetched").mkdir(parents=True)
-    assert run(tmp_path, *options).returncode == 2  # it is back, and not overwritten
-    assert Data(tmp_path / "data" / "out").text("train") == "old"
-    assert left_over(tmp_path / "data") == ["out"]
-
-
 def test_overwrite_does_not_remove_what_is_not_prepared_data(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("text")
     (tmp_path / "mine").mkdir()
