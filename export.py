@@ -6,6 +6,11 @@ python export.py out/small small-gguf --format gguf
 
 from __future__ import annotations
 
+from nib.signals import exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import re
 import sys
 from dataclasses import dataclass

@@ -6,6 +6,11 @@ weights come from.
 
 from __future__ import annotations
 
+from nib.signals import STOP_SIGNALS, exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import sys
 from pathlib import Path
 
@@ -52,7 +57,7 @@ from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
-from nib.run import STOP_SIGNALS, Run, StopSignal, due, open_dataset
+from nib.run import Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
@@ -60,7 +65,7 @@ from nib.source import check_vocabulary, open_source
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
-    """The whole run. Returns the exit status: 0 done, 130 or 143 stopped by a signal after saving."""
+    """The whole run. Returns the exit status: 0 done, 130, 143 or 129 stopped by a signal after saving."""
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)

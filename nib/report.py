@@ -65,7 +65,7 @@ class Reporter:
     def append(self, name: str, text: str) -> None:
         """Raises RunError when the disk does not take it: a run that cannot be recorded is not worth going on."""
         try:
-            with (self.out_dir / name).open("a", encoding="utf-8") as file:
+            with (self.out_dir / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             reason = f"cannot write to {self.out_dir / name}: {error.strerror}"

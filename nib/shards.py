@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from nib.errors import InputError
+from nib.signals import stop_signals_raise
 from nib.tokenizer import Tokenizer
 
 try:
@@ -38,7 +39,7 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     staging, old = out.parent / f".{out.name}.staging", out.parent / f".{out.name}.old"
     staging.mkdir(exist_ok=True)
-    with _locked(staging) as locked:
+    with stop_signals_raise(), _locked(staging) as locked:
         if not locked:
             raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
         try:
