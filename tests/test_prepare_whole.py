@@ -58,13 +58,15 @@ def is_running(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_run_leaves_nothing(
     tmp_path: Path, half_done: subprocess.Popen[bytes], number: signal.Signals, status: int
 ) -> None:
     workers = children(half_done.pid)
     assert len(workers) == 2
     half_done.send_signal(number)
+    if number == signal.SIGHUP:  # which the kernel and a shell both send
+        half_done.send_signal(number)
     assert half_done.wait(60) == status
     assert half_done.stderr is not None and half_done.stderr.read() == b""
     wait_for(lambda: not any(map(is_running, workers)))
