@@ -40,6 +40,8 @@ def main() -> None:
     shard_bytes = parse_size(settings.max_shard_size)
     if out.exists():
         raise InputError(f"{out} exists. Give a new directory")
+    if str(out) != str(out).encode("utf-8", "ignore").decode("utf-8"):  # safetensors would refuse it later
+        raise InputError(f"{out} is not UTF-8. Give another directory")
 
     from nib.export import directory_bytes, export
     from nib.source import open_source

@@ -27,7 +27,9 @@ def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
     parsed = parse(TrainSettings, argv, usage=usage, about=about, config_file=True)
     parsed.settings.check()
     if not parsed.settings.out_dir:
-        parsed.settings.out_dir = str(Path("out") / Path((parsed.arguments or ["run"])[0]).stem)
+        name = Path((parsed.arguments or ["run"])[0]).stem
+        # Without bytes that are not UTF-8: from such a directory safetensors reads no checkpoint.
+        parsed.settings.out_dir = str(Path("out") / name.encode("utf-8", "ignore").decode("utf-8"))
     return parsed
 
 

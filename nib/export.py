@@ -55,9 +55,7 @@ def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: i
             else:
                 write_weights(tensors, staging, max_shard_bytes)
                 write_settings(architecture, source, tokenizer, stored, staging)
-                (staging / "README.md").write_text(
-                    model_card(source, architecture, tokenizer, out.name), "utf-8", "replace"
-                )
+                (staging / "README.md").write_text(model_card(source, architecture, tokenizer, out.name), "utf-8")
                 HuggingFaceModel(staging)  # what was written has everything in its place
             for path in staging.iterdir():
                 sync(path)
