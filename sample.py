@@ -86,13 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
-    with stop_signals_raise():
-        if options.interactive:
-            status(origin)
-            return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
-        samples = make_samples(prompts, tokenizer, options)
+    if options.interactive:
         status(origin)
-        return write(samples, model, options)
+        return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
+    samples = make_samples(prompts, tokenizer, options)
+    status(origin)
+    return write(samples, model, options)
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -162,6 +161,7 @@ def load_model(
     return model, source.tokenizer(), origin + ", compiled" * compiled
 
 
+@stop_signals_raise()
 def write(samples: list[Sample], model: GPT, options: Options) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
     from model import KVCache
@@ -247,7 +247,8 @@ def converse(answer: Callable[[str], int]) -> int:
             import readline  # noqa: F401  line editing and history for input()
     while True:
         try:
-            line = input("> " if typed else "")
+            with stop_signals_raise():  # Ctrl-C leaves the terminal as it was
+                line = input("> " if typed else "")
         except EOFError:
             if typed:
                 write_result("")

@@ -33,22 +33,27 @@ def stop_signals_raise() -> Iterator[None]:
     SIGTERM and SIGHUP raise once: a terminal that is closed sends several, and the clean-up must not be cut short.
     Signals that are ignored (SIGHUP under nohup), or that somebody else handles, are left alone.
     """
-    stopped = False
+    stopped_by = 0
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal stopped
-        if not stopped:
-            stopped = True
+        nonlocal stopped_by
+        before, stopped_by = stopped_by, number
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not before:
             raise SystemExit(128 + number)
 
-    before = {}
+    handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other may set handlers, or runs them
         for number in STOP_SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, exit_at_once):
-                wanted = signal.default_int_handler if number == signal.SIGINT else stop
-                before[number] = signal.signal(number, wanted)
+                handlers[number] = signal.signal(number, stop)
     try:
         yield
+    except Exception:  # extension modules that are imported turn what a handler raises into an exception of theirs
+        if stopped_by:
+            raise SystemExit(128 + stopped_by) from None
+        raise
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -18,14 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def descriptor(number: int, state: str, kept: str) -> tuple[int, int | None]:
-    """A new descriptor in that state, and the other end that the parent has to read one line from."""
-    if state in ("left", "line"):
+    """A new descriptor in that state, and the other end of its pipe where the parent has to read from it."""
+    if state in ("left", "line", "busy"):
         reader, writer = os.pipe()
         if number == 0:
             os.write(writer, b"one line\n" * (state == "line"))
             os.close(writer)
             return reader, None
-        if state == "line":
+        os.set_blocking(writer, state != "busy")
+        if state != "left":
             return writer, reader
         os.close(reader)
         return writer, None
@@ -96,12 +97,14 @@ def main() -> None:
                 if reader is not None:
                     os.close(reader)
             return become(script, arguments, states, [end for end, _ in made])
-        for end, reader in made:
+        for number, (end, reader) in enumerate(made):
             os.close(end)
             if reader is not None:
-                while os.read(reader, 1) not in (b"\n", b""):
-                    pass
-                os.close(reader)
+                with open(reader, "rb", buffering=0) as pipe:
+                    if states[str(number)] == "busy":
+                        Path(kept[number]).write_bytes(pipe.read())
+                    else:
+                        pipe.readline()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         shown = [Path(path).read_text("utf-8", "replace") if os.path.exists(path) else "" for path in kept[1:]]
         for path in kept:

@@ -65,8 +65,6 @@ def test_a_stopped_run_leaves_nothing(
     workers = children(half_done.pid)
     assert len(workers) == 2
     half_done.send_signal(number)
-    if number == signal.SIGHUP:  # which the kernel and a shell both send
-        half_done.send_signal(number)
     assert half_done.wait(60) == status
     assert half_done.stderr is not None and half_done.stderr.read() == b""
     wait_for(lambda: not any(map(is_running, workers)))

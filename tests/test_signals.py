@@ -26,7 +26,7 @@ except BaseException:
 RUNS = {
     "train.py": ["--dataset=words"],
     "sample.py": [],
-    "prepare_data.py": ["texts", "--tokenizer=byte"],
+    "prepare_data.py": ["text.txt", "--tokenizer=gpt2"],
     "evaluate.py": ["run"],
     "export.py": ["run", "out"],
 }
@@ -34,16 +34,35 @@ RUNS = {
 
 @pytest.mark.parametrize("script, module", [(script, "difflib") for script in RUNS] + [
     ("train.py", "torch"), ("sample.py", "torch"), ("prepare_data.py", "numpy"), ("evaluate.py", "torch"),
-    ("export.py", "numpy"),
+    ("export.py", "numpy"), ("prepare_data.py", "tiktoken"),
 ])  # fmt: skip
 def test_ctrl_c_while_a_module_is_loaded_ends_without_a_word(script: str, module: str, tmp_path: Path) -> None:
-    """difflib is one of the first modules that a script loads; numpy and torch are extension modules."""
+    """difflib is one of the first modules that a script loads, tiktoken is loaded when there is work to clean up."""
+    (tmp_path / "text.txt").write_text("text")
     (tmp_path / "stubs").mkdir()
     (tmp_path / f"stubs/{module}.py").write_text(STUB)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "stubs")}
     command = [sys.executable, str(ROOT / script), *RUNS[script]]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert not [*tmp_path.glob("data/.*")]
+
+
+TWICE = """
+import signal
+from nib.signals import stop_signals_raise
+with stop_signals_raise():
+    try:
+        signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.raise_signal(signal.SIGTERM)
+        print("cleaned up")
+"""
+
+
+def test_a_second_signal_does_not_cut_the_clean_up_short() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (129, "cleaned up\n", "")
 
 
 @pytest.mark.parametrize("nohup", [False, True])

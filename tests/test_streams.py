@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 from conftest import ROOT
+
+from nib.report import Reporter
 
 STATES = {
     "closed": "closed, as by >&-",
@@ -114,6 +117,26 @@ def test_every_script_with_each_standard_stream_in_every_state(run: Run, place: 
             if 1 not in state and steady(told) != usual[name][0]:
                 wrong.append((name, state, "on standard output", told))
     assert not wrong
+
+
+def test_a_pipe_that_does_not_wait_gets_everything(run: Run) -> None:
+    """Programs such as ssh and node leave O_NONBLOCK set on what they share with others."""
+    (script, *arguments), told = COMMANDS["sample"], []
+    for states in ({}, {1: "busy"}):
+        told.append(run(script, *arguments, states=states))
+    assert told[0].status == 0 and told[0] == told[1]
+
+
+def test_names_that_are_not_utf8_are_told_and_name_no_run(run: Run, place: Path) -> None:
+    name = os.fsdecode(b"r\xff.py")
+    (place / name).write_text("max_iters = 2\n")
+    assert run("train.py", name, *TINY, states={}).status == 0
+    assert run("sample.py", "out/r", "--max-new-tokens=2", states={}).status == 0
+    assert run("prepare_data.py", name, "--tokenizer=byte", "--workers=1", "--out=made/r", states={}).status == 0
+    refused = run("export.py", "run", os.fsdecode(b"made/\xff"), states={})
+    assert refused.status == 2 and refused.errors == "error: made/\\udcff is not UTF-8. Give another directory\n"
+    Reporter(place, active=True).append("log.txt", f"Go on with: train.py {name}")
+    assert (place / "log.txt").read_text() == "Go on with: train.py r\\udcff.py"
 
 
 INPUTS: dict[str, tuple[list[str], dict[str, str]]] = {  # what is said of a standard input; nothing: it is taken
