@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def main() -> None:
             if reader is not None:
                 with open(reader, "rb", buffering=0) as pipe:
                     if states[str(number)] == "busy":
+                        time.sleep(1)  # until the pipe is full
                         Path(kept[number]).write_bytes(pipe.read())
                     else:
                         pipe.readline()
