@@ -7,6 +7,11 @@ python evaluate.py out/small --data questions.jsonl --json
 
 from __future__ import annotations
 
+from nib.signals import exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import json
 import sys
 from dataclasses import dataclass
@@ -15,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from nib.cli import option, parse
 from nib.errors import InputError, run_script
+from nib.streams import write_result
 
 if TYPE_CHECKING:
     from nib.source import Source
@@ -44,6 +50,7 @@ class Settings:
 
 def main() -> None:
     parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
+    write_result("", end="")  # says now that standard output is closed
     settings = parsed.settings
     if settings.context and settings.stride > settings.context:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
@@ -56,11 +63,11 @@ def main() -> None:
         results += evaluate(source, target or str(source.directory), settings)
     if settings.json:
         for result in results:
-            print(json.dumps(result))
+            write_result(json.dumps(result))
         return
     for columns in (TEXT_COLUMNS, CHOICE_COLUMNS):
         if rows := [result for result in results if columns[4] in result]:
-            print(table(rows, columns))
+            write_result(table(rows, columns))
 
 
 def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:

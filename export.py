@@ -6,6 +6,11 @@ python export.py out/small small-gguf --format gguf
 
 from __future__ import annotations
 
+from nib.signals import exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import re
 import sys
 from dataclasses import dataclass
@@ -35,6 +40,8 @@ def main() -> None:
     shard_bytes = parse_size(settings.max_shard_size)
     if out.exists():
         raise InputError(f"{out} exists. Give a new directory")
+    if str(out) != str(out).encode("utf-8", "ignore").decode("utf-8"):  # safetensors would refuse it later
+        raise InputError(f"{out} is not UTF-8. Give another directory")
 
     from nib.export import directory_bytes, export
     from nib.source import open_source

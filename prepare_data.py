@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import signal
+from nib.signals import exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,7 +48,6 @@ def main() -> None:
     parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
     if not parsed.arguments:
         raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
 

@@ -10,6 +10,11 @@ From the command line down: the options, the prompts, the model, and the ways to
 
 from __future__ import annotations
 
+from nib.signals import exit_on_interrupt, stop_signals_raise
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import contextlib
 import io
 import json
@@ -22,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nib.cli import option, parse
 from nib.errors import InputError, run_script
 from nib.samples import Sample, SamplingSettings, TextStream, make_samples
+from nib.streams import write_result
 
 if TYPE_CHECKING:
     from model import GPT
@@ -65,6 +71,7 @@ class Options(SamplingSettings):
 
 def main(argv: list[str] | None = None) -> int:
     parsed = parse(Options, sys.argv[1:] if argv is None else argv, usage=USAGE, about=ABOUT, max_arguments=1)
+    write_result("", end="")  # says now that standard output is closed
     options = parsed.settings
     prompts = read_prompts(options)
     TextStream(options.stop)  # says now what is wrong with them
@@ -154,6 +161,7 @@ def load_model(
     return model, source.tokenizer(), origin + ", compiled" * compiled
 
 
+@stop_signals_raise()
 def write(samples: list[Sample], model: GPT, options: Options) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
     from model import KVCache
@@ -179,7 +187,7 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
                     printer.show(sample, text)
     if options.json:
         for sample in samples:
-            print(json.dumps(as_json(sample)), flush=True)
+            write_result(json.dumps(as_json(sample)))
     return INTERRUPTED if interrupted else 0
 
 
@@ -215,19 +223,19 @@ class Printer:
             sample = self.samples[self.turn]
             if len(self.samples) > 1:
                 several = f"prompt {sample.prompt_number + 1}, " if self.samples[-1].prompt_number else ""
-                print(f"--- {several}sample {sample.number + 1} ---")
-            print(sample.prompt + sample.text, end="", flush=True)
+                write_result(f"--- {several}sample {sample.number + 1} ---")
+            write_result(sample.prompt + sample.text, end="")
             if not sample.finish_reason:
                 return
             self.end()
 
     def end(self) -> None:
-        print(flush=True)
+        write_result("")
         self.turn += 1
 
     def show(self, sample: Sample, text: str) -> None:
         if sample is self.samples[self.turn]:
-            print(text, end="", flush=True)
+            write_result(text, end="")
             if sample.finish_reason:
                 self.end()
                 self.begin()
@@ -241,13 +249,16 @@ def converse(answer: Callable[[str], int]) -> int:
             import readline  # noqa: F401  line editing and history for input()
     while True:
         try:
-            line = input("> " if typed else "")
+            with stop_signals_raise():  # Ctrl-C leaves the terminal as it was
+                line = input("> " if typed else "")
         except EOFError:
             if typed:
-                print()
+                write_result("")
             return 0
         except UnicodeDecodeError:
             raise InputError("standard input is not UTF-8. Give text") from None
+        except OSError as error:
+            raise InputError(f"cannot read standard input: {error.strerror}. Give text") from None
         try:
             answer(line)
         except InputError as error:

@@ -6,6 +6,11 @@ weights come from.
 
 from __future__ import annotations
 
+from nib.signals import STOP_SIGNALS, exit_on_interrupt
+
+if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
+    exit_on_interrupt()
+
 import sys
 from pathlib import Path
 
@@ -22,7 +27,9 @@ def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
     parsed = parse(TrainSettings, argv, usage=usage, about=about, config_file=True)
     parsed.settings.check()
     if not parsed.settings.out_dir:
-        parsed.settings.out_dir = str(Path("out") / Path((parsed.arguments or ["run"])[0]).stem)
+        name = Path((parsed.arguments or ["run"])[0]).stem
+        # Without bytes that are not UTF-8: from such a directory safetensors reads no checkpoint.
+        parsed.settings.out_dir = str(Path("out") / name.encode("utf-8", "ignore").decode("utf-8"))
     return parsed
 
 
@@ -52,7 +59,7 @@ from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
-from nib.run import STOP_SIGNALS, Run, StopSignal, due, open_dataset
+from nib.run import Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
@@ -61,7 +68,7 @@ from nib.words import counted
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
-    """The whole run. Returns the exit status: 0 done and saved, 1 not saved, 130 or 143 stopped by a signal."""
+    """The whole run. Returns the exit status: 0 done and saved, 1 not saved, 129, 130 or 143 stopped by a signal."""
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nib.errors import InputError
+from nib.streams import write_result
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
@@ -65,10 +66,10 @@ def parse(
     Raises InputError for an unknown name, a value of the wrong type or outside its limits.
     """
     parser = _Parser(cls, "_" if config_file else "-")
-    if any(argument in ("-h", "--help") for argument in argv):
-        print(parser.help_text(usage, about))
+    values, arguments, help_wanted = parser.command_line(argv)
+    if help_wanted:
+        write_result(parser.help_text(usage, about))
         sys.exit(0)
-    values, arguments = parser.command_line(argv)
     limit = 1 if config_file else max_arguments
     if limit is not None and len(arguments) > limit:
         raise InputError(f"unexpected argument {arguments[limit]!r}. Options are written --name=value; see --help")
@@ -92,31 +93,43 @@ class _Parser:
     def is_switch(self, name: str) -> bool:
         return self.types[name] is bool or "true" in self.fields[name].metadata["choices"]
 
-    def command_line(self, argv: list[str]) -> tuple[dict[str, Any], list[str]]:
+    def command_line(self, argv: list[str]) -> tuple[dict[str, Any], list[str], bool]:
+        """The options, the bare arguments, and whether the help is asked for, which makes up for any mistake."""
         values: dict[str, Any] = {}
         arguments: list[str] = []
+        mistake: InputError | None = None
         rest = list(argv)
         while rest:
             argument = rest.pop(0)
+            if argument in ("-h", "--help"):
+                return {}, [], True
             if argument == "--":
                 arguments += rest
                 break
             if not argument.startswith("-") or argument == "-":
                 arguments.append(argument)
                 continue
-            key, equals, text = argument.partition("=")
-            name, negated = self.find(key, "option " + key)
-            if negated:
-                if equals:
-                    raise InputError(f"{key} takes no value. Write {self.shown(name)}={text} or {key}")
-                text = "false"
-            elif not equals:
-                text = self.following(name, key, rest)
-            value = self.from_text(name, text)
-            if isinstance(value, list):
-                value = values.get(name, []) + value
-            values[name] = value
-        return values, arguments
+            try:
+                name, value = self.option(argument, rest)
+            except InputError as error:
+                mistake = mistake or error
+                continue
+            values[name] = values.get(name, []) + value if isinstance(value, list) else value
+        if mistake:
+            raise mistake
+        return values, arguments, False
+
+    def option(self, argument: str, rest: list[str]) -> tuple[str, Any]:
+        """The name and the value of an option; a value that is an argument of its own is taken out of `rest`."""
+        key, equals, text = argument.partition("=")
+        name, negated = self.find(key, "option " + key)
+        if negated:
+            if equals:
+                raise InputError(f"{key} takes no value. Write {self.shown(name)}={text} or {key}")
+            text = "false"
+        elif not equals:
+            text = self.following(name, key, rest)
+        return name, self.from_text(name, text)
 
     def following(self, name: str, key: str, rest: list[str]) -> str:
         """The value of an option that was written without `=`: the next argument, or "true" for a switch."""

@@ -104,7 +104,7 @@ def _pipe(name: str, format: str, copy: Path | None) -> Source:
     if copy is None:
         return Source(name, format, None if name == "-" else Path(name))
     copy = copy.with_suffix(_compression(Path(name)))
-    with open(0 if name == "-" else name, "rb", closefd=name != "-") as stream, open(copy, "wb") as file:
+    with io.BufferedReader(StandardInput()) if name == "-" else open(name, "rb") as stream, open(copy, "wb") as file:
         shutil.copyfileobj(stream, file, 1 << 20)
     return Source(name, format, copy, _text_size(copy))
 
@@ -198,9 +198,12 @@ class StandardInput(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         number = sys.stdin.fileno()
-        while not select.select([number], [], [], 0.2)[0]:
-            pass
-        return os.readv(number, [buffer])
+        try:
+            while not select.select([number], [], [], 0.2)[0]:
+                pass
+            return os.readv(number, [buffer])
+        except OSError as error:
+            raise InputError(f"cannot read standard input: {error.strerror}. Give the name of a file") from None
 
 
 def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:

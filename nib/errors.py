@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
+from nib.streams import OutputLost, guard_streams
+
 # The thread that writes a checkpoint, and how long a process that fails waits for it: torchrun kills after 30 seconds.
 WRITER, LAST_WRITE_SECONDS = "checkpoint", 60.0
 
@@ -41,9 +43,11 @@ def leave(status: int) -> NoReturn:
 def script_errors() -> Iterator[None]:
     """Leave the process with the exit status of the contract when the body ends in one of these errors.
 
-    2 `InputError`, 1 `RunError` and a full disk, 130 Ctrl-C. Any other exception is a bug and keeps its traceback.
-    Under torchrun every process of a machine meets the same InputError; only the first one there says it.
+    2 `InputError`, 1 `RunError`, a full disk and a result that cannot be written, 130 Ctrl-C. Any other exception is a
+    bug and keeps its traceback. Under torchrun every process of a machine meets the same InputError; only the first
+    one there says it.
     """
+    guard_streams()
     try:
         yield
     except (InputError, RunError) as error:
@@ -52,9 +56,10 @@ def script_errors() -> Iterator[None]:
         if alone or rank == "0" or not rank.isdigit() or isinstance(error, RunError):
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         leave(2 if isinstance(error, InputError) else 1)
-    except BrokenPipeError:  # the reader went away, as in `python sample.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        leave(0)
+    except OutputLost as error:
+        if error.errno != errno.EPIPE:  # a reader that went away, as in `python sample.py | head`, needs no words
+            print(f"error: cannot write to standard output: {error.strerror}. Send it elsewhere", file=sys.stderr)
+        leave(1)
     except OSError as error:
         at = f": {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nib.signals import stop_signals_raise
+
 SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60  # the compiler may take
@@ -94,7 +96,7 @@ class Kernels:
 def kernels() -> Kernels | None:
     """What multiplies few rows fast on this machine, or None."""
     try:
-        with cache_directory() as directory:
+        with stop_signals_raise(), cache_directory() as directory:
             made = Kernels(load(directory))
         return made if made.agree() else None
     except (OSError, subprocess.SubprocessError, AttributeError):

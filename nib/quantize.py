@@ -22,6 +22,7 @@ from nib.checkpoint import write_directory
 from nib.errors import InputError, RunError
 from nib.native import MOST_ROWS, kernels
 from nib.packing import many_rows, replace_linears
+from nib.signals import stop_signals_raise
 
 if TYPE_CHECKING:
     from nib.source import Source
@@ -177,7 +178,8 @@ def save_quantized(model: Any, source: Source, directory: Path) -> None:
         raise InputError(f"{directory} exists already. Name a new directory")
     weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
     try:
-        write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
+        with stop_signals_raise():
+            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
     except OSError as error:
         raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
 

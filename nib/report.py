@@ -68,7 +68,7 @@ class Reporter:
         if not self.record:
             return
         try:
-            with (self.out_dir / name).open("a", encoding="utf-8") as file:
+            with (self.out_dir / name).open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(text)
         except OSError as error:
             reason = f"cannot write to {self.out_dir / name}: {error.strerror}"

@@ -36,6 +36,7 @@ from nib.report import Reporter, command_line
 from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
 from nib.shards import staging_path
+from nib.signals import STOP_SIGNALS
 from nib.words import counted
 
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
@@ -55,18 +56,20 @@ class Progress:
     skipped_in_a_row: int = 0
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
 class StopSignal:
-    """Remembers that SIGINT or SIGTERM came, so that the step can end and be saved. A second one stops at once."""
+    """Remembers that SIGINT, SIGTERM or SIGHUP came, so that the step can end and be saved.
+
+    A second SIGINT or SIGTERM stops at once. A second SIGHUP does not: the kernel, the shell and torchrun each send
+    one when a terminal is closed. Where SIGHUP is ignored, as under nohup, it stays so.
+    """
 
     def __init__(self) -> None:
         self.number = 0
-        self.before = {number: signal.signal(number, self._arrived) for number in STOP_SIGNALS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self.before = {number: signal.signal(number, self._arrived) for number in {*STOP_SIGNALS} - ignored}
 
     def _arrived(self, number: int, frame: object) -> None:
-        if self.number == number:
+        if self.number == number != signal.SIGHUP:
             os._exit(128 + number)
         self.number = number
 

@@ -17,6 +17,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nib.errors import InputError
+from nib.signals import stop_signals_raise
 from nib.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FORMAT = "nib-data-1"
@@ -47,7 +48,7 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
         check_output(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir(exist_ok=True)
-    with _locked(out if inside else staging) as locked:
+    with stop_signals_raise(), _locked(out if inside else staging) as locked:
         if not locked:
             raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
         try:
