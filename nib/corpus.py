@@ -22,7 +22,7 @@ from nib.download import download
 from nib.errors import InputError
 from nib.pieces import read_pieces
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # anything else is text
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
@@ -192,7 +192,7 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
             offset += len(piece)
         return
     for number, line in enumerate(stream, start=1):
-        mark = len(BYTE_ORDER_MARK) if number == 1 and line.startswith(BYTE_ORDER_MARK) else 0
+        mark = len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
         if line[mark:].strip():
             yield Part(f"{source.name}, line {number}", line[mark:], offset + mark, is_json=True)
         offset += len(line)
