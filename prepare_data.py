@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -42,6 +43,8 @@ def main() -> None:
         raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
+    from nib.memory import memory_errors
+    from nib.names import find_dataset
     from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
 
     sources, settings = parsed.arguments, asdict(parsed.settings)
@@ -52,9 +55,10 @@ def main() -> None:
     for name in ("tokenizer", "val_fraction"):
         if name not in parsed.given or settings[name] == "auto":
             settings[name] = builtin.get(name, "gpt2" if name == "tokenizer" else settings[name])
-    prepare(sources, out, **settings)
-    inside = out.parent == Path("data")
-    print(f"train on it: python train.py --dataset={out.name if inside else out}")
+    with memory_errors("Lower --workers, or give smaller files"):
+        prepare(sources, out, **settings)
+    name = out.name if find_dataset(out.name) == out else str(out)
+    print(f"train on it: python train.py {shlex.quote(f'--dataset={name}')}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.errors import InputError
+from nib.names import typed
 from nib.shards import FORMAT
 from nib.tokenizer import Tokenizer, load_tokenizer
 
@@ -106,7 +107,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
     except FileNotFoundError:
         raise InputError(
-            f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {directory}"
+            f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
