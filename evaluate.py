@@ -55,12 +55,14 @@ def main() -> None:
     if settings.context and settings.stride > settings.context:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
 
+    from nib.memory import memory_errors
     from nib.source import open_source
 
     results = []
-    for target in parsed.arguments or [""]:
-        source = open_source(target or None)
-        results += evaluate(source, target or str(source.directory), settings)
+    with memory_errors("Lower --batch-size or --context, or use a smaller model"):
+        for target in parsed.arguments or [""]:
+            source = open_source(target or None)
+            results += evaluate(source, target or str(source.directory), settings)
     if settings.json:
         for result in results:
             write_result(json.dumps(result))
@@ -75,20 +77,23 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from model import GPT, GPTConfig
     from nib.checkpoint import Checkpoint
     from nib.device import pick_device, pick_dtype
+    from nib.names import find_dataset
     from nib.run import open_dataset
     from nib.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
-    from nib.source import build
+    from nib.source import build, read_config
 
     own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
     wanted = settings.data or ([str(own)] if own else [])
     if not wanted:
         raise InputError(f"{name} does not say what it was trained on. Give --data")
     device, tokenizer = pick_device(settings.device), source.tokenizer()
-    context = min(settings.context or source.model_config["block_size"], source.model_config["block_size"])
+    config = read_config(source, GPTConfig)
+    context = min(settings.context or config.block_size, config.block_size)
     stride = min(settings.stride or max(1, context // 2), context)
-    tasks = [(data, read_choices(Path(data))) for data in wanted]
-    datasets = {data: open_dataset(data) for data in wanted if not Path(data).is_file()}
-    model = build(source, lambda fields: GPT(GPTConfig(**fields))).to(device).eval()
+    prepared = [data for data in wanted if (find_dataset(data) / "meta.json").exists() or not Path(data).is_file()]
+    datasets = {data: open_dataset(data) for data in prepared}
+    tasks = [(data, None if data in datasets else read_choices(Path(data))) for data in wanted]
+    model = build(source, lambda: GPT(config)).to(device).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
     results: list[dict[str, Any]] = []

@@ -44,10 +44,12 @@ def main() -> None:
         raise InputError(f"{out} is not UTF-8. Give another directory")
 
     from nib.export import directory_bytes, export
+    from nib.memory import memory_errors
     from nib.source import open_source
 
-    source = open_source(parsed.arguments[0])
-    name = export(source, out, dtype=settings.dtype, max_shard_bytes=shard_bytes, kind=settings.format)
+    with memory_errors("Lower --max-shard-size, or use a machine with more"):
+        source = open_source(parsed.arguments[0])
+        name = export(source, out, dtype=settings.dtype, max_shard_bytes=shard_bytes, kind=settings.format)
     print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
 
 

@@ -7,6 +7,7 @@ from nib.signals import exit_on_interrupt
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
 
+import shlex
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ def main() -> None:
     if not parsed.arguments:
         raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
 
+    from nib.memory import memory_errors
+    from nib.names import find_dataset
     from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
 
     sources, settings = parsed.arguments, asdict(parsed.settings)
@@ -59,9 +62,10 @@ def main() -> None:
     for name in ("tokenizer", "val_fraction"):
         if name not in parsed.given or settings[name] == "auto":
             settings[name] = builtin.get(name, "gpt2" if name == "tokenizer" else settings[name])
-    prepare(sources, out, **settings)
-    inside = out.parent == Path("data")
-    print(f"train on it: python train.py --dataset={out.name if inside else out}")
+    with memory_errors("Lower --workers, or give smaller files"):
+        prepare(sources, out, **settings)
+    name = out.name if find_dataset(out.name) == out else str(out)
+    print(f"train on it: python train.py {shlex.quote(f'--dataset={name}')}")
 
 
 if __name__ == "__main__":

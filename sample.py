@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from nib.tokenizer import Tokenizer
 
 INTERRUPTED = 130
+BYTE_ORDER_MARK = "\ufeff"  # some programs begin a text with it
+SAMPLE_BYTES = 2500  # of what a sample takes beside its cache and logits: its text, generator and random numbers
 USAGE = "python sample.py [RUN|CHECKPOINT|HF_DIR] [--prompt TEXT|FILE:path|-]... [--name=value]..."
 ABOUT = (
     "Continue texts with a model: the newest run under out/, or the run, checkpoint or file (checkpoints/best) that is "
@@ -81,17 +83,22 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
     if options.compile and options.speculate:
         raise InputError("--compile fixes a step to one token a text. Leave out --compile or --speculate")
-    model, tokenizer, origin = load_model(
-        parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
-    )
+    from nib.memory import memory_errors
+
+    with memory_errors("Use a smaller model, or --quantize int8"):
+        model, tokenizer, origin = load_model(
+            parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
+        )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
-    if options.interactive:
+    with memory_errors("Lower --num-samples or --max-new-tokens, or give fewer or shorter prompts"):
+        reserve(model, len(prompts) * options.num_samples, options)
+        if options.interactive:
+            status(origin)
+            return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
+        samples = make_samples(prompts, tokenizer, options)
         status(origin)
-        return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
-    samples = make_samples(prompts, tokenizer, options)
-    status(origin)
-    return write(samples, model, options)
+        return write(samples, model, options)
 
 
 def read_prompts(options: Options) -> list[str]:
@@ -109,7 +116,9 @@ def read_prompt(source: str) -> str:
     name = "standard input" if source == "-" else source.removeprefix("FILE:")
     try:
         data = sys.stdin.buffer.read() if source == "-" else Path(name).read_bytes()
-        return data.decode("utf-8")
+        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except MemoryError:
+        raise InputError(f"the prompt in {name} is larger than memory. Give a shorter one") from None
     except OSError as error:
         raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
     except UnicodeDecodeError as error:
@@ -125,12 +134,14 @@ def load_model(
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    import torch
+
     from model import GPT, GPTConfig, KVCache
     from nib.device import keep_freed_memory, pick_device, pick_dtype
     from nib.joined import join_blocks
     from nib.packing import pack_linears
     from nib.quantize import pack_int8, quantize, quantize_empty, save_quantized
-    from nib.source import build, open_source
+    from nib.source import build, open_source, read_config
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
@@ -140,8 +151,10 @@ def load_model(
         raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)
 
-    def make_model(settings: dict[str, Any]) -> GPT:
-        model = GPT(GPTConfig(**settings))
+    config = read_config(source, GPTConfig)
+
+    def make_model() -> GPT:
+        model = GPT(config)
         if source.quantized:
             quantize_empty(model, dtype)
         return model
@@ -156,9 +169,25 @@ def load_model(
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
-    join_blocks(model.eval(), KVCache)
+    model.eval()
+    if device.type == "cpu" and dtype == torch.float32 and (reason := join_blocks(model, KVCache)):
+        status(f"sampling with model.py's own blocks: {reason}")
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
     return model, source.tokenizer(), origin + ", compiled" * compiled
+
+
+def reserve(model: GPT, count: int, options: Options) -> None:
+    """Ask at once for the memory that so many samples take at least, which may be more than there is.
+
+    Raises MemoryError or RuntimeError. What is only found to be too much as it is filled is ended by the system.
+    """
+    import torch
+
+    config, weight = model.config, next(model.parameters())
+    room = min(config.block_size, options.max_new_tokens) if options.cache else 0
+    cache = 2 * config.n_layer * config.n_kv_head * config.head_size * room * weight.itemsize
+    for size, device in ((SAMPLE_BYTES, "cpu"), (cache + 4 * config.vocab_size, weight.device)):
+        torch.empty(min(2**62, count * size), dtype=torch.uint8, device=device)
 
 
 @stop_signals_raise()
@@ -260,7 +289,7 @@ def converse(answer: Callable[[str], int]) -> int:
         except OSError as error:
             raise InputError(f"cannot read standard input: {error.strerror}. Give text") from None
         try:
-            answer(line)
+            answer(line.removeprefix(BYTE_ORDER_MARK))
         except InputError as error:
             status(f"error: {error}")
 

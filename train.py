@@ -57,13 +57,15 @@ from nib.distributed import Cluster, is_sharded, lost_processes, start_cluster, 
 from nib.evaluation import Evaluation, evaluate
 from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
+from nib.memory import memory_errors
+from nib.names import typed
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
 from nib.run import Run, StopSignal, due, open_dataset
 from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
-from nib.source import open_source, take_vocabulary
+from nib.source import build, open_source, read_config, take_vocabulary
 from nib.words import counted
 
 
@@ -250,39 +252,38 @@ def agree(cluster: Cluster, seconds: float, signal_number: int) -> tuple[float, 
 
 
 def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None) -> GPT:
-    """A model of the shape that the settings say, drawn from the seed, or with init_from that of another.
+    """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
 
     Raises InputError for a shape that cannot be, or that is not the one init_from has.
     """
     settings = parsed.settings
     torch.manual_seed(settings.seed)
-    try:
-        if settings.init_from == "scratch":
-            # Before a model with a table of that many positions is built.
-            WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
-            return GPT(GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings()))
-        source = checkpoint or open_source(settings.init_from)
-        config = GPTConfig(**{**source.model_config, "dropout": settings.dropout})
-        take_vocabulary(source, dataset, settings.init_from)
-        for name, wanted in settings.model_settings().items():
-            has = getattr(config, name)
-            if (
-                name in parsed.given - {"block_size"}
-                and wanted != has
-                and (wanted or name not in ("n_kv_head", "mlp_hidden"))
-            ):
-                raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
-        if "block_size" not in parsed.given and checkpoint is None:
-            settings.block_size = config.block_size
-        elif settings.block_size > config.block_size:
-            raise InputError(
-                f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
-            )
-        model = GPT(config)
-        model.load_state_dict(source.weights())
-        return model
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError(str(error)) from None
+    if settings.init_from == "scratch":
+        # Before a model with a table of that many positions is built.
+        WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+        try:
+            config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings())
+        except ValueError as error:  # any other is a bug in model.py
+            raise InputError(str(error)) from None
+        return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
+    source = checkpoint or open_source(settings.init_from)
+    config = read_config(source, GPTConfig, dropout=settings.dropout)
+    take_vocabulary(source, dataset, settings.init_from)
+    for name, wanted in settings.model_settings().items():
+        has = getattr(config, name)
+        if (
+            name in parsed.given - {"block_size"}
+            and wanted != has
+            and (wanted or name not in ("n_kv_head", "mlp_hidden"))
+        ):
+            raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
+    if "block_size" not in parsed.given and checkpoint is None:
+        settings.block_size = config.block_size
+    elif settings.block_size > config.block_size:
+        raise InputError(
+            f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
+        )
+    return build(source, lambda: GPT(config))
 
 
 def announce(report: Reporter, run: Run, model: GPT) -> None:
@@ -337,9 +338,9 @@ def farewell(report: Reporter, run: Run, signal_number: int) -> None:
         report.say(
             f"done: step {run.progress.step}, {run.progress.seconds:.0f} s of training; the run is in {run.out_dir}"
         )
-        report.say(f"sample from it: python sample.py {run.out_dir}")
+        report.say(f"sample from it: python sample.py {typed(run.out_dir)}")
 
 
 if __name__ == "__main__":
-    with script_errors(), lost_processes():
+    with script_errors(), lost_processes(), memory_errors("Use a smaller model, block_size or micro_batch_size"):
         leave(train(PARSED))

@@ -286,14 +286,21 @@ def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
         if not runs:
             raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
         return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
-    path = Path(target)
-    if not path.exists() and (root / target).exists():
-        path = root / target
+    places = Path(target), root / target
+    path = next((place for place in places if is_checkpoint(place)), None)
+    path = path or next((place for place in places if place.exists()), places[0])
     if path.is_file() and named_checkpoint(path.parent, path.name):
         return path.parent / named_checkpoint(path.parent, path.name)
     if not path.exists():
         raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there are checkpoints in a directory, or it is one, or a file that names one."""
+    if path.is_file():
+        return bool(named_checkpoint(path.parent, path.name))
+    return bool((path / SUMS_FILE).exists() or list_checkpoints(path) or list_checkpoints(path / "checkpoints"))
 
 
 def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:

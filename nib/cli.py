@@ -14,6 +14,7 @@ import operator
 import shutil
 import sys
 import textwrap
+import tokenize
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -161,12 +162,16 @@ class _Parser:
     def config_file(self, path: Path) -> dict[str, Any]:
         """The values a config file assigns. It is the user's own Python, and its expressions are executed."""
         try:
-            source = path.read_text(encoding="utf-8")
-            tree = ast.parse(source, filename=str(path))
-        except (OSError, UnicodeDecodeError) as error:
+            with tokenize.open(path) as file:  # which heeds a byte order mark and a coding line
+                source = file.read()
+        except (OSError, SyntaxError, UnicodeDecodeError, LookupError) as error:
             have = sorted(str(file) for file in Path("config").glob("*.py"))
-            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            reason = (
+                error.strerror if isinstance(error, OSError) else "it is not UTF-8 text, or has a wrong coding line"
+            )
             raise InputError(f"cannot read config file {path}: {reason}. There are: {' '.join(have)}") from None
+        try:
+            tree = ast.parse(source, filename=str(path))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
             raise InputError(f"config file {path} is not valid Python: {error}. Write lines like n_layer = 6") from None
         for node in tree.body:

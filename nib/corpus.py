@@ -29,7 +29,7 @@ from nib.errors import InputError
 from nib.pieces import read_pieces
 from nib.walk import walk
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
 # By the ending of the name; anything else is text.
 FORMATS = {".jsonl": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -224,7 +224,7 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
             return
         lines = itertools.chain(head, stream)  # one object, or JSONL under another name
     for number, line in enumerate(lines, start=1):
-        mark = len(BYTE_ORDER_MARK) if number == 1 and line.startswith(BYTE_ORDER_MARK) else 0
+        mark = len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
         if line[mark:].strip():
             yield Part(f"{source.name}, line {number}", line[mark:], offset + mark, is_json=True)
         offset += len(line)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.errors import InputError, RunError
+from nib.names import typed
 from nib.shards import FORMAT, META_FILE, REPLACEMENT
 from nib.tokenizer import Tokenizer, load_tokenizer
 from nib.words import counted
@@ -116,7 +117,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
             how = "Give the same prepare_data.py command again to finish it"
             raise InputError(f"the replacement of {directory} was interrupted. {how}") from None
         raise InputError(
-            f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {directory}"
+            f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None

@@ -128,7 +128,10 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 
 
 def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
-    """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take."""
+    """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
+
+    Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
+    """
     device = precision.device
     try:
         room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
@@ -138,7 +141,7 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
         loss.backward()
         del room, loss
     except (RuntimeError, MemoryError) as error:
-        return error.with_traceback(None)
+        return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":

@@ -88,7 +88,7 @@ def read_text(path: Path) -> str:
     try:
         if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # a pipe would be waited for
             raise InputError(f"{path} is not a file of at most {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
 

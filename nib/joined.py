@@ -1,20 +1,23 @@
 """All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
 
 model.py stays what a model is: before the call is used, passes through it are compared with the model's own blocks, at
-the beginning and at the end of a context. A model.py that was changed to compute anything else goes its own way, as
+the beginning and at the end of a context. A model.py that was changed to compute anything else keeps its blocks, as
 far as those passes show it: what acts on rare numbers only, a limit to large activations for example, they may not.
 """
 
 from __future__ import annotations
 
 import ctypes
+import traceback
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nib.native import MOST_ROWS, Matrix, kernels
+from nib.native import MOST_ROWS, Matrix, kernels, made_kernels
 
+TORCH = Path(torch.__file__).parent
 MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
 CHECKED = 64  # positions
 MOST_NUMBERS = 2**26  # of keys and values in the check of a whole context: 256 MB
@@ -52,9 +55,8 @@ class JoinedBlocks(nn.Module):
     def __init__(self, blocks: Any, config: Any) -> None:
         """Raises AttributeError, KeyError or ValueError for blocks that are built in another way than model.Block."""
         super().__init__()
-        native = kernels() if blocks[0].attention.qkv.few_rows else None
-        if native is None:
-            raise ValueError("there are no kernels")
+        native = kernels()
+        assert native is not None
         if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
             raise ValueError("a hook would not be called")
         self.blocks, self.library = blocks, native.library
@@ -145,19 +147,29 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def join_blocks(model: Any, make_cache: Any) -> bool:
-    """Put one call in the place of the blocks of a packed model on the CPU; False: it stays as it was."""
+def join_blocks(model: Any, make_cache: Any) -> str:
+    """Put one call in the place of the blocks of a packed model on the CPU.
+
+    Returns why the model was left as it was, or "" where it was not.
+    """
+    if kernels() is None:
+        return made_kernels()[1]
     blocks, was_training, agreed = model.blocks, model.training, False
+    reason = "they compute something else than blocks.c"
     model.eval()
     try:
         joined = nn.ModuleList([JoinedBlocks(blocks, model.config)]).eval()
         agreed = agree(model, joined, make_cache)
-    except Exception:  # a model that is built in another way, which may raise anything
-        pass
+    except Exception as error:  # a model that is built in another way, which may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1]
+        place = f"{Path(ours.filename).name}, line {ours.lineno}"
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        reason = f"{said[:200]} ({place})"
     finally:
         model.blocks = joined if agreed else blocks
         model.train(was_training)
-    return agreed
+    return "" if agreed else reason
 
 
 @torch.inference_mode()

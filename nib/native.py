@@ -92,15 +92,23 @@ class Kernels:
         return True
 
 
-@functools.cache
 def kernels() -> Kernels | None:
     """What multiplies few rows fast on this machine, or None."""
+    return made_kernels()[0]
+
+
+@functools.cache
+def made_kernels() -> tuple[Kernels | None, str]:
+    """The kernels, or None and why there are none."""
     try:
         with stop_signals_raise(), cache_directory() as directory:
             made = Kernels(load(directory))
-        return made if made.agree() else None
-    except (OSError, subprocess.SubprocessError, AttributeError):
-        return None
+        return (made, "") if made.agree() else (None, "kernels.c computes something else than torch here")
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if "error" in line]
+        return None, f"{error.cmd[0]} cannot compile blocks.c: {(lines or ['it failed'])[0]}"
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        return None, f"blocks.c cannot be compiled: {error}"
 
 
 def load(directory: Path) -> ctypes.CDLL:

@@ -50,7 +50,8 @@ def main() -> None:
 
 def read_metrics(name: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
-    path = (Path(name) if Path(name).is_dir() else Path("out") / name) / "metrics.jsonl"
+    paths = [directory / "metrics.jsonl" for directory in (Path(name), Path("out") / name)]
+    path = next((path for path in paths if path.exists()), paths[not Path(name).is_dir()])
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -79,11 +79,11 @@ class Int8Linear(nn.Module):
         if self.packed is not None:
             return self.in_two_parts(x, self.packed)
         assert self.weight is not None
+        weight = self.weight * self.weight_scale[:, None]  # first: sums of integers go beyond float16
         if self.few_rows is not None:
             bias = None if self.bias is None else self.bias.float()
-            return many_rows(x.float(), self.weight * self.weight_scale[:, None], bias).to(x.dtype)
-        y = F.linear(x, self.weight.to(x.dtype)) * self.weight_scale.to(x.dtype)
-        return y if self.bias is None else y + self.bias
+            return many_rows(x.float(), weight, bias).to(x.dtype)
+        return F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def in_two_parts(self, x: Tensor, packed: object) -> Tensor:
         # Few operations, and numbers in tensors: between the kernels of a step each costs a microsecond or two.

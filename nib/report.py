@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nib.errors import RunError
+from nib.names import typed
 
 BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
 QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
@@ -141,9 +142,8 @@ class Reporter:
             self.wandb.define_metric("tokens", hidden=True)
             self.wandb.define_metric("by_tokens/*", step_metric="tokens")
             if mode:
-                self.say(
-                    f"wandb: no login, so the run is kept offline. Later: wandb sync {self.out_dir}/wandb/offline-run-*"
-                )
+                kept = f"{typed(self.out_dir)}/wandb/offline-run-*"
+                self.say(f"wandb: no login, so the run is kept offline. Later: wandb sync {kept}")
         except ImportError:
             self.say("warning: wandb is not installed, so nothing is logged there. pip install wandb")
         except Exception as error:  # wandb raises many kinds; none of them is worth a training run

@@ -28,9 +28,10 @@ from nib.checkpoint import (
     optimizer_tensors,
 )
 from nib.dataset import Dataset
-from nib.device import Precision
-from nib.distributed import Cluster, like, own_place, reshard, whole
+from nib.device import Precision, is_out_of_memory
+from nib.distributed import Cluster, own_place, reshard, whole
 from nib.errors import InputError, RunError
+from nib.names import find_dataset
 from nib.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.report import Reporter, command_line
 from nib.saver import Saver
@@ -121,10 +122,12 @@ class Run:
         return checkpoint
 
     def restore(self, checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
-        """Put everything back as it was when the checkpoint was made; with eval_only the weights, and write nothing."""
+        """Put back all but the weights, which the model was built with, as it was when the checkpoint was made.
+
+        With eval_only that is the progress alone, and nothing is written.
+        """
         names = parameter_names(model)
         try:
-            load_weights(model, checkpoint.weights())
             if not self.settings.eval_only:
                 load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
             self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
@@ -132,6 +135,8 @@ class Run:
             if not all(type(value) in (int, float) for value in asdict(self.progress).values()):
                 raise TypeError("its progress is not in numbers")
         except (RuntimeError, KeyError, TypeError) as error:
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
@@ -247,12 +252,12 @@ class Run:
 
 
 def open_dataset(name: str) -> Dataset:
-    """data/NAME, or the directory NAME. A built-in corpus that is missing is prepared by the first process.
+    """The prepared directory NAME, or data/NAME. A built-in corpus that is missing is prepared by the first process.
 
     Called before the processes connect: preparing may take longer than they would wait for each other.
     Raises InputError.
     """
-    directory = Path(name) if Path(name).is_dir() else Path("data") / name
+    directory = find_dataset(name)
     if not directory.exists() and name in BUILTIN_DATASETS:
         if own_place().rank == 0:
             prepare_builtin(name)
@@ -263,7 +268,7 @@ def open_dataset(name: str) -> Dataset:
         prepared = f" Prepared: {', '.join(have)}." if have else ""
         raise InputError(
             f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
-            f"Make it with: python prepare_data.py SOURCE --out data/{Path(name).name}"
+            f"Make it with: python prepare_data.py SOURCE --out {shlex.quote(f'data/{Path(name).name}')}"
         )
     return Dataset(directory)
 
@@ -307,12 +312,6 @@ def snapshot(
 
 def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def load_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """`load_state_dict` of whole tensors for a model that may be sharded. Raises RuntimeError when they do not fit."""
-    current = model.state_dict()
-    model.load_state_dict({name: like(current.get(name, value), value) for name, value in weights.items()})
 
 
 def due(step: int, interval: int) -> bool:

@@ -170,7 +170,7 @@ def read_choices(path: Path) -> list[dict[str, Any]] | None:
         return None
     questions: list[dict[str, Any]] = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # JSON may hold the other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Give a JSONL file") from None
     for number, line in enumerate(lines, start=1):

@@ -85,6 +85,8 @@ def serve() -> None:
             _send(answers, answer)
     except (EOFError, BrokenPipeError):  # the parent is done, or gone; do not flush what it will not read
         os._exit(0)
+    except MemoryError:  # the parent says it, in one line
+        os._exit(1)
 
 
 def map_in_order(

@@ -44,6 +44,30 @@ def test_config_file_of_every_kind(tmp_path: Path) -> None:
     assert type(parsed.settings.seed) is int and type(parsed.settings.learning_rate) is float
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbfout_dir = 'caf\xc3\xa9'\n",
+        b"\xef\xbb\xbf# -*- coding: utf-8 -*-\r\nout_dir = 'caf\xc3\xa9'\r\n",
+        b"# -*- coding: latin-1 -*-\n# \xe9\nout_dir = 'caf\xe9'\n",
+        b"#!/usr/bin/python\n# vim: set fileencoding=cp1252 :\nout_dir = 'caf\xe9'\n",
+        b'"""a\r\nb"""\r\nout_dir = "caf\xc3\xa9"\r\n',
+        b"out_dir = 'caf\xc3\xa9'  # \xe2\x80\xa8 is no end of a line\n",
+    ],
+)
+def test_a_config_file_is_decoded_as_python_does(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_bytes(content)
+    namespace: dict[str, Any] = {}
+    exec(compile(content, "my.py", "exec"), namespace)
+    assert read(str(tmp_path / "my.py"), config_file=True).settings.out_dir == namespace["out_dir"] == "café"
+
+
+@pytest.mark.parametrize("coding", ["no-such-coding", "hex", "ascii"])
+def test_a_coding_line_that_is_wrong_is_said(coding: str, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_bytes(f"# coding: {coding}\nout_dir = 'café'\n".encode())
+    assert "or has a wrong coding line" in refused(str(tmp_path / "my.py"), config_file=True)
+
+
 def test_command_line_is_above_file_is_above_default(tmp_path: Path) -> None:
     path = write_config(tmp_path, "n_layer = 3\nseed = 4\nstop = ['a']\nbias = True\n")
     for argv in ([path, "--seed=5", "--stop=b", "--no-bias"], ["--seed=5", "--stop=b", "--no-bias", path]):

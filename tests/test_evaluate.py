@@ -15,7 +15,7 @@ from test_source import hf_bytes
 from torch.nn import functional as F
 
 import evaluate as script
-from nib.scoring import Window, ending_window, score_texts, windows
+from nib.scoring import Window, ending_window, read_choices, score_texts, windows
 from nib.tokenizer import CharTokenizer, make_tokenizer, train_bpe
 
 BYTE = make_tokenizer("byte")
@@ -148,6 +148,16 @@ def test_choices_are_scored_by_their_own_tokens(tmp_path: Path) -> None:
     assert plain != normalized, "a task in which the norm makes no difference tells nothing"
     assert found["stderr"] == pytest.approx(math.sqrt(plain / 30 * (1 - plain / 30) / 29))
     assert "accuracy_norm" in run_script("evaluate.py", "--data=task.jsonl", cwd=tmp_path).stdout
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_line_of_jsonl_ends_at_a_line_feed_only(sign: str, end: str, tmp_path: Path) -> None:
+    questions = [{**question, "context": f"one{sign}two"} for question in QUESTIONS[:3]]
+    lines = [json.dumps(question, ensure_ascii=False) + end for question in questions]
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(("\ufeff" + "".join(lines)).encode())
+    assert read_choices(path) == questions
 
 
 def test_lm_evaluation_harness_finds_the_same_through_the_exported_directory(

@@ -12,7 +12,7 @@ from model_helpers import random_model, random_tokens
 from torch.nn import functional as F
 
 from nib import native
-from nib.native import Kernels, compiled, kernels, load
+from nib.native import Kernels, compiled, kernels, load, made_kernels
 from nib.packing import PackedLinear, RowsLinear, has_packing, pack_linears
 from nib.quantize import Int8Linear, pack_int8, quantize, quantize_rows
 
@@ -114,8 +114,9 @@ def test_whatever_is_wrong_with_the_compiler_there_are_just_no_kernels(tmp_path,
         )
     else:
         (tmp_path / "nib").write_text("a file where the directory should be")
-    found = kernels.__wrapped__()
+    found, reason = made_kernels.__wrapped__()
     assert (found is not None) == (trouble == "no place to write" and bool(shutil.which("cc")))
+    assert bool(reason) == (found is None) and "\n" not in reason
 
 
 @pytest.mark.parametrize("place", [{}, {"XDG_CACHE_HOME": "cache"}, {"HOME": "home"}])

@@ -104,7 +104,8 @@ def test_jsonl_parquet_and_files_of_the_same_documents_agree(tmp_path: Path) -> 
 
     texts = [*write_texts(tmp_path / "texts", 80), TORTURE]
     (tmp_path / "texts" / "x.txt").write_text(TORTURE, newline="")
-    lines = "\ufeff\n\r\n" + "".join(json.dumps({"n": 1, "body": text}, ensure_ascii=False) + "\r\n" for text in texts)
+    rows = [json.dumps({"n": 1, "body": text}, ensure_ascii=False) + "\r\n" for text in texts]
+    lines = "\ufeff\n\r\n" + "\ufeff".join(rows)  # as joined files have them
     (tmp_path / "t.jsonl").write_text(lines.rstrip("\r\n"), newline="")
     pyarrow.parquet.write_table(pyarrow.table({"n": range(81), "body": texts}), tmp_path / "t.parquet")
     options = ("--tokenizer=byte", "--field=body", "--val-fraction=0.2", "--workers=1")

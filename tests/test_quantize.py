@@ -95,6 +95,24 @@ def test_the_kernel_and_the_plain_product_agree(shape):
     assert (a - b).abs().max() < 2e-3 * b.abs().max()  # 16-bit activations through two layers
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1.0, 2000.0, 2e4])
+@torch.inference_mode()
+def test_8_bit_weights_leave_activations_the_range_of_their_dtype(size, dtype, bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 40, bias=bias)
+    layer.weight[:8] *= 1e-4  # scales that float16 would round to a few bits
+    x = (size * torch.rand(5, 64)).to(dtype)
+    quantized = Int8Linear(*quantize_rows(layer.weight), layer.bias)
+    weight = (quantized.weight * quantized.weight_scale[:, None]).double()
+    exact = x.double() @ weight.T + (layer.bias.double() if bias else 0)
+    assert exact.abs().max() < torch.finfo(torch.float16).max
+    # Each weight and the result are rounded once. float16 has no numbers closer to each other than 6e-8.
+    rounding = x.double().abs() @ (weight.abs() + (1e-4 if dtype == torch.float16 else 0)).T + exact.abs()
+    assert ((quantized(x).double() - exact).abs() <= torch.finfo(dtype).eps * rounding).all()
+
+
 @torch.inference_mode()
 def test_8_bits_hardly_change_a_prediction():
     model, tokens = random_model(n_embd=64), random_tokens(4, 20)

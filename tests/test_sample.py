@@ -139,6 +139,14 @@ def test_standard_input_is_a_prompt(run):
     assert (code, out) == (0, "from a pipe 🙂\n\n")
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(run, place):
+    mark = b"\xef\xbb\xbf"
+    (place / "marked").write_bytes(mark + "é\r\n\ufeff".encode())
+    assert run("--prompt=FILE:marked", "--max-new-tokens=0")[1] == "é\r\n\ufeff\n"
+    assert run("--prompt=-", "--max-new-tokens=0", stdin=mark + b"a")[1] == "a\n"
+    assert run("--interactive", "--max-new-tokens=0", stdin=mark + b"a\nb\n")[1] == "a\nb\n"
+
+
 def test_a_prompt_longer_than_the_context_is_said_once_and_its_end_is_used(run):
     _, out, err = run("--prompt", "x" * 5 + "y" * 20, "--num-samples=2", "--json", "--max-new-tokens=9")
     assert err.count("\n") == 2 and "the prompt has 25 tokens; the model sees its last 16" in err

@@ -26,7 +26,7 @@ from nib.export import export
 from nib.hf_tokenizer import write_tokenizer
 from nib.hub import is_hub_name
 from nib.nanogpt import NanoGPTCheckpoint, read_meta
-from nib.source import build, open_source
+from nib.source import build, open_source, read_config
 from nib.tokenizer import make_tokenizer
 
 # ---- Hugging Face --------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def test_a_nanogpt_checkpoint_gives_its_logits(bias: bool, prefix: str, one_name
         del content["model"][f"{prefix}transformer.wte.weight"]
         torch.save(content, path)
     source = open_source(str(tmp_path / "out-x"))
-    ours = build(source, lambda settings: GPT(GPTConfig(**settings))).eval()
+    ours = build(source, lambda: GPT(read_config(source, GPTConfig))).eval()
     assert ours.config.bias == bias and ours.config.mlp == "gelu"
     tokens = random_tokens(2, 64, vocab_size=65)
     with torch.no_grad():
