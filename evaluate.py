@@ -77,10 +77,10 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from model import GPT, GPTConfig
     from nib.checkpoint import Checkpoint
     from nib.device import pick_device, pick_dtype
-    from nib.names import find_dataset
     from nib.run import open_dataset
     from nib.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
     from nib.source import build, read_config
+    from nib.walk import find_dataset
 
     own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
     wanted = settings.data or ([str(own)] if own else [])

@@ -51,8 +51,8 @@ def main() -> None:
         raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
 
     from nib.memory import memory_errors
-    from nib.names import find_dataset
     from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
+    from nib.walk import find_dataset
 
     sources, settings = parsed.arguments, asdict(parsed.settings)
     out = Path(settings.pop("out") or Path("data") / dataset_name(sources))

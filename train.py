@@ -58,7 +58,6 @@ from nib.evaluation import Evaluation, evaluate
 from nib.fit import fit_to_device, micro_batch_sizes, place
 from nib.generation import generate_text
 from nib.memory import memory_errors
-from nib.names import typed
 from nib.optimizer import make_optimizers, set_learning_rate
 from nib.report import Reporter, command_line
 from nib.run import Run, StopSignal, due, open_dataset
@@ -66,7 +65,7 @@ from nib.samples import SamplingSettings
 from nib.saver import lock_run
 from nib.schedule import finished, rate_factor
 from nib.source import build, open_source, read_config, take_vocabulary
-from nib.words import counted
+from nib.words import counted, typed
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.errors import InputError, RunError
-from nib.names import typed
 from nib.shards import FORMAT, META_FILE, REPLACEMENT
 from nib.tokenizer import Tokenizer, load_tokenizer
-from nib.words import counted
+from nib.words import counted, typed
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
 # Of a split, at a time, and not above a quarter of the files that the process may hold open: each map is one of them.

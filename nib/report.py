@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nib.errors import RunError
-from nib.names import typed
+from nib.words import typed
 
 BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
 QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal

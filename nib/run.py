@@ -31,13 +31,13 @@ from nib.dataset import Dataset
 from nib.device import Precision, is_out_of_memory
 from nib.distributed import Cluster, own_place, reshard, whole
 from nib.errors import InputError, RunError
-from nib.names import find_dataset
 from nib.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.report import Reporter, command_line
 from nib.saver import Saver
 from nib.settings import TrainSettings, as_dict, same_run
 from nib.shards import staging_path
 from nib.signals import STOP_SIGNALS
+from nib.walk import find_dataset
 from nib.words import counted
 
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while

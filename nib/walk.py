@@ -1,4 +1,4 @@
-"""The text files below a directory: which match a pattern, and none of them twice."""
+"""Where a dataset is, and which text files lie below a directory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from collections.abc import Set
 from pathlib import Path
 
 from nib.shards import dataset_files
+
+
+def find_dataset(name: str) -> Path:
+    """The prepared directory NAME or data/NAME; where there is none, the place that a message should name.
+
+    A directory without a meta.json does not hide data/NAME: mostly it holds the texts that were prepared.
+    """
+    path, below = Path(name), Path("data") / name
+    for directory in (path, below):
+        if (directory / "meta.json").exists():
+            return directory
+    return path if path.is_dir() and "/" in name else below
 
 
 def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool = True) -> list[Path]:

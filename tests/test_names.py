@@ -18,9 +18,9 @@ import prepare_data as prepare_script
 import sample as sample_script
 from nib import plot
 from nib.errors import InputError
-from nib.names import typed
 from nib.run import open_dataset
 from nib.source import open_source
+from nib.words import typed
 
 __all__ = ["in_corpus"]
 
