@@ -7,7 +7,7 @@ python evaluate.py out/small --data questions.jsonl --json
 
 from __future__ import annotations
 
-from nib.signals import exit_on_interrupt
+from nib.common.signals import exit_on_interrupt
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nib.cli import option, parse
-from nib.errors import InputError, run_script
-from nib.streams import write_result
+from nib.common.exits import InputError, run_script
+from nib.common.options import option, parse
+from nib.common.streams import write_result
 
 if TYPE_CHECKING:
-    from nib.source import Source
+    from nib.formats.load import Source
 
 USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--option=value]..."
 ABOUT = """Scores models on whole texts: each text by itself, each of its tokens once. --data is a prepared dataset,
@@ -55,8 +55,8 @@ def main() -> None:
     if settings.context and settings.stride > settings.context:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
 
-    from nib.memory import memory_errors
-    from nib.source import open_source
+    from nib.common.memory import memory_errors
+    from nib.formats.load import open_source
 
     results = []
     with memory_errors("Lower --batch-size or --context, or use a smaller model"):
@@ -75,12 +75,12 @@ def main() -> None:
 def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:
     """One result for each data. Raises InputError."""
     from model import GPT, GPTConfig
-    from nib.checkpoint import Checkpoint
-    from nib.device import pick_device, pick_dtype
-    from nib.run import open_dataset
-    from nib.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
-    from nib.source import build, read_config
-    from nib.walk import find_dataset
+    from nib.common.device import pick_device, pick_dtype
+    from nib.data.paths import find_dataset
+    from nib.formats.checkpoint import Checkpoint
+    from nib.formats.load import build, read_config
+    from nib.generation.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
+    from nib.training.run import open_dataset
 
     own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
     wanted = settings.data or ([str(own)] if own else [])

@@ -6,7 +6,7 @@ python export.py out/small small-gguf --format gguf
 
 from __future__ import annotations
 
-from nib.signals import exit_on_interrupt
+from nib.common.signals import exit_on_interrupt
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nib.cli import option, parse
-from nib.errors import InputError, run_script
+from nib.common.exits import InputError, run_script
+from nib.common.options import option, parse
 
 USAGE = "python export.py RUN|CHECKPOINT|HF_DIR OUT_DIR [--option=value]..."
 ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card, as the architecture
@@ -43,9 +43,9 @@ def main() -> None:
     if str(out) != str(out).encode("utf-8", "ignore").decode("utf-8"):  # safetensors would refuse it later
         raise InputError(f"{out} is not UTF-8. Give another directory")
 
-    from nib.export import directory_bytes, export
-    from nib.memory import memory_errors
-    from nib.source import open_source
+    from nib.common.memory import memory_errors
+    from nib.formats.export import directory_bytes, export
+    from nib.formats.load import open_source
 
     with memory_errors("Lower --max-shard-size, or use a machine with more"):
         source = open_source(parsed.arguments[0])

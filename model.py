@@ -293,7 +293,7 @@ class GPT(nn.Module):
 
     # The most logits to have at once, in elements: 64 MB in float32. Beyond that the loss goes in chunks.
     max_logits = 2**24
-    vocab_multiple = 1  # the loss takes the head with rows of zeros up to a multiple of this; for GPUs: nib/fit.py
+    vocab_multiple = 1  # the loss pads the head with zeros to a multiple of this: nib/training/placement.py
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nib.signals import exit_on_interrupt
+from nib.common.signals import exit_on_interrupt
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -12,8 +12,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nib.cli import option, parse
-from nib.errors import InputError, run_script
+from nib.common.exits import InputError, run_script
+from nib.common.options import option, parse
 
 USAGE = "python prepare_data.py SOURCE... [--option=value]..."
 ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSON, Parquet), a directory, - for
@@ -50,9 +50,9 @@ def main() -> None:
     if not parsed.arguments:
         raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
 
-    from nib.memory import memory_errors
-    from nib.prepare import BUILTIN_DATASETS, dataset_name, prepare
-    from nib.walk import find_dataset
+    from nib.common.memory import memory_errors
+    from nib.data.paths import find_dataset
+    from nib.data.prepare import BUILTIN_DATASETS, dataset_name, prepare
 
     sources, settings = parsed.arguments, asdict(parsed.settings)
     out = Path(settings.pop("out") or Path("data") / dataset_name(sources))

@@ -10,7 +10,7 @@ From the command line down: the options, the prompts, the model, and the ways to
 
 from __future__ import annotations
 
-from nib.signals import exit_on_interrupt, stop_signals_raise
+from nib.common.signals import exit_on_interrupt, stop_signals_raise
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nib.cli import option, parse
-from nib.errors import InputError, run_script
-from nib.samples import Sample, SamplingSettings, TextStream, make_samples
-from nib.streams import write_result
+from nib.common.exits import InputError, run_script
+from nib.common.options import option, parse
+from nib.common.streams import write_result
+from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
 
 if TYPE_CHECKING:
     from model import GPT
-    from nib.tokenizer import Tokenizer
+    from nib.tokenizer.tokenizer import Tokenizer
 
 INTERRUPTED = 130
 BYTE_ORDER_MARK = "\ufeff"  # some programs begin a text with it
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
     if options.compile and options.speculate:
         raise InputError("--compile fixes a step to one token a text. Leave out --compile or --speculate")
-    from nib.memory import memory_errors
+    from nib.common.memory import memory_errors
 
     with memory_errors("Use a smaller model, or --quantize int8"):
         model, tokenizer, origin = load_model(
@@ -137,11 +137,11 @@ def load_model(
     import torch
 
     from model import GPT, GPTConfig, KVCache
-    from nib.device import keep_freed_memory, pick_device, pick_dtype
-    from nib.joined import join_blocks
-    from nib.packing import pack_linears
-    from nib.quantize import pack_int8, quantize, quantize_empty, save_quantized
-    from nib.source import build, open_source, read_config
+    from nib.common.device import keep_freed_memory, pick_device, pick_dtype
+    from nib.cpu.fused_blocks import join_blocks
+    from nib.cpu.int8 import pack_int8, quantize, quantize_empty, save_quantized
+    from nib.cpu.linear import pack_linears
+    from nib.formats.load import build, open_source, read_config
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
@@ -194,8 +194,8 @@ def reserve(model: GPT, count: int, options: Options) -> None:
 def write(samples: list[Sample], model: GPT, options: Options) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
     from model import KVCache
-    from nib.compiled import CompiledRows
-    from nib.generation import Rows, stream_text
+    from nib.generation.cuda_graph import CompiledRows
+    from nib.generation.engine import Rows, stream_text
 
     make_rows = CompiledRows if options.compile else Rows
     for sample in samples:  # before any of it is printed

@@ -6,7 +6,7 @@ weights come from.
 
 from __future__ import annotations
 
-from nib.signals import STOP_SIGNALS, exit_on_interrupt
+from nib.common.signals import STOP_SIGNALS, exit_on_interrupt
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -14,10 +14,10 @@ if __name__ == "__main__":  # before the other imports, so that Ctrl-C during th
 import sys
 from pathlib import Path
 
-from nib.cli import Parsed, parse
-from nib.errors import InputError, leave, script_errors
-from nib.settings import TrainSettings, as_dict
-from nib.slurm import adopt_slurm
+from nib.common.exits import InputError, RunError, leave, script_errors
+from nib.common.options import Parsed, parse
+from nib.training.settings import TrainSettings, as_dict
+from nib.training.slurm import adopt_slurm
 
 
 def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
@@ -50,26 +50,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from model import GPT, GPTConfig, KVCache
-from nib.checkpoint import Checkpoint
-from nib.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
-from nib.device import Precision, device_name, peak_flops, peak_memory
-from nib.distributed import Cluster, is_sharded, lost_processes, start_cluster, whole
-from nib.evaluation import Evaluation, evaluate
-from nib.fit import fit_to_device, micro_batch_sizes, place
-from nib.generation import generate_text
-from nib.memory import memory_errors
-from nib.optimizer import make_optimizers, set_learning_rate
-from nib.report import Reporter, command_line
-from nib.run import Run, StopSignal, due, open_dataset
-from nib.samples import SamplingSettings
-from nib.saver import lock_run
-from nib.schedule import finished, rate_factor
-from nib.source import build, open_source, read_config, take_vocabulary
-from nib.words import counted, typed
+from nib.common.device import Precision, device_name, peak_flops, peak_memory
+from nib.common.memory import memory_errors
+from nib.common.wording import counted, typed
+from nib.data.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
+from nib.formats.checkpoint import Checkpoint
+from nib.formats.load import build, open_source, read_config, take_vocabulary
+from nib.generation.engine import generate_text
+from nib.generation.request import SamplingSettings
+from nib.training.distributed import Cluster, is_sharded, lost_processes, start_cluster, whole
+from nib.training.optimizer import make_optimizers, set_learning_rate
+from nib.training.placement import fit_to_device, micro_batch_sizes, place
+from nib.training.report import Reporter, command_line
+from nib.training.run import Run, StopSignal, due, open_dataset
+from nib.training.schedule import finished, rate_factor
+from nib.training.state import lock_run
+from nib.training.validation import Evaluation, evaluate
 
 
 def train(parsed: Parsed[TrainSettings]) -> int:
-    """The whole run. Returns the exit status: 0 done and saved, 1 not saved, 129, 130 or 143 stopped by a signal."""
+    """The whole run. Returns the exit status: 0 done and saved; 129, 130 or 143 stopped by a signal.
+
+    Raises InputError, and RunError for a run that failed or whose end is not saved.
+    """
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)
@@ -87,7 +90,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
     lock = lock_run(out_dir) if cluster.first and not settings.eval_only else None  # held until the process ends
     report = Reporter(out_dir, cluster.first, record=not settings.eval_only)
-    stop = StopSignal()
+    stop = StopSignal(at_once=settings.eval_only)  # a validation has nothing to save
     place(model, settings, precision, cluster)
     optimizers = make_optimizers(
         model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
@@ -185,7 +188,13 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     stop.restore()
     if lock:
         lock.close()
-    return 128 + stopped_by if stopped_by else int(run.saved_step != progress.step)
+    if stopped_by:
+        return 128 + stopped_by
+    if run.saved_step == progress.step:
+        return 0
+    if not cluster.first:
+        return 1
+    raise RunError(f"the run's end, step {progress.step}, is not saved. {run.way_back()}")
 
 
 def optimizer_step(
@@ -331,9 +340,7 @@ def farewell(report: Reporter, run: Run, signal_number: int) -> None:
     if signal_number:
         saved = "which is saved" if run.saved_step == run.progress.step else "which is not saved"
         report.say(f"stopped at step {run.progress.step}, {saved}. Go on with: {command_line()}")
-    elif run.saved_step != run.progress.step:
-        report.say(f"error: the run's end, step {run.progress.step}, is not saved. {run.way_back()}")
-    else:
+    elif run.saved_step == run.progress.step:
         report.say(
             f"done: step {run.progress.step}, {run.progress.seconds:.0f} s of training; the run is in {run.out_dir}"
         )

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig
-from nib.checkpoint import optimizer_tensors
-from nib.optimizer import make_optimizers
-from nib.run import parameter_names, snapshot
-from nib.saver import Saver
-from nib.tokenizer import make_tokenizer
+from nib.formats.checkpoint import optimizer_tensors
+from nib.tokenizer.tokenizer import make_tokenizer
+from nib.training.optimizer import make_optimizers
+from nib.training.run import parameter_names, snapshot
+from nib.training.state import Saver
 
 
 def main() -> None:

@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nib.device import keep_freed_memory
-from nib.generation import stream_text
-from nib.joined import join_blocks
-from nib.packing import pack_linears
-from nib.quantize import pack_int8, quantize
-from nib.samples import Sample, SamplingSettings
-from nib.sampling import choose
-from nib.tokenizer import Tokenizer
+from nib.common.device import keep_freed_memory
+from nib.cpu.fused_blocks import join_blocks
+from nib.cpu.int8 import pack_int8, quantize
+from nib.cpu.linear import pack_linears
+from nib.generation.engine import stream_text
+from nib.generation.request import Sample, SamplingSettings
+from nib.generation.sampling import choose
+from nib.tokenizer.tokenizer import Tokenizer
 
 RAGGED = (40, 33, 57, 64, 12, 48, 25, 61)  # tokens in the prompts of the eight streams
 

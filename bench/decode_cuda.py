@@ -15,10 +15,10 @@ from common import alternate, finish, parser_for
 from decode import Numbers, prompt_of
 
 from model import GPT, GPTConfig, KVCache
-from nib.compiled import CompiledRows
-from nib.errors import InputError, run_script
-from nib.generation import Rows, stream_text
-from nib.samples import Sample, SamplingSettings
+from nib.common.exits import InputError, run_script
+from nib.generation.cuda_graph import CompiledRows
+from nib.generation.engine import Rows, stream_text
+from nib.generation.request import Sample, SamplingSettings
 
 TARGET = 0.70
 SHAPES = {"124 M": (12, 12, 768), "1558 M": (48, 25, 1600)}  # layers, heads, width

@@ -23,7 +23,7 @@ import torch
 from common import ROOT, load_nanogpt
 from torch import nn
 
-from nib.dataset import Dataset, validation_batch, validation_windows
+from nib.data.dataset import Dataset, validation_batch, validation_windows
 
 NANOGPT = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 --eval_interval=2000 "

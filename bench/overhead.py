@@ -25,7 +25,7 @@ START_SECONDS, SHARE = 5.0, 0.02
 def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
     """Train in this process with a clock around the parts; seconds by part."""
     import train
-    from nib.run import Run
+    from nib.training.run import Run
 
     spent = dict.fromkeys(("step", "validation", "batch", "checkpoint", "metrics", "progress"), 0.0)
     ends: list[float] = []

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nib.checkpoint import find_checkpoint, open_checkpoint
-from nib.generation import generate_text
-from nib.samples import SamplingSettings
+from nib.formats.checkpoint import find_checkpoint, open_checkpoint
+from nib.generation.engine import generate_text
+from nib.generation.request import SamplingSettings
 
 PROMPT = "\n\ndef"  # as functions begin in files; the tokenizers put the space before a name into its token
 

@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nib.cli import option, parse
-from nib.errors import RunError, run_script
+from nib.common.exits import RunError, run_script
+from nib.common.options import option, parse
 
 SPEED_TARGET, MEMORY_TARGET = 0.9, 500.0  # share of tiktoken's speed; MB of the whole process tree
 TRAINING_TARGET = 2.0  # times the seconds that tokenizers takes to train
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def make_tokenizer_file(directory: Path, name: str) -> Path:
-    from nib.tokenizer import make_tokenizer
+    from nib.tokenizer.tokenizer import make_tokenizer
 
     if not name.startswith("bpe:"):
         return make_tokenizer(name).save(directory)
@@ -65,7 +65,7 @@ def make_tokenizer_file(directory: Path, name: str) -> Path:
 
 
 def standard_library() -> list[str]:
-    from nib.corpus import find_sources
+    from nib.data.documents import find_sources
 
     sources = find_sources(["stdlib"], "auto", "", Path("."), False)
     return [source.path.read_text("utf-8", "replace") for source in sources if source.path]
@@ -87,7 +87,7 @@ def prepare(arguments: list[str]) -> float:
 
 
 def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
-    from nib.tokenizer import BpeTokenizer, load_tokenizer
+    from nib.tokenizer.tokenizer import BpeTokenizer, load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
     assert isinstance(loaded, BpeTokenizer), "only a BPE tokenizer has something to be compared with"

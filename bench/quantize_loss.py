@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig
-from nib.checkpoint import find_checkpoint, open_checkpoint
-from nib.dataset import Dataset
-from nib.distributed import Cluster
-from nib.evaluation import evaluate
-from nib.quantize import pack_int8, quantize
+from nib.cpu.int8 import pack_int8, quantize
+from nib.data.dataset import Dataset
+from nib.formats.checkpoint import find_checkpoint, open_checkpoint
+from nib.training.distributed import Cluster
+from nib.training.validation import evaluate
 
 
 def main() -> None:

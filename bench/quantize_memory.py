@@ -21,15 +21,15 @@ sys.path.insert(0, str(ROOT))
 import torch
 
 from model import GPT, GPTConfig
-from nib.checkpoint import write_directory
-from nib.tokenizer import make_tokenizer
+from nib.formats.checkpoint import write_directory
+from nib.tokenizer.tokenizer import make_tokenizer
 
 # With the model still there after it wrote a little: what the process holds, and the most that it held.
 MEASURE = """
 import re, sys, torch
 if len(sys.argv) > 1:
     import sample
-    from nib.samples import make_samples
+    from nib.generation.request import make_samples
     options = sample.Options(max_new_tokens=20)
     model, tokenizer, _ = sample.load_model(sys.argv[1:2], "cpu", "float32", *sys.argv[2:])
     sample.write(make_samples(["a"], tokenizer, options), model, options)

@@ -27,12 +27,12 @@ CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
 def make_step(world: int, layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
     """What does one optimizer step of this process's share of `batch` sequences, and the model."""
     from model import GPT, GPTConfig
-    from nib.device import Precision
-    from nib.distributed import start_cluster
-    from nib.fit import fit_to_device, place
-    from nib.optimizer import make_optimizers
-    from nib.report import Reporter
-    from nib.settings import TrainSettings
+    from nib.common.device import Precision
+    from nib.training.distributed import start_cluster
+    from nib.training.optimizer import make_optimizers
+    from nib.training.placement import fit_to_device, place
+    from nib.training.report import Reporter
+    from nib.training.settings import TrainSettings
     from train import optimizer_step
 
     settings = TrainSettings(batch_size=batch, block_size=context, device="cpu")

@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from safetensors.torch import load_file
 
-from nib.checkpoint import FILES, list_checkpoints
+from nib.formats.checkpoint import FILES, list_checkpoints
 
 SETTINGS = (
     "--dataset=words --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 --micro_batch_size=2 "

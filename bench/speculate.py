@@ -17,9 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model import KVCache
-from nib.dataset import Dataset
-from nib.generation import stream_text
-from nib.samples import Sample, SamplingSettings
+from nib.data.dataset import Dataset
+from nib.generation.engine import stream_text
+from nib.generation.request import Sample, SamplingSettings
 from sample import load_model
 
 

@@ -53,12 +53,12 @@ def make_nib(
     size: str, clock: str = "wall", micro: int = 0, device: str = "cpu", batch: int = 0
 ) -> Callable[[], tuple[float, float]]:
     from model import GPT, GPTConfig
-    from nib.device import Precision
-    from nib.distributed import start_cluster
-    from nib.fit import fit_to_device, place
-    from nib.optimizer import make_optimizers
-    from nib.report import Reporter
-    from nib.settings import TrainSettings
+    from nib.common.device import Precision
+    from nib.training.distributed import start_cluster
+    from nib.training.optimizer import make_optimizers
+    from nib.training.placement import fit_to_device, place
+    from nib.training.report import Reporter
+    from nib.training.settings import TrainSettings
     from train import optimizer_step
 
     layers, heads, width, context, vocab, sequences, steps = SIZES[size]
@@ -110,7 +110,7 @@ def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) ->
 
 def on_cuda(check: bool, batch: int, rounds: int) -> None:
     """Tokens/s and model FLOPs utilisation of nib alone."""
-    from nib.device import device_name, peak_flops
+    from nib.common.device import device_name, peak_flops
 
     SIZES["124m"] = (*SIZES["124m"][:-1], 10)
     turn: Any = make_nib("124m", device="cuda", batch=batch)

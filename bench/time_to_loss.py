@@ -22,7 +22,7 @@ from pathlib import Path
 from common import ROOT, finish, parser_for
 from nanogpt_job import NANOGPT, full_loss, nanogpt_model, timed
 
-from nib.dataset import Dataset
+from nib.data.dataset import Dataset
 
 SHARE = 8
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nib.cli import option, parse
-from nib.errors import InputError, run_script
+from nib.common.exits import InputError, run_script
+from nib.common.options import option, parse
 
 USAGE = "python -m nib.plot RUN... [--option=value]..."
 ABOUT = "Draws the curves of runs on shared axes. A RUN is a run directory, or its name under out/."

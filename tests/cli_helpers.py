@@ -10,8 +10,8 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from nib.cli import Parsed, option, parse
-from nib.errors import InputError
+from nib.common.exits import InputError
+from nib.common.options import Parsed, option, parse
 
 quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)
 

@@ -36,7 +36,7 @@ Call = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """`run_script` for a script's `main` within this process: it saves the second that importing torch takes."""
-    from nib import errors
+    from nib.common import exits as errors
 
     def run(main: Callable[[], int | None], *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         monkeypatch.chdir(cwd)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nib.tokenizer import Tokenizer, load_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 

@@ -80,9 +80,9 @@ def main() -> None:
     import torch
     import torch._dynamo  # loaded at the first step of an optimizer: half a second
 
-    import nib.export
-    import nib.prepare
-    import nib.source  # noqa: F401
+    import nib.data.prepare
+    import nib.formats.export
+    import nib.formats.load  # noqa: F401
     import sample  # noqa: F401
     import train  # noqa: F401
 

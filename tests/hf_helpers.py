@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from nib.huggingface import HuggingFaceModel
+from nib.formats.huggingface import HuggingFaceModel
 
 SMALL = dict(
     vocab_size=40, max_position_embeddings=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

@@ -17,14 +17,14 @@ from torch import nn
 import evaluate as evaluate_script
 import sample as sample_script
 import train as train_script
-from model import GPT, Attention, GPTConfig, KVCache
-from nib.checkpoint import write_checkpoint
-from nib.errors import InputError
-from nib.joined import join_blocks
-from nib.native import kernels
-from nib.packing import pack_linears
-from nib.source import Source, build, open_source, without_drawing
-from nib.tokenizer import make_tokenizer
+from model import GPT, MLP, Attention, GPTConfig, KVCache
+from nib.common.exits import InputError
+from nib.cpu.build import kernels
+from nib.cpu.fused_blocks import join_blocks
+from nib.cpu.linear import pack_linears
+from nib.formats.checkpoint import write_checkpoint
+from nib.formats.load import Source, build, open_source, without_drawing
+from nib.tokenizer.tokenizer import make_tokenizer
 
 TINY = (
     "--dataset=words --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=2 --warmup_iters=1 "
@@ -75,6 +75,29 @@ def test_a_bug_in_the_model_keeps_its_type_and_place(command: str, monkeypatch: 
             assert "my_change" in [entry.name for entry in found.traceback]
             bug.__traceback__ = None  # whose frames hold the lock of the run
             del found
+
+
+@pytest.mark.parametrize("options", [[], ["--quantize=int8"], ["--no-cache"]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: torch.cat([x, x], -1), lambda x: x[..., :3], lambda x: x.double(), lambda x: x.bfloat16()],
+    ids=["wider", "narrower", "float64", "bfloat16"],
+)
+def test_what_a_layer_cannot_take_is_an_error_and_never_read_by_c(
+    change: Callable[[torch.Tensor], torch.Tensor], options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train("--out_dir=out/run")
+    forward = MLP.forward
+
+    def my_change(self: MLP, x: torch.Tensor) -> torch.Tensor:
+        return forward(self, change(x))
+
+    monkeypatch.setattr(MLP, "forward", my_change)
+    if options == ["--quantize=int8"] and change(torch.zeros(4)).shape == (4,):
+        return  # 8-bit layers take every floating-point dtype
+    with pytest.raises(RuntimeError, match="channels") as found:
+        sample_script.main(["run", "--max-new-tokens=2", *options])
+    assert "my_change" in [entry.name for entry in found.traceback]
 
 
 def test_a_bug_ends_in_its_traceback_and_status_1(tmp_path: Path) -> None:
@@ -235,6 +258,6 @@ def test_which_way_sampling_goes_is_said_unless_it_is_the_ordinary_one(
     pack_linears(model)
     monkeypatch.setattr(Attention, "forward", refuse)
     assert join_blocks(model, KVCache).startswith("AssertionError (test_changed_model.py, line ")
-    monkeypatch.setattr("nib.joined.kernels", lambda: None)
-    monkeypatch.setattr("nib.joined.made_kernels", lambda: (None, "no C compiler"))
+    monkeypatch.setattr("nib.cpu.fused_blocks.kernels", lambda: None)
+    monkeypatch.setattr("nib.cpu.fused_blocks.made_kernels", lambda: (None, "no C compiler"))
     assert kernels() is not None and join_blocks(model, KVCache) == "no C compiler"

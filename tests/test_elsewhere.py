@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, run_script
 from test_train import TINY, losses, metrics, tensors
 
-from nib.errors import InputError
-from nib.slurm import adopt_slurm, first_host
+from nib.common.exits import InputError
+from nib.training.slurm import adopt_slurm, first_host
 
 STEPS = [*TINY, "--max_iters=6", "--schedule=constant"]
 

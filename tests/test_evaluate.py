@@ -11,12 +11,12 @@ import torch
 from conftest import Call, run_script
 from model_helpers import random_model
 from test_export import save_run
-from test_source import hf_bytes
+from test_load import hf_bytes
 from torch.nn import functional as F
 
 import evaluate as script
-from nib.scoring import Window, ending_window, read_choices, score_texts, windows
-from nib.tokenizer import CharTokenizer, make_tokenizer, train_bpe
+from nib.generation.scoring import Window, ending_window, read_choices, score_texts, windows
+from nib.tokenizer.tokenizer import CharTokenizer, make_tokenizer, train_bpe
 
 BYTE = make_tokenizer("byte")
 

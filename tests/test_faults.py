@@ -21,8 +21,8 @@ import torch.distributed as dist
 from conftest import ROOT, run_script
 from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
 
-from nib.checkpoint import FILES, Checkpoint, list_checkpoints, open_checkpoint
-from nib.errors import InputError
+from nib.common.exits import InputError
+from nib.formats.checkpoint import FILES, Checkpoint, list_checkpoints, open_checkpoint
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 
@@ -159,9 +159,9 @@ def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Pa
     script = """
 import torch
 from pathlib import Path
-from nib.errors import RunError, script_errors
-from nib.saver import Saver
-from nib.tokenizer import make_tokenizer
+from nib.common.exits import RunError, script_errors
+from nib.training.state import Saver
+from nib.tokenizer.tokenizer import make_tokenizer
 with script_errors():
     saver = Saver(Path("run"), keep=1, tokenizer=make_tokenizer("byte"))
     saver.save({"weights": torch.zeros(2**26)}, {}, {"step": 5, "model_config": {}}, best=True)
@@ -288,8 +288,8 @@ def test_a_process_that_dies_is_noticed_and_torchrun_brings_the_run_back(
 
 JOIN = """
 import sys, time
-from nib.distributed import start_cluster
-from nib.errors import leave
+from nib.training.distributed import start_cluster
+from nib.common.exits import leave
 time.sleep(float(sys.argv[1]))
 cluster = start_cluster("cpu")
 print(cluster.total([1.0 + cluster.rank]), flush=True)

@@ -18,9 +18,9 @@ from conftest import ROOT, run_script
 
 import sample
 from model import GPT, GPTConfig
-from nib import errors
-from nib.checkpoint import write_checkpoint
-from nib.tokenizer import CharTokenizer, make_tokenizer
+from nib.common import exits as errors
+from nib.formats.checkpoint import write_checkpoint
+from nib.tokenizer.tokenizer import CharTokenizer, make_tokenizer
 
 
 def make_run(directory: Path, tokenizer, position: str = "learned", **changes) -> Path:
@@ -240,7 +240,7 @@ def test_help_and_usage_errors_do_not_wait_for_torch(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import sample
-from nib.errors import InputError
+from nib.common.exits import InputError
 for arguments in (["--help"], ["--temprature=1"], ["--prompt=FILE:missing"], ["--stop="]):
     try:
         sample.main(arguments)
@@ -293,7 +293,7 @@ def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monke
             yield samples[0], samples[0].append("\n abc".index(letter))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nib.generation.stream_text", interrupted)
+    monkeypatch.setattr("nib.generation.engine.stream_text", interrupted)
     code, out, _ = run("chars", "--prompt=h", "--stop=bcd", "--num-samples=2")
     assert (code, out) == (130, "--- sample 1 ---\nhabc\n--- sample 2 ---\nh\n")
     code, out, _ = run("chars", "--interactive", "--stop=bcd", stdin=b"a\nb\n")

@@ -26,10 +26,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train as train_script
 from model import GPT, GPTConfig
-from nib.dataset import Dataset
-from nib.errors import InputError, RunError
-from nib.fit import large_enough
-from nib.report import command_line
+from nib.common.exits import InputError, RunError
+from nib.data.dataset import Dataset
+from nib.training.placement import large_enough
+from nib.training.report import command_line
 
 TINY = (
     "--dataset=words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 --max_iters=20 "
@@ -204,7 +204,7 @@ def test_resuming_with_other_settings_is_refused_and_names_both_values() -> None
 
 
 def test_two_runs_cannot_share_a_directory() -> None:
-    from nib.saver import lock_run
+    from nib.training.state import lock_run
 
     with lock_run(Path("out/run")), pytest.raises(InputError, match="another run is writing to"):
         train()
@@ -266,7 +266,8 @@ def test_a_poisoned_model_is_not_saved(monkeypatch: pytest.MonkeyPatch, capsys: 
         return result
 
     monkeypatch.setattr(train_script, "optimizer_step", poison)
-    train("--max_iters=5", "--schedule=constant")
+    with pytest.raises(RunError, match="the run's end, step 5, is not saved"):
+        train("--max_iters=5", "--schedule=constant")
     assert "step 5 is not saved: its numbers are not finite" in capsys.readouterr().out
     assert Path("out/run/checkpoints/latest").read_text().strip() == "step-00000004"
 
@@ -322,7 +323,7 @@ def cublas_has_no_room(size: int) -> None:
 @pytest.mark.parametrize("allocate", [lambda size: torch.empty(size, dtype=torch.uint8), np.zeros, cublas_has_no_room])
 def test_memory_that_runs_out_makes_the_micro_batch_smaller(monkeypatch: pytest.MonkeyPatch, allocate: Any) -> None:
     """The allocators' own errors, from a trial that asks for more than there is, and one that takes a GPU."""
-    from nib import fit
+    from nib.training import placement as fit
 
     monkeypatch.setattr(fit, "CPU_ACTIVATIONS", 2**40)
     real = GPT.forward

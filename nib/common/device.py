@@ -1,0 +1,155 @@
+"""Which device to use, what it can do, and how much memory is in use on it."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import resource
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from nib.common.exits import InputError
+from nib.common.wording import counted
+from nib.cpu.onednn_matmul import use_onednn
+
+# Dense 16-bit peaks of the tensor cores with float32 sums, in TFLOP/s, from NVIDIA's data sheets and white papers (half
+# of what these give with sparsity), by what `card` makes of the name that the driver reports. Laptop versions, MIG
+# slices and virtual GPUs have other names and other peaks, and are not here.
+PEAK_TFLOPS = {
+    "B200": 2250, "GB200": 2500, "GB300": 2500,
+    "H100": 989, "H100 PCIE": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835, "GH200": 989,
+    "H800": 989, "H800 PCIE": 756, "H20": 148,
+    "A100": 312, "A100 PCIE": 312, "A800": 312, "A800 PCIE": 312, "A30": 165, "A40": 150, "A10": 125, "A10G": 70,
+    "A2": 18, "L4": 121, "L20": 119.5, "L40": 181, "L40S": 362,
+    "V100": 125, "V100 PCIE": 112, "V100S PCIE": 130, "T4": 65, "T4G": 65, "TITAN V": 110, "TITAN RTX": 130.5,
+    "RTX PRO 6000 BLACKWELL WORKSTATION EDITION": 504,
+    "RTX 6000 ADA GENERATION": 364, "RTX 5000 ADA GENERATION": 261, "RTX 4500 ADA GENERATION": 158.5,
+    "RTX 4000 ADA GENERATION": 107,
+    "RTX A6000": 155, "RTX A5000": 111, "RTX A4500": 94.6, "RTX A4000": 76.7, "RTX A2000": 32,
+    "QUADRO RTX 8000": 130.5, "QUADRO RTX 6000": 130.5, "QUADRO RTX 5000": 89, "QUADRO RTX 4000": 57,
+    "RTX 5090": 209.5, "RTX 5080": 112.6, "RTX 5070 TI": 87.9, "RTX 5070": 61.7, "RTX 5060 TI": 47.4, "RTX 5060": 38.4,
+    "RTX 4090": 165, "RTX 4080 SUPER": 104, "RTX 4080": 97.5, "RTX 4070 TI SUPER": 88.2, "RTX 4070 TI": 80.2,
+    "RTX 4070 SUPER": 71, "RTX 4070": 58.3, "RTX 4060 TI": 44.1, "RTX 4060": 30.2,
+    "RTX 3090 TI": 80, "RTX 3090": 71, "RTX 3080 TI": 68.2, "RTX 3080": 59.5, "RTX 3070 TI": 43.5, "RTX 3070": 40.6,
+    "RTX 3060 TI": 32.4, "RTX 3060": 25.5,
+    "RTX 2080 TI": 53.8, "RTX 2080 SUPER": 44.6, "RTX 2080": 40.3, "RTX 2070 SUPER": 36.3, "RTX 2070": 29.9,
+    "RTX 2060 SUPER": 28.7, "RTX 2060": 25.8,
+}  # fmt: skip
+# Words of a card's name that say nothing about its peak: the maker, the series, the memory, the socket.
+WORDS_WITHOUT_PEAK = re.compile(r"NVIDIA|TESLA|GEFORCE|\d+GB?|HBM\d\w?|SXM\d")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. Raises InputError when not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name!r} is not known. Use auto, cpu, cuda, cuda:N or mps") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = device.index if device.index is not None else cuda_index(local_rank, count)
+        if index >= count:
+            raise InputError(
+                f"device {name} is not there: this machine has {counted(count, 'CUDA device')}. Use --device=auto"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise InputError(f"device {name} is not there. Use --device=auto")
+    return torch.device(device.type)
+
+
+def cuda_index(local_rank: int, count: int) -> int:
+    """Which of the `count` CUDA devices that this process sees it takes; raises InputError when there are too few.
+
+    One that sees a single device was given its own, as by Slurm's --gpus-per-task, or shares it with others by
+    mistake: only all processes together can tell (nib.training.distributed.refuse_shared_gpus).
+    """
+    if local_rank >= count > 1:
+        have = f"process {local_rank} of this machine needs a GPU of its own, and there are {count}"
+        raise InputError(f"{have}. Start {count} processes (torchrun --nproc_per_node={count})")
+    return 0 if count == 1 else local_rank
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 on a GPU that has it, float16 on an older one, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type}, {counted(threads, 'thread')}" if device.type == "cpu" else device.type
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Dense FLOP/s of the device at 16 bits, or infinity where it is not known."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return math.inf
+    return 1e12 * PEAK_TFLOPS.get(card(torch.cuda.get_device_name(device)), math.inf)
+
+
+def card(name: str) -> str:
+    """The model of a GPU without maker and memory: "NVIDIA A100-SXM4-80GB" is an "A100"."""
+    return " ".join(word for word in re.split(r"[\s-]+", name.upper()) if not WORDS_WITHOUT_PEAK.fullmatch(word))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: on the GPU by torch, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Precision:
+    """How matrix products are done: autocast to their dtype, float16's scaling of the loss (arXiv 1710.03740)."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.dtype, self.device = pick_dtype(name, device), device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
+        elif device.type == "cpu":
+            use_onednn()
+            keep_freed_memory()
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next step, instead of giving it back and having it zeroed again.
+
+    Blocks up to 32 MB, the most it allows, come from its heap, which is not made shorter under 2 GB of free memory.
+    """
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
+        for parameter, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, size)
+
+
+# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime, cuBLAS and cuDNN put it. cuBLAS
+# calls itself not initialised where its own workspace found no room.
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can(not|'t) allocate memory|not enough memory|bad_alloc"
+    r"|STATUS_(ALLOC_FAILED|\w*ALLOCATION_FAILED)|CUBLAS_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, a library on it, or the CPU's allocator had no memory left."""
+    return isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))

@@ -1,0 +1,17 @@
+"""How numbers and paths are written in messages."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+
+def counted(number: object, noun: str) -> str:
+    """A number, or one that is written already, and the noun in the form that goes with it: 1 token, 2 tokens."""
+    return f"{number} {noun if str(number) == '1' else noun + 's'}"
+
+
+def typed(path: Path | str) -> str:
+    """`path` as an argument in a shell, which no script takes for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)

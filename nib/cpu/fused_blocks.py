@@ -1,0 +1,205 @@
+"""All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
+
+model.py stays what a model is: before the call is used, passes through it are compared with the model's own blocks, at
+the beginning and at the end of a context. A model.py that was changed to compute anything else keeps its blocks, as
+far as those passes show it: what acts on rare numbers only, a limit to large activations for example, they may not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nib.cpu.build import MOST_ROWS, Matrix, kernels, made_kernels
+
+TORCH = Path(torch.__file__).parent
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
+CHECKED = 64  # positions
+MOST_NUMBERS = 2**26  # of keys and values in the check of a whole context: 256 MB
+TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
+
+
+class Norm(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")]
+
+
+class Block(ctypes.Structure):
+    _fields_ = [
+        ("attention_norm", Norm), ("q_norm", Norm), ("k_norm", Norm), ("qkv", Matrix), ("out", Matrix),
+        ("mlp_norm", Norm), ("up", Matrix), ("down", Matrix),
+    ]  # fmt: skip
+
+
+class Shape(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("blocks", "width", "heads", "kv_heads", "head_size", "hidden")),
+        *((name, ctypes.c_long) for name in ("window", "mlp", "rms")), ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_long) for name in ("count", "tokens", "places")),
+        *((name, ctypes.c_void_p) for name in ("positions", "cos", "sin", "keys", "values")), ("length", ctypes.c_long),
+    ]  # fmt: skip
+
+
+class JoinedBlocks(nn.Module):
+    """The blocks of a packed model, which it holds and which compute whatever the call cannot."""
+
+    def __init__(self, blocks: Any, config: Any) -> None:
+        """Raises AttributeError, KeyError or ValueError for blocks that are built in another way than model.Block."""
+        super().__init__()
+        native = kernels()
+        assert native is not None
+        if any(module._forward_hooks or module._forward_pre_hooks for module in blocks.modules()):
+            raise ValueError("a hook would not be called")
+        self.blocks, self.library = blocks, native.library
+        self.most_rows = MOST_ROWS[blocks[0].mlp.up.weight.dtype]
+        self.kept: list[object] = []  # what the addresses point to
+        self.shape = Shape(
+            len(blocks), config.n_embd, config.n_head, config.n_kv_head, config.head_size, config.mlp_hidden,
+            config.window, MLPS.index(config.mlp), config.norm == "rmsnorm", config.norm_eps,
+        )  # fmt: skip
+        self.parts = (Block * len(blocks))(*(self.part(block.attention, block) for block in blocks))
+
+    def part(self, attention: Any, block: Any) -> Block:
+        shape, wide = self.shape, 2 if MLPS[self.shape.mlp] == "swiglu" else 1
+        C, D, H, K = shape.width, shape.head_size, shape.heads, shape.kv_heads
+        norms = self.norm(block.attention_norm, C), self.norm(attention.q_norm, D), self.norm(attention.k_norm, D)
+        qkv, out = self.matrix(attention.qkv, (H + 2 * K) * D, C), self.matrix(attention.out, C, H * D)
+        up, down = self.matrix(block.mlp.up, wide * shape.hidden, C), self.matrix(block.mlp.down, C, shape.hidden)
+        return Block(*norms, qkv, out, self.norm(block.mlp_norm, C), up, down)
+
+    def norm(self, module: Any, size: int) -> Norm:
+        if module is None:
+            return Norm()
+        parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
+        given = [each for each in parts if each is not None]
+        if parts[0] is None or any(each.shape != (size,) or each.dtype != torch.float32 for each in given):
+            raise ValueError("a norm of another size")
+        parts = [None if each is None else each.contiguous() for each in parts]
+        self.kept += parts
+        return Norm(*map(address, parts))
+
+    def matrix(self, module: Any, N: int, K: int) -> Matrix:
+        matrix: Matrix = module.few_rows.matrix
+        if (matrix.n, matrix.k) != (N, K):
+            raise ValueError("a matrix of another size")
+        self.kept.append(matrix)
+        return matrix
+
+    def forward(self, x: Tensor, context: Any, layer: int) -> Tensor:
+        """The stream (B, T, C) through all blocks; `layer` is that of the first."""
+        if not self.fits(x, context):
+            for number, block in enumerate(self.blocks):
+                x = block(x, context, number)
+            return x
+        (B, T, _), cache = x.shape, context.cache
+        x = x.clone(memory_format=torch.contiguous_format)
+        places = [context.positions, *(context.rotation or (None, None))]
+        places = [None if each is None else each.contiguous() for each in places]
+        keys, values = cache.memory
+        length = cache.memory.shape[-2]
+        batch = Batch(B * T, T, places[0].numel(), *map(address, places), address(keys), address(values), length)
+        shape, threads = ctypes.byref(self.shape), torch.get_num_threads()
+        between = x.new_empty(self.library.scratch(shape, B * T, length, threads))
+        self.library.blocks(shape, self.parts, ctypes.byref(batch), address(x), address(between), threads)
+        return x
+
+    def fits(self, x: Tensor, context: Any) -> bool:
+        """Whether there are few rows, and the numbers lie as blocks.c reads and writes them."""
+        (B, T, C), cache, shape = x.shape, context.cache, self.shape
+        memory = getattr(cache, "memory", None)
+        if memory is None or self.most_rows < B * T or self.training:
+            return False
+        *outer, length, D = memory.shape
+        return (
+            x.dtype == memory.dtype == torch.float32
+            and memory.is_contiguous()
+            and (C, D, outer) == (shape.width, shape.head_size, [2, shape.blocks, B, shape.kv_heads])
+            and max(cache.lengths) + T <= length
+            and self.knows(context, B, T)
+        )
+
+    def knows(self, context: Any, B: int, T: int) -> bool:
+        """Whether the new positions follow the cached ones, and see all before them that the window leaves."""
+        positions, mask, window = context.positions, context.mask, self.shape.window
+        expected = [length + t for length in context.cache.lengths for t in range(T)]
+        if positions.dtype != torch.int64 or positions.expand(B, T).flatten().tolist() != expected:
+            return False
+        if mask is not None and mask.dtype != torch.bool:
+            return False
+        every = sum(expected) + B * T  # how many positions the new ones see together, without a window
+        seen = every if mask is None else int(mask.sum()) * (B if mask.ndim == 2 else 1)
+        return seen == (sum(min(position + 1, window) for position in expected) if window else every) and all(
+            turn.dtype == torch.float32 and turn.numel() == positions.numel() * self.shape.head_size
+            for turn in context.rotation or ()
+        )
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def join_blocks(model: Any, make_cache: Any) -> str:
+    """Put one call in the place of the blocks of a packed model on the CPU.
+
+    Returns why the model was left as it was, or "" where it was not.
+    """
+    if kernels() is None:
+        return made_kernels()[1]
+    blocks, was_training, agreed = model.blocks, model.training, False
+    reason = "they compute something else than blocks.c"
+    model.eval()
+    try:
+        joined = nn.ModuleList([JoinedBlocks(blocks, model.config)]).eval()
+        agreed = agree(model, joined, make_cache)
+    except Exception as error:  # a model that is built in another way, which may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1]
+        place = f"{Path(ours.filename).name}, line {ours.lineno}"
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        reason = f"{said[:200]} ({place})"
+    finally:
+        model.blocks = joined if agreed else blocks
+        model.train(was_training)
+    return "" if agreed else reason
+
+
+@torch.inference_mode()
+def agree(model: Any, joined: nn.ModuleList, make_cache: Any) -> bool:
+    """Whether the model computes with `joined` what it does with its blocks, in the stream and in the cache.
+
+    Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
+    one row gets one, the last of a whole context. Leaves the one or the other as model.blocks.
+    """
+    few = min(model.config.block_size, CHECKED)
+    T = min(2, few)
+    whole = min(model.config.block_size, MOST_NUMBERS // make_cache(model.config, 1, 1).memory.numel())
+    whole = max(few, whole)
+    generator = torch.Generator().manual_seed(0)
+    blocks = model.blocks
+    for lengths, new, size in (([0, few - T], T, few), ([whole - 1], 1, whole)):
+        tokens = torch.randint(model.config.vocab_size, (len(lengths), new), generator=generator)
+        cache = make_cache(model.config, len(lengths), size)
+        *outer, length, D = cache.memory.shape
+        heads, positions = (torch.randn(shape, generator=generator) for shape in ((*outer, 1, D), (length, D)))
+        torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers
+        newest = cache.memory[..., -CHECKED:, :]
+        before, found = newest.clone(), []
+        for model.blocks in (blocks, joined):
+            cache.lengths = list(lengths)
+            newest.copy_(before)
+            found.append((model.hidden(tokens, cache), newest.clone()))
+        if not all(
+            bool((ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max())
+            for theirs, ours in zip(*found, strict=True)
+        ):
+            return False
+    return True

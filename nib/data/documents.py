@@ -1,0 +1,341 @@
+"""Where text comes from: files, directories, standard input, URLs and public corpora, read as documents.
+
+A document is one text file, one line of JSONL or one row of Parquet. Everything is read as a stream.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import itertools
+import json
+import lzma
+import os
+import re
+import select
+import shutil
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+from nib.data.download import download
+from nib.common.exits import InputError
+from nib.tokenizer.chunking import read_pieces
+from nib.data.paths import walk
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
+# By the ending of the name; anything else is text.
+FORMATS = {".jsonl": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
+COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+PACKED = set(".7z .br .lz4 .lzma .rar .tar .tbz .tbz2 .tgz .txz .tzst .z .zip .zst .zstd".split())  # and not read
+SEPARATOR = re.compile(r"[ \t\r\n,]*")  # between the rows of a .json file
+HEAD_BYTES = 1 << 16  # of its first line, which shows what it is
+ROW_BYTES = 1 << 28  # the longest row of a .json file; in a broken file the end of a row is not found
+SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_BYTES = 1_115_394
+HUB = {  # built-in name: repository, its configuration, and the column that holds the text
+    "openwebtext": ("Skylion007/openwebtext", None, "text"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+}
+MESSAGES = "messages"  # the column of a chat, where there is none called text
+BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
+# Tests, installed packages, and what is there on one machine and not on the next.
+NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file or stream of documents."""
+
+    name: str  # as messages and meta.json show it
+    format: str  # text, jsonl, json, parquet or hub
+    path: Path | None = None  # None is standard input, or the hub
+    size: int | None = None  # of its text in bytes, where known
+    skip_invalid: bool = False  # leave out what is not UTF-8, whatever the option says
+
+
+@dataclass(frozen=True)
+class Part:
+    """A document, or a piece of one that is long. `is_json`: a row of JSON, not parsed yet. `fault`: it has no text."""
+
+    where: str
+    data: bytes
+    offset: int = 0  # of `data` in its file, in bytes
+    first: bool = True
+    last: bool = True
+    is_json: bool = False
+    skip_invalid: bool = False
+    fault: str = ""
+
+
+def find_sources(names: list[str], format: str, glob: str, directory: Path, spool: bool) -> list[Source]:
+    """The files and streams behind the source arguments, in a fixed order.
+
+    What has to be fetched goes to `directory`: a URL always, a pipe when it is to be read twice (`spool`).
+    Raises InputError for a source that is not there or has no matching file.
+    """
+    found: list[Source] = []
+    for index, name in enumerate(names):
+        copy = directory / str(index)
+        if name == "stdlib":
+            found += _standard_library()
+        elif name in HUB:
+            found.append(Source(name, "hub"))
+        elif name == "shakespeare" or name.startswith(("http://", "https://")):
+            found.append(_downloaded(name, format, copy))
+        elif name == "-" or Path(name).is_fifo():
+            found.append(_pipe(name, format, copy if spool else None))
+        else:
+            found += _on_disk(Path(name), format, glob)
+    return found
+
+
+def _pipe(name: str, format: str, copy: Path | None) -> Source:
+    """Standard input or a named pipe, copied to disk when it is to be read twice."""
+    format = _format_of(Path(name), format)
+    if format == "parquet":
+        raise InputError("Parquet cannot be read from a pipe. Give the name of a file")
+    if copy is None:
+        return Source(name, format, None if name == "-" else Path(name))
+    copy = copy.with_suffix(_compression(Path(name)))
+    with io.BufferedReader(StandardInput()) if name == "-" else open(name, "rb") as stream, open(copy, "wb") as file:
+        shutil.copyfileobj(stream, file, 1 << 20)
+    return Source(name, format, copy, _text_size(copy))
+
+
+def _standard_library() -> list[Source]:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = walk(root, "*.py", NOT_STDLIB, follow=False)
+    if not files:
+        raise InputError(f"this Python has no source of its standard library in {root}. Give a directory of text")
+    return [Source(f"stdlib: {path.relative_to(root)}", "text", path, path.stat().st_size, True) for path in files]
+
+
+def _downloaded(name: str, format: str, path: Path) -> Source:
+    if name == "shakespeare":
+        size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
+        return Source(name, "text", path, size)
+    shown = Path(urlsplit(name).path)
+    format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
+    download(name, path)
+    return Source(name, format, path, _text_size(path))
+
+
+def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
+    try:
+        if path.is_dir():
+            files = walk(path, glob or "*")
+            tables = [file for file in files if file.suffix.lower() == ".parquet"]
+            if tables and not glob and format == "auto":  # the notes beside them are no part of the corpus
+                files = tables
+            if not files:
+                raise InputError(f"no file in {path} matches {glob or '*'}. Give another directory or --glob")
+        elif path.exists():
+            files = [path]
+        else:
+            raise InputError(f"no source {path}. Give a file, a directory, -, a URL or {', '.join(BUILTIN_SOURCES)}")
+        for file in files:
+            file.open("rb").close()  # before hours of work, not after
+        return [Source(str(file), _format_of(file, format), file, _text_size(file)) for file in files]
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror}. Leave it out or mend it") from None
+
+
+def _compression(path: Path) -> str:
+    """The ending of a name whose content is unpacked while it is read, or ""."""
+    return path.suffix.lower() if path.suffix.lower() in COMPRESSED else ""
+
+
+def _text_size(path: Path) -> int | None:
+    return None if _compression(path) else path.stat().st_size
+
+
+def _format_of(path: Path, format: str) -> str:
+    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+    *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
+    ending = inner if last in COMPRESSED else last
+    found = FORMATS.get(ending, "text") if format == "auto" else format
+    if ending in PACKED or (found == "parquet" and last in COMPRESSED):
+        raise InputError(
+            f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
+            "pipe what is in it to prepare_data.py -, or leave it out by --glob"
+        )
+    return found
+
+
+def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
+    """The documents of all sources, in order. `field` is the Parquet or hub column that holds the text.
+
+    Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is found later.
+    """
+    for source in sources:
+        try:
+            if source.format == "hub":
+                yield from _hub_rows(source)
+            elif source.format == "parquet":
+                yield from _parquet_rows(source, field)
+            elif source.path is None:
+                yield from _stream(source, io.BufferedReader(StandardInput(), 2**20))
+            else:
+                with COMPRESSED.get(_compression(source.path), open)(source.path, "rb") as stream:
+                    yield from _stream(source, stream)
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            error = error if isinstance(error, OSError) else OSError(f"it is packed, and damaged: {error}")
+            raise InputError(f"cannot read {source.name}: {error.strerror or error}. Leave it out or mend it") from None
+
+
+class StandardInput(io.RawIOBase):
+    """Standard input, waited for a moment at a time: a signal that comes just before a longer wait would go unseen."""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        number = sys.stdin.fileno()
+        try:
+            while not select.select([number], [], [], 0.2)[0]:
+                pass
+            return os.readv(number, [buffer])
+        except OSError as error:
+            raise InputError(f"cannot read standard input: {error.strerror}. Give the name of a file") from None
+
+
+def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
+    offset = 0
+    if source.format == "text":
+        for piece, last in read_pieces(stream):
+            yield Part(source.name, piece, offset, offset == 0, last, skip_invalid=source.skip_invalid)
+            offset += len(piece)
+        return
+    lines: Iterable[bytes] = stream
+    if source.format == "json":
+        head = [stream.readline(HEAD_BYTES)]
+        while head[-1] and not (line := head[-1].removeprefix(BYTE_ORDER_MARK).strip()):
+            head.append(stream.readline(HEAD_BYTES))
+        whole = head[-1].endswith(b"\n") or 0 < len(head[-1]) < HEAD_BYTES
+        if not (whole and line.startswith(b"{") and line.endswith(b"}")):
+            yield from _json_rows(source.name, stream, b"".join(head))
+            return
+        lines = itertools.chain(head, stream)  # one object, or JSONL under another name
+    for number, line in enumerate(lines, start=1):
+        mark = len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
+        if line[mark:].strip():
+            yield Part(f"{source.name}, line {number}", line[mark:], offset + mark, is_json=True)
+        offset += len(line)
+
+
+def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
+    """The elements of an array, or objects one after the other, from a file that begins with the bytes `head`.
+
+    Not much more than the row that is being read is held. After a fault in the JSON the next row cannot be found: what
+    follows becomes one part, which is found to be invalid.
+    """
+    decoder = json.JSONDecoder(strict=False)
+    text = head.removeprefix(BYTE_ORDER_MARK).decode("latin-1")  # a character a byte, so that positions are the same
+    offset, at = len(head) - len(text), SEPARATOR.match(text).end()  # type: ignore[union-attr]
+    array = text.startswith("[", at)
+    at += array
+    number = 1
+    while True:
+        at = SEPARATOR.match(text, at).end()  # type: ignore[union-attr]
+        if array and text.startswith("]", at):
+            array, at = False, at + 1
+            continue
+        where = f"{name}, row {number}"
+        try:
+            _, end = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            more = stream.read(max(1 << 16, len(text) - at))
+            if more and len(text) - at < ROW_BYTES:
+                offset, text, at = offset + at, text[at:] + more.decode("latin-1"), 0
+                continue
+            if array or at < len(text):
+                yield Part(f"{where} and what follows", text[at:].encode("latin-1"), offset + at, is_json=True)
+            return
+        yield Part(where, text[at:end].encode("latin-1"), offset + at, is_json=True)
+        number, at = number + 1, end
+
+
+def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise InputError(f"reading {source.name} needs pyarrow. Run: pip install pyarrow") from None
+    try:
+        # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
+        with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
+            columns = file.schema_arrow.names
+            if field == "text" and field not in columns and MESSAGES in columns:
+                field = MESSAGES
+            if field not in columns:
+                raise InputError(f"{source.name} has no column {field!r}. Give --field={'|'.join(columns)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=[field]):
+                for cell in batch.column(0):
+                    row += 1
+                    try:
+                        value = cell.as_py()
+                    except UnicodeDecodeError as error:  # a text's own bytes are looked at later
+                        value = [b"not UTF-8"] if isinstance(cell, pyarrow.ListScalar) else error.object
+                    yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{source.name} is no valid Parquet file: {str(error)[:120]}. Give a whole file") from None
+
+
+def _hub_rows(source: Source) -> Iterator[Part]:
+    repository, configuration, field = HUB[source.name]
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(f"{source.name} is streamed by datasets. Run: pip install datasets") from None
+    try:
+        rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
+        for number, row in enumerate(rows, start=1):
+            yield _row(row[field], f"column {field!r}", f"{source.name}, row {number}")
+    except (OSError, ValueError, RuntimeError) as error:  # no network, or the hub's own errors
+        raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
+
+
+def chat_text(messages: list[Any]) -> str | None:
+    """Chat messages as plain text, a paragraph a message: `role: content`. None when they are none.
+
+    A message that calls tools may have no content.
+    """
+    paragraphs = []
+    for message in messages:
+        if not isinstance(message, dict):
+            return None
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if content is None and (message.get("tool_calls") or message.get("function_call")):
+            content = ""
+        if isinstance(content, list):  # parts, of which pictures and sounds are left out
+            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            content = "".join(text for text in texts if isinstance(text, str))
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        paragraphs.append(f"{role}: {content}\n")
+    return "\n".join(paragraphs)
+
+
+def row_text(value: Any, where: str) -> tuple[str, str]:
+    """The text that a field or column holds, and what is wrong with it, or ""."""
+    text = chat_text(value) if isinstance(value, list) else value
+    if isinstance(text, str):
+        return text, ""
+    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
+        return "", f"{where} holds a message without a role or content"
+    return "", f"{where} holds {'null' if value is None else type(value).__name__}, not text"
+
+
+def _row(value: Any, column: str, where: str) -> Part:
+    if isinstance(value, bytes):
+        return Part(where, value)
+    text, fault = row_text(value, column)
+    return Part(where, text.encode("utf-8", "surrogatepass"), fault=fault)

@@ -1,0 +1,162 @@
+"""Documents to token ids: what is a valid text, where a document ends, and how the work is dealt out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from nib.data.documents import MESSAGES, Part, row_text
+from nib.common.exits import InputError
+from nib.tokenizer.chunking import PIECE_BYTES, cut
+from nib.tokenizer.tokenizer import load_tokenizer
+from nib.data.workers import map_in_order
+
+BATCH_BYTES = 1 << 20
+BATCH_PARTS = 4096
+
+
+class Encoded(NamedTuple):
+    """What became of one `Part`: its share of the batch's tokens, or why it is left out."""
+
+    tokens: int
+    bytes: int  # of the text as encoded
+    replaced: int  # U+FFFD put in for invalid bytes
+    content_hash: int  # 64 bits, of the document's first piece; 0 for later pieces
+    invalid: str  # not empty: the document is left out, for this reason
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    tokenizer_file: Path
+    field: str
+    invalid: str  # error, replace, skip
+    seed: int
+    dtype: str
+
+
+class Encoder:
+    """Encodes batches of parts; each document ends with the end-of-text id where the tokenizer has one."""
+
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.settings = settings
+        self.tokenizer = load_tokenizer(settings.tokenizer_file)
+        self.key = str(settings.seed).encode()
+
+    def __call__(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
+        """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
+        results, arrays = [], []
+        end = self.tokenizer.end_of_text
+        end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
+        for part in parts:
+            text, replaced, invalid = part_text(part, self.settings.field, self.settings.invalid)
+            try:
+                tokens = self.tokenizer.encode_array(text).astype(self.settings.dtype)
+            except InputError as error:
+                raise InputError(f"{part.where}: {error}") from None
+            arrays.append(tokens)
+            count = len(tokens)
+            # An empty document gives nothing, not even an end.
+            if part.last and not invalid and (count or not part.first):
+                arrays.append(end_array)
+                count += len(end_array)
+            data = text.encode("utf-8")
+            content_hash = self.content_hash(data) if part.first else 0
+            results.append(Encoded(count, len(data), replaced, content_hash, invalid))
+        return results, np.concatenate(arrays)
+
+    def content_hash(self, data: bytes) -> int:
+        """64 bits from the seed and the first piece of a document: equal for equal documents from any source."""
+        first = data if len(data) < PIECE_BYTES else data[: cut(data[:PIECE_BYTES])]
+        return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=self.key).digest(), "big")
+
+
+def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
+    """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
+
+    `invalid` says what to do about invalid UTF-8: error, replace or skip. A row that is not an object with a text in
+    `field` can only be left out, by skip. Raises InputError.
+    """
+    if part.skip_invalid:
+        invalid = "skip"
+    data = part.data
+    if part.fault:
+        return without_text(f"{part.where}: {part.fault}", invalid)
+    try:
+        text, replaced = data.decode("utf-8"), 0
+    except UnicodeDecodeError as error:
+        where = part.where.partition(", line ")[0] if part.is_json else part.where
+        reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
+        if invalid == "error":
+            raise InputError(f"{reason}. Is it text? --invalid=replace or skip go on") from None
+        if invalid == "skip":
+            return "", 0, reason
+        text = data.decode("utf-8", errors="replace")
+        replaced = text.count("\ufffd") - data.count("\ufffd".encode())
+    if not part.is_json:
+        return text, replaced, ""
+    text, fault = _json_text(text, field)
+    if fault:
+        return without_text(f"{part.where}: {fault}", invalid)
+    if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
+        reason = f"{part.where}: U+{ord(halves[0]):04X} is half a character"
+        if invalid == "error":
+            raise InputError(f"{reason}. --invalid=replace or skip go on")
+        if invalid == "skip":
+            return "", 0, reason
+        text = re.sub("[\ud800-\udfff]", "\ufffd", text)
+    return text, replaced + len(halves), ""
+
+
+def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
+    """What `part_text` returns for a row that is left out. Raises InputError where it is not."""
+    if invalid == "skip":
+        return "", 0, reason
+    raise InputError(
+        f"{reason}. Mend it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
+    )
+
+
+def _json_text(line: str, field: str) -> tuple[str, str]:
+    """The text in a row of JSON, and what is wrong with it, or ""."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return "", f"not valid JSON: {error}"
+    if not isinstance(document, dict):
+        return "", f"{type(document).__name__}, not an object"
+    if field == "text" and field not in document and MESSAGES in document:
+        field = MESSAGES
+    if field not in document:
+        return "", f"no field {field!r} among {', '.join(list(document)[:10]) or 'none'}"
+    return row_text(document[field], f"field {field!r}")
+
+
+def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    """Group parts to about `BATCH_BYTES`, so that many small files cost no more than a large one."""
+    batch: list[Part] = []
+    size = 0
+    for part in parts:
+        batch.append(part)
+        size += len(part.data)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_PARTS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def encode_all(
+    parts: Iterable[Part], settings: EncoderSettings, workers: int
+) -> Generator[tuple[list[Part], tuple[list[Encoded], np.ndarray]], None, None]:
+    """Encode batches of `parts` in `workers` processes (1: in this one), in order, a bounded number at a time.
+
+    Raises InputError of the first bad part, RunError when a worker dies.
+    """
+    return map_in_order(Encoder, settings, batches(parts), workers)

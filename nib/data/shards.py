@@ -1,0 +1,316 @@
+"""The token files of a data directory: written aside, split, cut into shards, put in place whole."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from nib.common.exits import InputError
+from nib.common.signals import stop_signals_raise
+from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
+
+FORMAT = "nib-data-1"
+META_FILE = "meta.json"
+# Every name that a file of a dataset can have.
+OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.bin|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
+# In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
+REPLACEMENT, REPLACED = ".nib-replacement", "replaced.json"
+COPY_BYTES = 1 << 22
+SPLITS = ("train", "val")
+
+
+def staging_path(out: Path) -> Path:
+    """Where the content of `out` is prepared. Inside `out` where that exists: it may be a mount point, or a link."""
+    return out / ".nib-staging" if out.is_dir() else out.parent / f".{out.name}.staging"
+
+
+@contextlib.contextmanager
+def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A hidden directory whose content becomes that of `out` when the block ends well, and vanishes when it does not.
+
+    A new `out` appears by one rename. In an existing one the files of the old dataset are replaced, and only these.
+    What a killed run left is removed, or its replacement finished. Raises InputError when another run is preparing
+    `out` right now, and when `out` exists: without `overwrite` always, with it where a file of the user's is in danger.
+    """
+    inside, staging = out.is_dir(), staging_path(out)
+    if not inside:
+        check_output(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging.mkdir(exist_ok=True)
+    with stop_signals_raise(), _locked(out if inside else staging) as locked:
+        if not locked:
+            raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
+        try:
+            _finish_replacement(out)
+            check_output(out, overwrite)  # here too: another run may have ended just now
+            staging.mkdir(exist_ok=True)
+            for left in staging.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield staging
+            sync(staging)
+            if inside:
+                staging.rename(out / REPLACEMENT)
+                sync(out)
+                _finish_replacement(out)
+            elif out.exists():
+                raise InputError(f"{out} was made by something else meanwhile. Move it away, and run again")
+            else:
+                staging.rename(out)
+                sync(out.parent)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+
+
+def _finish_replacement(out: Path) -> None:
+    """Move a complete new dataset from its directory in `out` to its place, removing the old one.
+
+    A run that is killed in here leaves what the next call goes on from: every step may have been done before. There is
+    a meta.json in `out` only while one of the two datasets is complete.
+    """
+    new = out / REPLACEMENT
+    if (new / META_FILE).exists():
+        if (out / META_FILE).exists():
+            (out / META_FILE).rename(new / REPLACED)
+        for name in dataset_files(new, REPLACED):
+            if name.endswith(".bin"):
+                with contextlib.suppress(OSError):
+                    (out / name).with_suffix(".checked").unlink()  # the stamp of nib.data.dataset
+            if name not in dataset_files(new):  # where they may have been moved from already
+                (out / name).unlink(missing_ok=True)
+        for path in new.iterdir():
+            if path.name not in (META_FILE, REPLACED):
+                path.rename(out / path.name)
+        sync(out)
+        (new / META_FILE).rename(out / META_FILE)
+        sync(out)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raises InputError when `out` may not be written."""
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists. Give --overwrite to replace it, or another --out")
+    own = dataset_files(out)
+    names = {path.name for path in out.iterdir()} - {staging_path(out).name} if out.is_dir() else {out.name}
+    if names and not own:
+        raise InputError(f"{out} is not prepared data, so --overwrite does not replace it. Give another --out")
+    for name in sorted(filter(OWN_NAME.fullmatch, names)):
+        if name not in own or not (out / name).is_file():
+            raise InputError(f"{out / name} is no file of the dataset there. Move it away, or give another --out")
+
+
+def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
+    """The names of the files that nib wrote into a directory of prepared data; none where there is no such data."""
+    try:
+        meta = json.loads((directory / meta_file).read_bytes())
+        names = [*meta["sha256"], META_FILE, TOKENIZER_FILE] if meta["format"] == FORMAT else []
+        return set(filter(OWN_NAME.fullmatch, names))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return set()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory for this process; False when it is another's, or has become an output just now.
+
+    The lock goes with the process, so a killed run leaves none behind.
+    """
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = os.path.samestat(os.fstat(descriptor), os.stat(directory))
+        except OSError:
+            locked = False
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the names in a directory, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass
+class _Document:
+    """The document being written: where it began, so that it can be taken back."""
+
+    split: str
+    start: int  # in tokens of its split
+    content_hash: int
+    tokens: int = 0
+    bytes: int = 0
+    replaced: int = 0
+
+
+@dataclass
+class SplitWriter:
+    """Appends documents to one file of tokens a split, then settles the split and cuts the shards.
+
+    A document goes to val when its content hash, as a fraction of 2^64, is below `val_fraction`.
+    """
+
+    directory: Path
+    dtype: np.dtype
+    val_fraction: float
+    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    replaced: int = 0
+
+    def __post_init__(self) -> None:
+        self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
+        self.document: _Document | None = None
+        self.lowest: _Document | None = None  # of all in train
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def _path(self, split: str) -> Path:
+        return self.directory / f"{split}.tokens"
+
+    def begin(self, content_hash: int) -> None:
+        """Start a document."""
+        split = "val" if content_hash < self.val_fraction * 2**64 else "train"
+        self.document = _Document(split, self.tokens[split], content_hash)
+
+    def append(self, tokens: np.ndarray, bytes: int, replaced: int) -> None:
+        """Add a piece to the document that was begun."""
+        assert self.document is not None
+        self.files[self.document.split].write(tokens.tobytes())
+        self.document.tokens += len(tokens)
+        self.document.bytes += bytes
+        self.document.replaced += replaced
+
+    def end(self) -> None:
+        """Count the document in; an empty one is none."""
+        document, self.document = self.document, None
+        if document is None or document.tokens == 0:
+            return
+        self.tokens[document.split] += document.tokens
+        self.bytes[document.split] += document.bytes
+        self.documents[document.split] += 1
+        self.replaced += document.replaced
+        if document.split == "train" and (self.lowest is None or document.content_hash < self.lowest.content_hash):
+            self.lowest = document
+
+    def take_back(self) -> None:
+        """Undo the document that was begun."""
+        if self.document is not None:
+            file = self.files[self.document.split]
+            file.seek(self.document.start * self.dtype.itemsize)
+            file.truncate()
+            self.document = None
+
+    def settle(self, tokenizer: Tokenizer) -> None:
+        """Fill an empty val split: of several documents with the lowest hash, of a single one with its last part."""
+        if self.val_fraction == 0:
+            return
+        if sum(self.documents.values()) == 1:
+            self._cut_single(tokenizer)
+        elif self.documents["val"] == 0 and self.lowest is not None:
+            self._move_to_val(self.lowest.start, self.lowest.tokens, self.lowest.bytes)
+            self.documents = {"train": self.documents["train"] - 1, "val": 1}
+
+    def _cut_single(self, tokenizer: Tokenizer) -> None:
+        if self.documents["val"]:  # its hash took it there
+            self.files = {"train": self.files["val"], "val": self.files["train"]}
+            self.tokens, self.bytes, self.documents = (
+                {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
+            )
+        total = self.tokens["train"]
+        start = int(total * (1 - self.val_fraction))
+        while start < total and _inside_character(tokenizer, self._read("train", start, 1)):
+            start += 1
+        lengths = tokenizer.byte_lengths()
+        val_bytes = 0
+        for position in range(start, total, COPY_BYTES):
+            val_bytes += int(lengths[self._read("train", position, min(COPY_BYTES, total - position))].sum())
+        self._move_to_val(start, total - start, val_bytes)
+        self.documents["val"] = 1 if start < total else 0
+
+    def _read(self, split: str, start: int, count: int) -> np.ndarray:
+        file = self.files[split]
+        file.seek(start * self.dtype.itemsize)
+        return np.frombuffer(file.read(count * self.dtype.itemsize), dtype=self.dtype)
+
+    def _move_to_val(self, start: int, count: int, bytes: int) -> None:
+        """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val; close the gap."""
+        train, size = self.files["train"], self.dtype.itemsize
+        self.files["val"].seek(0)
+        for data in _chunks(train, start * size, count * size):
+            self.files["val"].write(data)
+        to = start * size
+        for data in _chunks(train, to + count * size, (self.tokens["train"] - start - count) * size):
+            train.seek(to)
+            to += train.write(data)
+        train.truncate(to)
+        self.tokens = {"train": self.tokens["train"] - count, "val": count}
+        self.bytes = {"train": self.bytes["train"] - bytes, "val": bytes}
+
+    def write_shards(self, shard_tokens: int) -> dict[str, str]:
+        """Cut the token files into shards and return the sha256 of each; every shard but a split's last is full.
+
+        The file is taken apart from its end, so that the disk never holds more than one shard twice.
+        """
+        sha256 = {}
+        size = self.dtype.itemsize
+        for split, file in self.files.items():
+            end = self.tokens[split] * size
+            for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
+                shard = self.directory / f"{split}-{index:05d}.bin"
+                start = index * shard_tokens * size
+                if index == 0:
+                    file.flush()
+                    os.rename(file.name, shard)
+                else:
+                    with open(shard, "wb") as part:
+                        for data in _chunks(file, start, end - start):
+                            part.write(data)
+                    file.truncate(start)
+                    end = start
+                sha256[shard.name] = file_sha256(shard)
+                sync(shard)
+            file.close()
+            Path(file.name).unlink(missing_ok=True)
+        return dict(sorted(sha256.items()))
+
+
+def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:
+    """Whether the token begins with a byte that goes on a UTF-8 character."""
+    return tokenizer.decode_bytes(token.tolist())[:1] in [bytes([value]) for value in range(0x80, 0xC0)]
+
+
+def _chunks(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
+    """The `count` bytes from `start`, a few MB at a time; the file may be written between two chunks."""
+    for position in range(start, start + count, COPY_BYTES):
+        file.seek(position)
+        yield file.read(min(COPY_BYTES, start + count - position))
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while data := file.read(COPY_BYTES):
+            digest.update(data)
+    return digest.hexdigest()

@@ -1,0 +1,151 @@
+"""Work in other processes.
+
+A worker process is started with pipes of its own and nothing else of the parent's: it works under any script,
+imports no torch, and ends by itself when the parent is gone, however that died.
+"""
+
+from __future__ import annotations
+
+import collections
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any
+
+from nib.common.exits import InputError, RunError
+
+_ROOT = Path(__file__).resolve().parents[2]
+_START = "import sys; sys.path[0] = sys.argv[1]; from nib.data.workers import serve; serve()"
+
+
+class Worker:
+    """A process that makes one object, `make(*arguments)`, and then calls it as often as it is asked to.
+
+    `make` is a class or function of a module of ours.
+    """
+
+    def __init__(self, make: Callable[..., Callable], *arguments: object) -> None:
+        # A session of its own: Ctrl-C at the terminal reaches the parent alone, which then ends its workers.
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _START, str(_ROOT)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        self.first: list[object] = [(make, arguments)]
+
+    def __call__(self, *arguments: object) -> Any:
+        """Raises InputError as the object does, RunError when the process died."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        try:
+            for message in [*self.first, arguments]:
+                _send(self.process.stdin, message)
+            self.first = []
+            answer, error = pickle.load(self.process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            status = self.process.wait()
+            raise RunError(
+                f"a worker process died (status {status}), short of memory perhaps. Try --workers=1"
+            ) from None
+        if error is not None:
+            raise InputError(error)
+        return answer
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def _send(pipe: IO[bytes], message: object) -> None:
+    pickle.dump(message, pipe, protocol=5)
+    pipe.flush()
+
+
+def serve() -> None:
+    """The worker process: what to make, then what to call it with, on standard input; answers on standard output."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    sys.stdout = sys.stderr  # a stray print must not get among the answers
+    try:
+        make, arguments = pickle.load(requests)
+        function = make(*arguments)
+        while True:
+            arguments = pickle.load(requests)
+            try:
+                answer: tuple[object, str | None] = function(*arguments), None
+            except InputError as error:
+                answer = None, str(error)
+            _send(answers, answer)
+    except (EOFError, BrokenPipeError):  # the parent is done, or gone; do not flush what it will not read
+        os._exit(0)
+    except MemoryError:  # the parent says it, in one line
+        os._exit(1)
+
+
+def map_in_order(
+    make: Callable[[Any], Callable], setting: object, items: Iterable[Any], count: int
+) -> Generator[tuple[Any, Any], None, None]:
+    """Yield (item, `make(setting)(item)`) in the order of `items`, worked on by `count` processes.
+
+    With a `count` of 1 the work is done in this process. Only so many items are read ahead as keep all busy.
+    Raises the first item's error, in order; close the generator to end the processes.
+    """
+    if count == 1:
+        function = make(setting)
+        for item in items:
+            yield item, function(item)
+        return
+    pool = _Pool(make, setting, count)
+    pending: collections.deque[tuple[Any, Future]] = collections.deque()
+    try:
+        for item in items:
+            pending.append((item, pool.submit(item)))
+            if len(pending) > 2 * count:
+                done, future = pending.popleft()
+                yield done, future.result()
+        while pending:
+            done, future = pending.popleft()
+            yield done, future.result()
+    finally:
+        pool.close()
+
+
+class _Pool:
+    """Threads that each keep one worker busy: a request, its answer, the next request."""
+
+    def __init__(self, make: Callable[[Any], Callable], setting: object, count: int) -> None:
+        self.make, self.setting = make, setting
+        self.threads = ThreadPoolExecutor(count)
+        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self.workers: list[Worker] = []
+        self.closed = False
+
+    def submit(self, item: object) -> Future:
+        return self.threads.submit(self._call, item)
+
+    def _call(self, item: object) -> object:
+        try:
+            worker = self.idle.get_nowait()
+        except queue.Empty:  # never more than `count`: there are no more requests under way than threads
+            worker = Worker(self.make, self.setting)
+            self.workers.append(worker)
+            if self.closed:  # while it was started
+                worker.kill()
+        answer = worker(item)
+        self.idle.put(worker)
+        return answer
+
+    def close(self) -> None:
+        self.closed = True
+        for worker in self.workers:
+            worker.kill()
+        self.threads.shutdown(cancel_futures=True)
+        for worker in self.workers:
+            worker.close()

@@ -1,0 +1,355 @@
+"""The architectures of Hugging Face transformers that model.py's options cover, and the names in each.
+
+One table an architecture, read in both directions: what its config.json says in the fields of model.GPTConfig, and
+which of its tensors is which of ours. What an architecture can say and model.py cannot do is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nib.common.exits import InputError
+
+MAX_POSITIONS = 1 << 20  # tables of positions are built before anything else could notice a wrong number
+ACTIVATIONS = {  # theirs: ours
+    "silu": "swiglu", "swish": "swiglu", "relu": "relu", "relu2": "relu2", "gelu": "gelu", "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+}  # fmt: skip
+PLAIN_MLPS = ("gelu_tanh", "gelu", "relu2", "relu")
+# xIELU (arXiv 2411.13010) is alpha_p x^2 + beta x above zero and a multiple of alpha_n below; both alphas are
+# stored as the inverse of softplus. With 1, 0 and beta = 0 it is relu2: the one way to say QK-norm and relu2 that
+# transformers and llama.cpp both run.
+XIELU = {"alpha_p": [math.log(math.expm1(1))], "alpha_n": [-100.0], "beta": 0.0, "eps": -1e-6}
+
+GPT2_NAMES = {  # modules, ours: theirs; N is the layer. Several of theirs lie in one of ours one above the other.
+    "wte": ["transformer.wte"],
+    "wpe": ["transformer.wpe"],
+    "norm": ["transformer.ln_f"],
+    "head": ["lm_head"],
+    "blocks.N.attention_norm": ["transformer.h.N.ln_1"],
+    "blocks.N.attention.qkv": ["transformer.h.N.attn.c_attn"],
+    "blocks.N.attention.out": ["transformer.h.N.attn.c_proj"],
+    "blocks.N.mlp_norm": ["transformer.h.N.ln_2"],
+    "blocks.N.mlp.up": ["transformer.h.N.mlp.c_fc"],
+    "blocks.N.mlp.down": ["transformer.h.N.mlp.c_proj"],
+}
+LLAMA_NAMES = {
+    "wte": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "head": ["lm_head"],
+    "blocks.N.attention_norm": ["model.layers.N.input_layernorm"],
+    "blocks.N.attention.qkv": [f"model.layers.N.self_attn.{part}_proj" for part in "qkv"],
+    "blocks.N.attention.q_norm": ["model.layers.N.self_attn.q_norm"],
+    "blocks.N.attention.k_norm": ["model.layers.N.self_attn.k_norm"],
+    "blocks.N.attention.out": ["model.layers.N.self_attn.o_proj"],
+    "blocks.N.mlp_norm": ["model.layers.N.post_attention_layernorm"],
+    "blocks.N.mlp.up": ["model.layers.N.mlp.gate_proj", "model.layers.N.mlp.up_proj"],
+    "blocks.N.mlp.down": ["model.layers.N.mlp.down_proj"],
+}
+UP_ONLY = {"blocks.N.mlp.up": ["model.layers.N.mlp.up_proj"]}
+STARCODER2_NAMES = LLAMA_NAMES | {
+    "blocks.N.mlp.up": ["model.layers.N.mlp.c_fc"],
+    "blocks.N.mlp.down": ["model.layers.N.mlp.c_proj"],
+}
+APERTUS_NAMES = LLAMA_NAMES | UP_ONLY | {
+    "blocks.N.attention_norm": ["model.layers.N.attention_layernorm"],
+    "blocks.N.mlp_norm": ["model.layers.N.feedforward_layernorm"],
+}  # fmt: skip
+GPT2_KEYS = {  # fields of GPTConfig: keys of config.json
+    "vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
+    "n_embd": "n_embd", "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon", "mlp": "activation_function",
+    "tie_weights": "tie_word_embeddings",
+}  # fmt: skip
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
+    "head_size": "head_dim", "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "mlp": "hidden_act",
+    "tie_weights": "tie_word_embeddings",
+}  # fmt: skip
+RMS = {"norm": ("rmsnorm",), "position": ("rope",)}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture: `options` are the values it has for the fields of GPTConfig that it restricts."""
+
+    name: str
+    model_type: str
+    options: dict[str, tuple[Any, ...]]
+    names: dict[str, list[str]] = field(default_factory=lambda: LLAMA_NAMES)
+    keys: dict[str, str] = field(default_factory=lambda: LLAMA_KEYS)
+    defaults: dict[str, Any] = field(default_factory=dict)  # what a key means that config.json leaves out
+    # Switches, and the linear layers they give biases.
+    bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    always_bias: tuple[str, ...] = ()  # linear layers that have one whatever config.json says
+    transposed: bool = False  # matrices of the blocks are stored input by output
+
+
+LINEAR = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
+LLAMA_BIASES = {"attention_bias": LINEAR[:2], "mlp_bias": LINEAR[2:]}
+NO_BIAS = {"bias": (False,)}
+FULL = {"window": (0,)}
+NO_QK_NORM = {"qk_norm": (False,)}
+
+# In the order in which export takes the first that fits.
+ARCHITECTURES = [
+    Architecture(
+        "GPT2LMHeadModel", "gpt2", {"norm": ("layernorm",), "position": ("learned",), "mlp": PLAIN_MLPS}
+        | NO_QK_NORM | FULL, GPT2_NAMES, GPT2_KEYS,
+        {"layer_norm_epsilon": 1e-5, "activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None},
+        always_bias=LINEAR, transposed=True,
+    ),
+    Architecture("LlamaForCausalLM", "llama", RMS | {"mlp": ("swiglu",)} | NO_QK_NORM | FULL, bias_keys=LLAMA_BIASES),
+    Architecture(
+        "MistralForCausalLM", "mistral", RMS | {"mlp": ("swiglu",)} | NO_QK_NORM | NO_BIAS,
+        defaults={"sliding_window": 4096},
+    ),
+    Architecture("Qwen3ForCausalLM", "qwen3", RMS | {"mlp": ("swiglu",), "qk_norm": (True,)} | NO_BIAS),
+    Architecture(
+        "ArceeForCausalLM", "arcee", RMS | {"mlp": ("relu2", "gelu_tanh", "gelu", "relu")} | NO_QK_NORM | FULL,
+        LLAMA_NAMES | UP_ONLY, defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5}, bias_keys=LLAMA_BIASES,
+    ),
+    Architecture(
+        "ApertusForCausalLM", "apertus", RMS | {"mlp": ("relu2",), "qk_norm": (True,)} | FULL | NO_BIAS, APERTUS_NAMES,
+        defaults={"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": None},
+    ),
+    Architecture(
+        "Starcoder2ForCausalLM", "starcoder2",
+        {"norm": ("layernorm",), "position": ("rope",), "mlp": PLAIN_MLPS} | NO_QK_NORM, STARCODER2_NAMES,
+        LLAMA_KEYS | {"norm_eps": "norm_epsilon"},
+        {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True},
+        bias_keys={"use_bias": LINEAR},
+    ),
+    # Read only: as a model with biases everywhere, zero where Qwen2 has none; it is exported as a Llama with biases.
+    Architecture(
+        "Qwen2ForCausalLM", "qwen2", RMS | {"mlp": ("swiglu",), "bias": (True,)} | NO_QK_NORM,
+        always_bias=LINEAR[:1],
+    ),
+]  # fmt: skip
+EXPORTED = ARCHITECTURES[:-1]
+# What config.json may ask for besides, and the values that ask for nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
+    "add_cross_attention": (False,), "scale_attn_by_inverse_layer_idx": (False,), "partial_rotary_factor": (None, 1),
+    "is_encoder_decoder": (None, False), "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1), "attention_bias": (None, False), "mlp_bias": (None, False), "no_rope_layers": (None, []),
+}  # fmt: skip
+
+
+def read_config(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], set[str]]:
+    """The architecture of a config.json, its settings for GPTConfig, and the linear layers whose bias it lacks.
+
+    Raises InputError for an architecture that is not known, for a wrong or missing number, and for anything else
+    asked for that model.py does not do.
+    """
+    architecture = find_architecture(config)
+    value = architecture.defaults | config
+    for key, neutral in NEUTRAL.items():
+        if key in value and value[key] not in neutral and key not in architecture.bias_keys:
+            raise refuse(architecture, f"{key} = {str(value[key])[:60]}")
+    model: dict[str, Any] = {"dropout": 0.0, "n_kv_head": 0, "head_size": 0, "mlp_hidden": 0, "qk_norm": False}
+    for ours, theirs in architecture.keys.items():
+        if ours == "norm_eps":
+            model[ours] = number(value.get(theirs, 1e-6), theirs, float, 0, 1)
+        elif ours == "mlp":
+            model[ours] = read_activation(architecture, value.get(theirs, "silu"), theirs)
+        elif ours == "tie_weights":
+            model[ours] = switch(value.get(theirs, False), theirs)
+        elif value.get(theirs) is not None:
+            model[ours] = number(value[theirs], theirs, int, 1, MAX_POSITIONS if ours == "block_size" else 1 << 24)
+        elif ours not in model:
+            raise InputError(f"config.json lacks {theirs}. Give a whole model directory")
+    for name in ("norm", "position", "qk_norm"):
+        model[name] = architecture.options[name][0] if name in architecture.options else model[name]
+    model["window"] = read_window(architecture, value, model["n_layer"])
+    if model["position"] == "rope":
+        model["rope_base"] = read_rope(architecture, value)
+    with_bias = set(architecture.always_bias)
+    for key, layers in architecture.bias_keys.items():
+        with_bias |= set(layers) if switch(value.get(key, False), key) else set()
+    model["bias"] = bool(with_bias) or model["norm"] == "layernorm"
+    return architecture, model, set(LINEAR) - with_bias if model["bias"] else set()
+
+
+def find_architecture(config: dict[str, Any]) -> Architecture:
+    names = config.get("architectures")
+    if names is None:
+        names = [each.name for each in ARCHITECTURES if each.model_type == config.get("model_type")]
+    known = {each.name: each for each in ARCHITECTURES}
+    if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
+        asked = ", ".join(map(str, names)) if isinstance(names, list) and names else config.get("model_type", "none")
+        raise InputError(f"the architecture {str(asked)[:80]} is not one of {', '.join(known)}. Give one of these")
+    return known[names[0]]
+
+
+def refuse(architecture: Architecture, what: str) -> InputError:
+    return InputError(f"this {architecture.name} asks for {what}, which nib does not do. Give a model without it")
+
+
+def number(value: Any, key: str, kind: type, low: float, high: float) -> Any:
+    right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool)
+    if not right or not low <= value <= high:
+        raise InputError(f"{key} in config.json is {str(value)[:40]!r}, not a number from {low} to {high}. Correct it")
+    return kind(value)
+
+
+def switch(value: Any, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"{key} in config.json is {str(value)[:40]!r}, not true or false. Correct it")
+    return value
+
+
+def read_activation(architecture: Architecture, name: Any, key: str) -> str:
+    if architecture.model_type == "apertus" and name == "xielu":
+        return "relu2"  # when its parameters say so, which is seen where they are read
+    found = ACTIVATIONS.get(name) if isinstance(name, str) else None
+    if found not in architecture.options["mlp"]:
+        raise refuse(architecture, f"{key} = {str(name)[:60]!r}")
+    return str(found)
+
+
+def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int) -> int:
+    """The width of sliding attention in all layers; 0 for none. Layers of both kinds are refused."""
+    kinds = value.get("layer_types")
+    width = (
+        value.get("sliding_window") if architecture.model_type not in ("llama", "arcee", "apertus", "gpt2") else None
+    )
+    if architecture.model_type in ("qwen2", "qwen3"):
+        width = width if value.get("use_sliding_window", False) else None
+        from_layer = number(value.get("max_window_layers", 28), "max_window_layers", int, 0, 1 << 20)
+        if width is not None and kinds is None:
+            slides = [layer >= from_layer for layer in range(n_layer)]
+            kinds = ["sliding_attention" if each else "full_attention" for each in slides]
+    if kinds is not None:
+        if not isinstance(kinds, list) or set(map(str, kinds)) not in ({"full_attention"}, {"sliding_attention"}):
+            raise refuse(architecture, "layer_types of several kinds")
+        width = width if kinds[0] == "sliding_attention" else None
+    return 0 if width is None else number(width, "sliding_window", int, 1, 1 << 31)
+
+
+def read_rope(architecture: Architecture, value: dict[str, Any]) -> float:
+    """The base of the rotation; transformers keeps it in rope_parameters since version 5, in rope_theta before."""
+    base = value.get("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = value.get(key) or {}
+        if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
+            raise refuse(architecture, f"{key} = {str(rope)[:60]}")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", None) or rope.get("partial_rotary_factor", 1) != 1:
+            raise refuse(architecture, f"{key} of type {kind if kind != 'default' else 'partial_rotary_factor'}")
+        base = rope.get("rope_theta", base)
+    if base is None:
+        raise refuse(architecture, "its default scaling of rotary positions (rope_parameters is left out)")
+    return float(number(base, "rope_theta", float, 1, 1e12))
+
+
+def misfits(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
+    """The options of a model that the architecture lacks, each with the value that it would have."""
+    wrong = {name: allowed[0] for name, allowed in architecture.options.items() if model[name] not in allowed}
+    plain_heads = {"n_kv_head": model["n_head"], "head_size": model["n_embd"] // model["n_head"]}
+    if "n_kv_head" not in architecture.keys:
+        wrong |= {name: plain for name, plain in plain_heads.items() if model[name] != plain}
+    elif model["n_embd"] % model["n_head"] and architecture.model_type in ("llama", "arcee"):
+        wrong["n_embd"] = model["n_head"] * max(1, model["n_embd"] // model["n_head"])
+    return wrong
+
+
+def choose_architecture(model: dict[str, Any]) -> Architecture:
+    """The first architecture that expresses all options of a model.
+
+    Raises InputError that names the options that do not fit, and the nearest ones that would.
+    """
+    nearest = min(EXPORTED, key=lambda each: len(misfits(each, model)))
+    wrong = misfits(nearest, model)
+    if wrong:
+        has = ", ".join(f"{name}={model[name]}" for name in wrong)
+        wanted = ", ".join(f"{name}={value}" for name, value in wrong.items())
+        raise InputError(
+            f"no architecture of transformers has {has} beside the other options. The nearest is {nearest.name}, "
+            f"for a model trained with {wanted}"
+        )
+    return nearest
+
+
+def write_config(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
+    """The architecture's part of config.json for these settings of GPTConfig."""
+    config: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    for ours, theirs in architecture.keys.items():
+        config[theirs] = model[ours]
+    gpt2 = architecture.model_type == "gpt2"
+    by_ours = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+    by_ours["gelu_tanh"] = "gelu_new" if gpt2 else "gelu_pytorch_tanh"
+    config[architecture.keys["mlp"]] = "xielu" if architecture.model_type == "apertus" else by_ours[model["mlp"]]
+    config |= dict.fromkeys(architecture.bias_keys, model["bias"])
+    if gpt2:
+        config["n_ctx"] = model["block_size"]  # which llama.cpp's converter reads
+        return config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model["dropout"])
+    # Both ways to say it: that of transformers 5, and the one before, which vLLM and converters read.
+    base = model["rope_base"]
+    config |= {"rope_theta": base, "rope_scaling": None}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": base}
+    if "window" not in architecture.options:
+        config["sliding_window"] = model["window"] or None
+        if architecture.model_type == "qwen3":
+            kind = "sliding_attention" if model["window"] else "full_attention"
+            config |= {"use_sliding_window": bool(model["window"]), "layer_types": [kind] * model["n_layer"]}
+            config["max_window_layers"] = 0 if model["window"] else model["n_layer"]
+    return config
+
+
+def parameter_shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The parameters that model.GPT has with these settings, and their shapes."""
+    V, T, C, M = (model[name] for name in ("vocab_size", "block_size", "n_embd", "mlp_hidden"))
+    H, K, D = model["n_head"], model["n_kv_head"], model["head_size"]
+    up = 2 * M if model["mlp"] == "swiglu" else M
+    linear = {"attention.qkv": ((H + 2 * K) * D, C), "attention.out": (C, H * D), "mlp.up": (up, C), "mlp.down": (C, M)}
+    norms = {"attention_norm": C, "mlp_norm": C}
+    heads = {"attention.q_norm": D, "attention.k_norm": D} if model["qk_norm"] else {}
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C)}
+    if model["position"] == "learned":
+        shapes["wpe.weight"] = (T, C)
+    for layer in range(model["n_layer"]):
+        for name, shape in {**linear, **{name: (size,) for name, size in (norms | heads).items()}}.items():
+            shapes[f"blocks.{layer}.{name}.weight"] = shape
+            if model["bias"] and (name in linear or (name in norms and model["norm"] == "layernorm")):
+                shapes[f"blocks.{layer}.{name}.bias"] = shape[:1]
+    shapes["norm.weight"] = (C,)
+    if model["bias"] and model["norm"] == "layernorm":
+        shapes["norm.bias"] = (C,)
+    if not model["tie_weights"]:
+        shapes["head.weight"] = (V, C)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter of ours lies in theirs: the parts of its rows, each under its name."""
+
+    ours: str
+    shape: tuple[int, ...]
+    parts: list[tuple[str, tuple[int, ...]]]  # name and shape, as stored
+    transposed: bool
+
+
+def plain_name(stored: str) -> str:
+    """A tensor's name without what torch.compile, DDP, FSDP and checkpoint_wrapper put into it."""
+    return re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\.", "", stored)
+
+
+def places(architecture: Architecture, model: dict[str, Any]) -> Iterator[Place]:
+    """Every parameter of a model of this architecture, with its names in both."""
+    for ours, shape in parameter_shapes(model).items():
+        module, _, kind = ours.rpartition(".")
+        layer = re.match(r"blocks\.(\d+)\.", module)
+        general = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
+        theirs = [name.replace(".N.", f".{layer[1]}.") if layer else name for name in architecture.names[general]]
+        rows = [shape[0] // len(theirs)] * len(theirs)
+        if len(theirs) == 3:
+            rows = [heads * model["head_size"] for heads in (model["n_head"], model["n_kv_head"], model["n_kv_head"])]
+        turned = architecture.transposed and len(shape) == 2 and layer is not None
+        parts = [(f"{name}.{kind}", (count, *shape[1:])) for name, count in zip(theirs, rows, strict=True)]
+        yield Place(ours, shape, [(name, size[::-1] if turned else size) for name, size in parts], turned)

@@ -1,0 +1,353 @@
+"""Checkpoints: written whole or not at all, checked when read, and free of anything that could run.
+
+out/RUN/checkpoints/step-00000500/   model.safetensors      the weights
+                                     optimizer.safetensors  one tensor per parameter and kind of state
+                                     state.json             step, settings, shape of the model, counters
+                                     nib_tokenizer.json     all that sampling needs is here
+                                     checksums.json         sha256 of each file above
+out/RUN/checkpoints/latest, best     text files that name one of them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nib.common.exits import InputError
+from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from nib.training.distributed import like
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
+    "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json",
+)  # fmt: skip
+FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE)
+STEP_NAME = re.compile(r"step-(\d{8,})")
+FORMAT = "nib-checkpoint-1"
+
+
+class BrokenCheckpoint(InputError):
+    """A file of a checkpoint is missing, cut, changed, or was never part of one."""
+
+
+class Checkpoint:
+    """One checkpoint directory, its files compared with their checksums. Raises BrokenCheckpoint.
+
+    While the object lives, or until `release`, a run that is at work does not remove the directory as an old one.
+    """
+
+    def __init__(self, directory: Path, optimizer: bool = False) -> None:
+        """Check the files; those of the optimizer only where they are needed."""
+        self.directory = directory
+        self.held: IO[bytes] | None = None
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            self.held = lock_files(directory, fcntl.LOCK_SH, "rb")
+        self.sums = self._json(SUMS_FILE)
+        for name in FILES:
+            if name != OPTIMIZER_FILE or optimizer:
+                self._check(name)
+        self.state: dict[str, Any] = self._json(STATE_FILE)
+        if self.state.get("format") != FORMAT or not isinstance(self.state.get("model_config"), dict):
+            raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
+        self.model_config: dict[str, Any] = self.state["model_config"]
+
+    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
+        """The weights by name. Raises InputError for those of 8 bits where the caller cannot use them."""
+        if self.quantized and not quantized:
+            raise InputError(f"{self.directory} is quantised: it can only be sampled from. Use the one it was made of")
+        return self._tensors(MODEL_FILE)
+
+    def release(self) -> None:
+        if self.held:
+            self.held.close()
+
+    @property
+    def quantized(self) -> bool:
+        return self.state.get("quantize") == "int8"
+
+    def optimizer(self) -> dict[str, Tensor]:
+        return self._tensors(OPTIMIZER_FILE)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
+        try:
+            if plain_file(path).stat().st_size > 1 << 24:
+                raise ValueError("too large")
+            content = json.loads(path.read_bytes())
+        except OSError as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint")
+        return content
+
+    def _check(self, name: str) -> None:
+        path = self.directory / name
+        try:
+            digest = file_sha256(path)
+        except OSError as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
+        if digest != self.sums.get(name):
+            raise BrokenCheckpoint(f"{path} is damaged: its sha256 is not the recorded one. Use another checkpoint")
+
+    def _tensors(self, name: str) -> dict[str, Tensor]:
+        path = self.directory / name
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
+
+
+def plain_file(path: Path) -> Path:
+    """`path` as it is. Raises OSError for anything but a file: a pipe or a device may have no end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is no file")
+    return path
+
+
+def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
+    """Lock a checkpoint, shared to read it or alone to remove it, until the returned file is closed. Raises OSError."""
+    file: IO[Any] = plain_file(directory / SUMS_FILE).open(mode)
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with plain_file(path).open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_checkpoint(
+    checkpoints: Path,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> Path:
+    """Write checkpoints/step-N for state["step"] aside, flush it to the disk, put it in place, name it latest.
+
+    Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
+    """
+    name = f"step-{state['step']:08d}"
+    write_directory(checkpoints / name, weights, optimizer, state, tokenizer)
+    name_checkpoint(checkpoints, "latest", name)
+    return checkpoints / name
+
+
+def write_directory(
+    place: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer
+) -> None:
+    """Write a checkpoint's files aside, flush them to the disk, and put them in place. Raises OSError."""
+    aside = place.with_name(f".{place.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        try:
+            save_file(weights, aside / MODEL_FILE)
+            save_file(optimizer, aside / OPTIMIZER_FILE)
+        except SafetensorError as error:  # safetensors wraps what the disk said
+            raise OSError(str(error)) from None
+        tokenizer.save(aside)
+        (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
+        sums = {file: file_sha256(aside / file) for file in FILES}
+        (aside / SUMS_FILE).write_text(json.dumps(sums, indent=1))
+        for file in (*FILES, SUMS_FILE):
+            flush(aside / file)
+        flush(aside)
+        shutil.rmtree(place, ignore_errors=True)
+        aside.rename(place)
+        flush(place.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def name_restored(checkpoints: Path, name: str, best: bool) -> None:
+    """Make latest, and best where it was the best, name the checkpoint that a run goes on from.
+
+    A kill between writing a checkpoint and naming it leaves the names at the one before.
+    """
+    for label in ("latest", "best") if best else ("latest",):
+        if named_checkpoint(checkpoints, label) != name:
+            name_checkpoint(checkpoints, label, name)
+
+
+def flush(path: Path) -> None:
+    """Wait until the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
+    """Make checkpoints/`label` say `name`, in one step."""
+    aside = checkpoints / f".{label}.partial"
+    aside.write_text(name + "\n")
+    flush(aside)
+    aside.replace(checkpoints / label)
+
+
+def named_checkpoint(checkpoints: Path, label: str) -> str:
+    """The name that checkpoints/`label` holds, or "" when it holds none. Only a plain name is believed."""
+    try:
+        name = (checkpoints / label).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return name if STEP_NAME.fullmatch(name) else ""
+
+
+def list_checkpoints(checkpoints: Path) -> list[Path]:
+    """Every checkpoint in place, newest first."""
+    found = (
+        [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)] if checkpoints.is_dir() else []
+    )
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None:
+    """The newest checkpoint that is whole, or None where there is no checkpoint; says which ones it passes over.
+
+    Raises InputError when there are checkpoints and none is whole. One that a run at work removes before it is held
+    is no broken one: there are newer ones by then.
+    """
+    paths = list_checkpoints(checkpoints)
+    for path in paths:
+        try:
+            return Checkpoint(path, optimizer)
+        except BrokenCheckpoint as error:
+            if not path.exists():
+                return newest_good(checkpoints, optimizer)
+            print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
+    if paths:
+        raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
+    return None
+
+
+def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
+    """Remove all but the newest `keep` checkpoints (0: keep all), the best and those that are being read.
+
+    `newest` is the one just written. Those of later steps are damaged ones that the run passed over: they do not
+    count, and are replaced when the run comes to their steps.
+    """
+    best = named_checkpoint(checkpoints, "best")
+    counted = [path for path in list_checkpoints(checkpoints) if int(path.name[5:]) <= int(newest[5:])]
+    for path in counted[keep:] if keep else []:
+        if path.name == best:
+            continue
+        lock: IO[bytes] | None = None
+        try:
+            lock = lock_files(path, fcntl.LOCK_EX, "rb+")  # NFS locks alone only what one may write
+        except BlockingIOError:
+            continue
+        except OSError:
+            pass  # a damaged one, or a file system without locks
+        doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        if lock:
+            lock.close()
+
+
+def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
+    """The checkpoint or run directory that `target` means: a path, or a run's name under `root`; None: the newest run.
+
+    A file such as checkpoints/latest stands for the checkpoint it names. Raises InputError.
+    """
+    if target is None:
+        runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
+        if not runs:
+            raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
+        return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
+    places = Path(target), root / target
+    path = next((place for place in places if is_checkpoint(place)), None)
+    path = path or next((place for place in places if place.exists()), places[0])
+    if path.is_file() and named_checkpoint(path.parent, path.name):
+        return path.parent / named_checkpoint(path.parent, path.name)
+    if not path.exists():
+        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
+    return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether there are checkpoints in a directory, or it is one, or a file that names one."""
+    if path.is_file():
+        return bool(named_checkpoint(path.parent, path.name))
+    return bool((path / SUMS_FILE).exists() or list_checkpoints(path) or list_checkpoints(path / "checkpoints"))
+
+
+def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
+    """Open a checkpoint directory, or the newest whole checkpoint of a run directory. Raises InputError."""
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints"
+    if list_checkpoints(path):
+        good = newest_good(path, optimizer)
+        assert good is not None
+        return good
+    if not (path / SUMS_FILE).exists():
+        raise InputError(f"{path} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
+    return Checkpoint(path, optimizer)
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
+    return {
+        f"{names[parameter]}:{kind}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
+        key.rpartition(":")[0] for key in tensors
+    }
+    if lacking:
+        raise BrokenCheckpoint(f"there is no optimizer state of {min(lacking)}. Use another checkpoint")
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        by_name.setdefault(name, {})[kind] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                saved = by_name.pop(names[parameter], {})
+                for kind, value in saved.items():
+                    if value.ndim and value.shape != parameter.shape:
+                        raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
+                    # A copy: what was read may lie in a mapped file, at an address that is not aligned.
+                    value = value.to(parameter.device, copy=True)
+                    optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
+    if by_name:
+        raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")

@@ -1,0 +1,180 @@
+"""A model as a directory that transformers, vLLM and llama.cpp open without any code of ours, or as a GGUF file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nib.common.device import DTYPES
+from nib.common.exits import InputError, RunError
+from nib.common.wording import counted
+from nib.data.shards import staging_directory, sync
+from nib.formats.architectures import LINEAR, XIELU, Architecture, choose_architecture, places, write_config
+from nib.formats.checkpoint import Checkpoint
+from nib.formats.gguf import check_gguf, write_gguf
+from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
+from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
+
+if TYPE_CHECKING:
+    from nib.formats.load import Source
+    from nib.tokenizer.tokenizer import Tokenizer
+
+# The settings of training that a model card shows.
+CARD_KEYS = (
+    "dataset seed batch_size block_size optimizer learning_rate muon_learning_rate weight_decay schedule".split()
+)
+
+
+def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf") -> str:
+    """Write the model into the new directory `out`, whole or not at all; returns the name of its architecture.
+
+    `kind` is hf or gguf. Raises InputError for a model that no architecture expresses, RunError for a full disk.
+    """
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists. Give a new directory")
+    architecture, tokenizer = choose_architecture(source.model_config), source.tokenizer()
+    weights = source.weights()
+    content = as_tokenizer_json(tokenizer)
+    if kind == "gguf":
+        check_gguf(architecture, source.model_config, tokenizer, content)
+    stored = weights["wte.weight"].dtype if dtype == "auto" else DTYPES[dtype]
+    tensors = list(their_tensors(architecture, source.model_config, weights, stored))
+    try:
+        with staging_directory(out, overwrite=False) as staging:
+            if kind == "gguf":
+                path = staging / f"{out.name}.gguf"
+                write_gguf(path, architecture, source.model_config, tensors, stored, tokenizer, content)
+            else:
+                write_weights(tensors, staging, max_shard_bytes)
+                write_settings(architecture, source, tokenizer, stored, staging)
+                (staging / "README.md").write_text(model_card(source, architecture, tokenizer, out.name), "utf-8")
+                HuggingFaceModel(staging)  # what was written has everything in its place
+            for path in staging.iterdir():
+                sync(path)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"cannot write {out}: {error.strerror}. Give another directory") from None
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(f"cannot write {out}: {reason}. Make room, or give another directory") from None
+    return architecture.name
+
+
+def their_tensors(
+    architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Name, size in bytes, and a function that makes it, of each tensor of theirs.
+
+    Biases that theirs always has and ours lacks are zero.
+    """
+
+    def part(ours: str, shape: tuple[int, ...], first: int, transposed: bool) -> Callable[[], Tensor]:
+        def make() -> Tensor:
+            if ours not in weights:
+                return torch.zeros(shape, dtype=dtype)
+            rows = weights[ours][first : first + shape[-1 if transposed else 0]]
+            return (rows.T if transposed else rows).to(dtype).contiguous()
+
+        return make
+
+    has_bias = model["bias"] or bool(architecture.always_bias) or model["norm"] == "layernorm"
+    for place in places(architecture, model | {"bias": has_bias}):
+        if place.ours not in weights and not architecture.always_bias and place.ours.endswith(
+            tuple(f"{name}.bias" for name in LINEAR)
+        ):  # fmt: skip
+            continue
+        first = 0
+        for name, shape in place.parts:
+            yield name, torch.Size(shape).numel() * dtype.itemsize, part(place.ours, shape, first, place.transposed)
+            first += shape[0]
+    if architecture.model_type == "apertus":
+        for layer in range(model["n_layer"]):
+            for key, value in XIELU.items():
+                number = torch.tensor(value, dtype=dtype)
+                name = f"model.layers.{layer}.mlp.act_fn.{key}"
+                yield name, dtype.itemsize, lambda number=number: number.clone()  # type: ignore[misc]
+
+
+def write_weights(tensors: list[tuple[str, int, Callable[[], Tensor]]], directory: Path, max_bytes: int) -> None:
+    """One safetensors file, or several of at most `max_bytes` (a larger tensor has one of its own) and their index."""
+    shards: list[list[tuple[str, int, Callable[[], Tensor]]]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor[1] > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor[1]
+    names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    names = [WEIGHTS_FILE] if len(shards) == 1 else names
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: make() for name, _, make in shard}, directory / file, {"format": "pt"})
+    if len(shards) > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+        index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": where}
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def write_settings(
+    architecture: Architecture, source: Source, tokenizer: Tokenizer, dtype: torch.dtype, directory: Path
+) -> None:
+    """config.json, generation_config.json and the files of the tokenizer."""
+    ends = [tokenizer.end_of_text, *sorted(tokenizer.stop_ids)]
+    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends if tokenizer.stop_ids else ends[0]}
+    kind = str(dtype).removeprefix("torch.")
+    config = write_config(architecture, source.model_config) | ids | {"pad_token_id": None, "dtype": kind}
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    generation: dict[str, Any] = dict(ids)
+    given = source.directory / GENERATION_JSON
+    if isinstance(source, HuggingFaceModel) and given.is_file():
+        generation = read_object(given)
+    (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(tokenizer, directory, source.model_config["block_size"])
+
+
+def model_card(source: Source, architecture: Architecture, tokenizer: Tokenizer, name: str) -> str:
+    """README.md: what the model is, what it was trained on and how well it does, as far as the source knows."""
+    model = source.model_config
+    size = sum(tensor.numel() for tensor in source.weights().values())
+    shape = ", ".join(f"{key} {model[key]}" for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"))
+    lines = [
+        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nib", "---", "", f"# {name}",
+        "", f"A language model of {size / 1e6:.2f} M parameters, exported by nib as {architecture.name}: {shape}, "
+        f"a context of {counted(model['block_size'], 'token')}, and a vocabulary of {model['vocab_size']} "
+        f"({tokenizer.name}).",
+        "", "```python", "from transformers import pipeline", "",
+        f'write = pipeline("text-generation", "{name}")', 'print(write("Once")[0]["generated_text"])',
+        "```",
+    ]  # fmt: skip
+    if isinstance(source, Checkpoint):
+        settings, progress = source.state.get("settings", {}), source.state.get("progress", {})
+        lines += ["", "## Training", "", "| setting | value |", "|---|---|"]
+        lines += [f"| {key} | {settings[key]} |" for key in CARD_KEYS if key in settings]
+        lines += [f"| {key} | {progress[key]} |" for key in ("step", "tokens") if key in progress]
+        if found := last_validation(source.directory, progress.get("step", 0)):
+            loss, bits = found["val_loss"], found.get("val_bits_per_byte", float("nan"))
+            lines += ["", f"Validation at step {found['step']}: {loss:.4f} nats a token, {bits:.4f} bits per byte."]
+    else:
+        lines += ["", f"Its weights come from {source.directory.name}."]
+    return "\n".join(lines) + "\n"
+
+
+def last_validation(checkpoint: Path, step: int) -> dict[str, Any]:
+    """The last validation up to `step` in the metrics of the run that the checkpoint belongs to; empty for none."""
+    try:
+        lines = (checkpoint.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        known = [line for line in map(json.loads, lines) if line.get("val_loss") is not None and line["step"] <= step]
+        return known[-1] if known else {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def directory_bytes(directory: Path) -> int:
+    return sum(entry.stat().st_size for entry in os.scandir(directory))

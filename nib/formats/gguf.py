@@ -1,0 +1,147 @@
+"""GGUF, the one-file format of llama.cpp, by the optional package gguf.
+
+llama.cpp's own converter knows a tokenizer by a hash of what it does, and so refuses one that was trained here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nib.common.exits import InputError
+from nib.formats.architectures import Architecture
+from nib.tokenizer.huggingface import begin_of_text
+from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
+
+# llama.cpp has one activation an architecture, and no window in these.
+ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2", "apertus": "relu2"}
+INTERLEAVED = ("llama", "arcee")  # rotate neighbouring channels, so that rows of queries and keys change places
+PRE_TOKENIZERS = {  # split patterns, without possessive signs: llama.cpp's name
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s": "gpt-2",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
+    SPLIT_PATTERN: "llama-bpe",
+    SPLIT_PATTERN.replace("{1,3}", ""): "qwen2",
+}
+
+
+def check_gguf(
+    architecture: Architecture, model: dict[str, Any], tokenizer: Tokenizer, content: dict[str, Any]
+) -> None:
+    """Raise InputError for what llama.cpp does not do, and where the package is missing."""
+    if ACTIVATION.get(architecture.model_type) != model["mlp"] or model["window"]:
+        asked = f"{architecture.name} with mlp={model['mlp']}" + (f", window={model['window']}" * bool(model["window"]))
+        raise InputError(f"GGUF is written for {', '.join(ACTIVATION)}, not for {asked}. Use --format=hf")
+    pre_tokenizer(tokenizer, content)
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise InputError("--format=gguf needs a package. Run: pip install gguf") from None
+
+
+def write_gguf(
+    path: Path, architecture: Architecture, model: dict[str, Any],
+    tensors: list[tuple[str, int, Callable[[], Tensor]]], dtype: torch.dtype, tokenizer: Tokenizer,
+    content: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write the tensors under their names in transformers, the settings and the tokenizer; `check_gguf` comes first."""
+    import gguf
+
+    kind, pre = architecture.model_type, pre_tokenizer(tokenizer, content)
+    writer = gguf.GGUFWriter(path, kind)
+    types = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    writer.add_name(path.stem)
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32 else f"MOSTLY_{types[dtype]}"])
+    add_shape(writer, model)
+    add_tokens(writer, gguf.TokenType, content, model["vocab_size"])
+    begin, is_added = begin_of_text(tokenizer)
+    if begin is not None and tokenizer.end_of_text is not None:
+        writer.add_bos_token_id(begin)
+        writer.add_eos_token_id(tokenizer.end_of_text)
+    writer.add_add_bos_token(is_added)
+    writer.add_tokenizer_pre(pre)
+
+    arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
+    names = gguf.get_tensor_name_map(arch, model["n_layer"])
+    xielu: dict[str, list[float]] = {}
+    if kind == "apertus" and model["tie_weights"]:  # the one that does not look for its head in the embedding
+        tensors = [*tensors, ("lm_head.weight", 0, tensors[0][2])]
+    for theirs, _, make in tensors:
+        tensor = make()
+        if ".act_fn." in theirs:
+            xielu.setdefault(theirs.rpartition(".")[2], []).append(float(tensor.reshape(())))
+            continue
+        if architecture.transposed and tensor.ndim == 2 and ".h." in theirs:
+            tensor = tensor.T
+        if kind in INTERLEAVED and (part := re.search(r"\.([qk])_proj\.", theirs)):
+            heads = model["n_head"] if part[1] == "q" else model["n_kv_head"]
+            halves = tensor.reshape(heads, 2, model["head_size"] // 2, *tensor.shape[1:])
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        ours = str(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
+        data = tensor.float().contiguous().numpy()
+        stored = gguf.GGMLQuantizationType[types[dtype] if tensor.ndim > 1 else "F32"]
+        writer.add_tensor(ours, gguf.quants.quantize(data, stored), raw_dtype=stored)
+    for key, values in xielu.items():
+        getattr(writer, f"add_xielu_{key}")(values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_shape(writer: Any, model: dict[str, Any]) -> None:
+    writer.add_vocab_size(model["vocab_size"])
+    writer.add_context_length(model["block_size"])
+    writer.add_embedding_length(model["n_embd"])
+    writer.add_block_count(model["n_layer"])
+    writer.add_feed_forward_length(model["mlp_hidden"])
+    writer.add_head_count(model["n_head"])
+    writer.add_head_count_kv(model["n_kv_head"])
+    if model["norm"] == "rmsnorm":
+        writer.add_layer_norm_rms_eps(model["norm_eps"])
+    else:
+        writer.add_layer_norm_eps(model["norm_eps"])
+    if model["position"] == "rope":
+        writer.add_rope_freq_base(model["rope_base"])
+        writer.add_rope_dimension_count(model["head_size"])
+        writer.add_key_length(model["head_size"])
+        writer.add_value_length(model["head_size"])
+
+
+def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int) -> None:
+    """Tokens by id, what is left of the vocabulary as unused ones, and the merges."""
+    tokens = [f"[PAD{id}]" for id in range(vocab_size)]
+    kinds = [types.UNUSED] * vocab_size
+    for token, id in content["model"]["vocab"].items():
+        tokens[id], kinds[id] = token, types.NORMAL
+    for added in content["added_tokens"]:
+        special = types.CONTROL if added["special"] else types.USER_DEFINED
+        tokens[added["id"]], kinds[added["id"]] = added["content"], special
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    # The array cannot be empty; what this pair makes is no token, and is written as its two bytes.
+    writer.add_token_merges(merges or ["Ā Ā"])
+
+
+def pre_tokenizer(tokenizer: Tokenizer, content: dict[str, Any]) -> str:
+    """llama.cpp's name for the way in which a tokenizer.json splits text. Raises InputError where it has none."""
+    split = content.get("pre_tokenizer") or {}
+    parts = split.get("pretokenizers", [split])
+    kinds = [part.get("type") for part in parts]
+    by_regex = parts[-1].get("use_regex") is True
+    if isinstance(tokenizer, ByteTokenizer) or (kinds == ["ByteLevel"] and by_regex):
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and by_regex and parts[0].get("individual_digits"):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not by_regex:
+        pattern = str(parts[0].get("pattern", {}).get("Regex", ""))
+        plain = re.sub(r"([+*?]|\{\d+,?\d*\})\+", r"\1", pattern).replace(r"\z", "$")
+        if plain in PRE_TOKENIZERS:
+            return PRE_TOKENIZERS[plain]
+    raise InputError(f"llama.cpp has no tokenizer like {tokenizer.name}. Use bpe:N, gpt2 or byte, or --format=hf")

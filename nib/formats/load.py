@@ -1,0 +1,174 @@
+"""Where a model comes from: a run or checkpoint of nib, a Hugging Face directory or hub name, nanoGPT's ckpt.pt."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import nn
+
+from nib.common.device import is_out_of_memory
+from nib.common.exits import InputError
+from nib.common.hub import MODEL_FILES, download, is_hub_name
+from nib.common.wording import counted
+from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
+from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
+from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+
+if TYPE_CHECKING:
+    from nib.data.dataset import Dataset
+
+Source = Checkpoint | HuggingFaceModel | NanoGPTCheckpoint
+Model = TypeVar("Model", bound=Any)
+Config = TypeVar("Config")
+KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # of settings, by their annotation
+
+
+def open_source(target: str | None, root: Path = Path("out")) -> Source:
+    """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
+
+    All have `directory`, `model_config` (the fields of model.GPTConfig), `state`, `weights()` and `tokenizer()`.
+    Raises InputError.
+    """
+    if target is None:
+        return open_checkpoint(find_checkpoint(None, root))
+    path = next((path for path in (Path(target), root / target) if is_model(path)), None)
+    if path is None and is_hub_name(target):
+        return HuggingFaceModel(download(target, MODEL_FILES))
+    if path is None:
+        path = find_checkpoint(target, root)
+    if path.is_file() and path.suffix == ".pt":
+        return NanoGPTCheckpoint(path)
+    if (path / CHECKPOINT_FILE).is_file() and not (path / "checkpoints").exists():
+        return NanoGPTCheckpoint(path / CHECKPOINT_FILE)
+    if is_hugging_face(path):
+        return HuggingFaceModel(path)
+    return open_checkpoint(find_checkpoint(str(path), root))
+
+
+def is_model(path: Path) -> bool:
+    """Whether there is something of a model: a directory of another kind does not hide a run of its name."""
+    pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
+    return pickled.is_file() or is_checkpoint(path) or is_hugging_face(path)
+
+
+def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:
+    """The settings of a source's model, as `kind`, which is model.GPTConfig. Raises InputError for those of another."""
+    settings = source.model_config | changes
+    try:
+        inspect.signature(kind).bind(**settings)
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            kinds = KINDS.get(str(getattr(field.type, "__name__", field.type)))
+            if kinds and field.name in settings and type(settings[field.name]) not in kinds:
+                raise TypeError(f"its {field.name} is {settings[field.name]!r}")
+    except TypeError as error:
+        raise does_not_fit(source, error) from None
+    try:
+        return kind(**settings)
+    except ValueError as error:  # any other is a bug in model.py
+        raise does_not_fit(source, error) from None
+
+
+def does_not_fit(source: Source, error: Exception) -> InputError:
+    reason = " ".join(str(error).split())[:200]
+    return InputError(f"{source.directory} does not fit this model.py: {reason}. Use the one that trained it")
+
+
+def build(source: Source, make_model: Callable[[], Model], sampling: bool = False) -> Model:
+    """A model of the source's settings, which `make_model` makes, with the source's weights.
+
+    For `sampling` weights may be of 8 bits, and stay in their file until they are quantised or copied. Raises
+    InputError for weights of another model.
+    """
+    weights = source.weights(quantized=sampling)
+    model = without_drawing(make_model)
+    assign = sampling or model is not None
+    if model is None:
+        model = make_model()
+    elif not sampling:
+        dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+        weights = {
+            name: tensor.to(dtypes.get(name), copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in weights.items()
+        }
+    try:
+        model.load_state_dict(weights, assign=assign)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise does_not_fit(source, error) from None
+    return model
+
+
+def without_drawing(make_model: Callable[[], Model]) -> Model | None:
+    """A model whose parameters are on the meta device, waiting to be loaded; None where it has to be made with values.
+
+    To draw the weights of 1.5 B parameters takes 14 seconds. But a constructor that was changed may compute what is not
+    saved, a buffer for example, from random numbers or from parameters, and two modules may share a parameter.
+    """
+    state, model = torch.get_rng_state(), None
+    try:
+        with parameters_on_meta():
+            model = make_model()
+    except Exception:  # it reads a parameter; or it has a bug, which is met again when it is made with values
+        pass
+    drawn = not torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(state)
+    if model is None or drawn or any(buffer.is_meta for buffer in model.buffers()):
+        return None
+    parameters = [parameter for _, parameter in model.named_parameters(remove_duplicate=False)]
+    shared = len(set(parameters)) < len(parameters)
+    return None if shared or not all(parameter.is_meta for parameter in parameters) else model
+
+
+@contextlib.contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """What modules made in the body register as parameters is moved to the meta device; buffers are computed."""
+    register, normal = nn.Module.register_parameter, nn.init.normal_
+
+    def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if type(parameter) is nn.Parameter and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    def unless_meta(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        # On the meta device it does nothing either, but torch imports for a second what it does that with.
+        return tensor if tensor.is_meta else normal(tensor, *arguments, **options)
+
+    nn.Module.register_parameter, nn.init.normal_ = on_meta, unless_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.init.normal_ = register, normal  # type: ignore[method-assign]
+
+
+def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
+    """Have the texts of a model trained on the dataset end as the source's do.
+
+    Raises InputError unless the ids in the dataset mean to the model what it has learned.
+    """
+    size = source.model_config["vocab_size"]
+    try:
+        tokenizer = source.tokenizer()
+    except InputError:
+        if not isinstance(source, NanoGPTCheckpoint):  # which has no tokenizer of its own
+            raise
+        tokenizer = dataset.tokenizer
+    if tokenizer.token_bytes != dataset.tokenizer.token_bytes:
+        what = f"{name} has {counted(size, 'token id')}, {dataset.directory} {dataset.vocab_size}"
+        if size == dataset.vocab_size:
+            what = f"{name} has another tokenizer than {dataset.directory}"
+        raise InputError(f"{what}. Prepare the data with {shlex.quote('--tokenizer=' + name)}")
+    if size < dataset.vocab_size:  # mostly by special tokens that were added later, and which no text has
+        for split in (dataset.train, dataset.val):
+            for begin in range(0, split.tokens, 1 << 22):
+                largest = split.read(begin, begin + (1 << 22)).max()
+                tokenizer.check_ids([int(largest)], size, str(dataset.directory))
+    ends = {tokenizer.end_of_text, *tokenizer.stop_ids} - {dataset.tokenizer.end_of_text}
+    dataset.tokenizer.stop_ids |= {end for end in ends if end is not None}

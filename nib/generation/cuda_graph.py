@@ -1,0 +1,208 @@
+"""Writing with CUDA graphs: one step of all rows is compiled, recorded once, and replayed for every token.
+
+A GPU does a small model's step faster than Python can ask for it, kernel by kernel. So a step here is the same work
+on the same memory every time: from the rows' newest tokens to the next ones, with a cache of fixed size, nothing of
+which the host has to see. It reads the tokens one step late, and decodes and prints them while the next step runs.
+
+What is written is what nib.generation.engine writes, up to the rounding of fused kernels. Letters as in model.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from nib.common.exits import RunError
+from nib.generation.engine import LanguageModel, Rows
+from nib.generation.request import Sample, SamplingSettings
+from nib.generation.sampling import choose
+
+SHORTEST = 256  # positions of the shortest cache
+
+
+def static_length(room: int, block_size: int) -> int:
+    """Positions for a cache that must hold `room`: a power of two up to block_size, so that few are ever compiled."""
+    return min(block_size, max(SHORTEST, 1 << (room - 1).bit_length()))
+
+
+class StaticCache:
+    """Takes model.KVCache's place in the model: all shapes are constant, and the rows' lengths lie on the device.
+
+    Every step attends to all of it under a mask. It is filled by `put_rows` and then grows by one token a step.
+    """
+
+    def __init__(self, config: Any, batch_size: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (batch_size, config.n_kv_head, length, config.head_size)
+
+        def make() -> list[Tensor]:
+            # One tensor a layer, so that no two inputs of the compiled step, which writes to them, share memory.
+            # Zeros: a weight of zero times a NaN that happened to lie there would be NaN.
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+
+        self.keys, self.values = make(), make()  # (B, K, S, D) of each layer
+        self.end = length  # of what is attended to
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,)
+
+    def put_rows(self, rows: list[int], source: Any) -> None:
+        """Replace these rows, one each, by the rows of a KVCache, which are no longer than this one."""
+        index, end = torch.tensor(rows, device=self.lengths.device), max(source.lengths)
+        for layers, memory in zip((self.keys, self.values), source.memory, strict=True):
+            for layer, filled in zip(layers, memory, strict=True):
+                layer[index, :, :end] = filled[:, :, :end]
+        self.lengths[index] = torch.tensor(source.lengths, device=self.lengths.device)
+
+    def start(self, new: int) -> Tensor:
+        """Where the rows' new positions begin, (B, 1).
+
+        A row that is full overwrites its last position: it is finished, or else filled anew before its next step.
+        """
+        return self.lengths.clamp(max=self.end - new)[:, None]
+
+    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, K, T, D) at `positions` (B, T); return all keys and values, (B, K, S, D)."""
+        keys, values = self.keys[layer], self.values[layer]
+        row = torch.arange(len(self.lengths), device=k.device)[:, None]
+        keys[row, :, positions] = k.transpose(1, 2)  # advanced indexing puts (B, T) in front
+        values[row, :, positions] = v.transpose(1, 2)
+        return keys, values
+
+    def advance(self, new: int) -> None:
+        self.lengths.add_(new)
+
+
+class Step:
+    """Shows the model each row's newest token and puts the next one in its place, all at fixed addresses.
+
+    Making it runs the step on empty rows, to compile it, so fill them afterwards. On CUDA `run` replays a recording.
+    """
+
+    def __init__(
+        self, model: LanguageModel, settings: SamplingSettings, cache: StaticCache, vocab_size: int,
+        compiling: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.model, self.settings, self.cache, self.vocab_size = model, settings, cache, vocab_size
+        B, device = len(cache.lengths), cache.lengths.device
+        self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
+        self.uniforms = torch.zeros(B, device=device)
+        self.seen: Tensor | None = None
+        if settings.repetition_penalty != 1:
+            self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
+        # A graph break would put Python back into the step, so it is an error.
+        self.run: Callable[[], None] = torch.compile(self.forward, fullgraph=True, dynamic=False, **compiling)
+        self.compile()
+        if device.type == "cuda":
+            self.run = recorded(self.run)
+
+    def compile(self) -> None:
+        """Run the step once. Raises RunError where torch cannot compile it, for want of a C compiler for example."""
+        from torch._dynamo.exc import TorchDynamoException, Unsupported
+
+        try:
+            self.run()
+        except Unsupported:  # a graph break, so a bug, which keeps its traceback
+            raise
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n")[:2])
+            raise RunError(f"torch.compile failed: {reason}. Leave out --compile") from error
+
+    def forward(self) -> None:
+        if self.seen is not None:
+            self.seen.scatter_(1, self.tokens[:, None], True)
+        x = self.model.hidden(self.tokens[:, None], self.cache)  # (B, 1, C)
+        logits = self.model.logits(x[:, 0])[:, : self.vocab_size]
+        self.tokens.copy_(choose(logits, self.uniforms, self.settings, self.seen))
+
+
+def recorded(run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, which is compiled by now, as one CUDA graph; recording wants it to have run on a side stream before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):  # an operation that waits for the device raises here
+        run()
+    return graph.replay
+
+
+class CompiledRows(Rows):
+    """Rows whose steps are queued one ahead of what the host has read.
+
+    The batch keeps its size, which is compiled in. What a finished row goes on to write is thrown away, and so is the
+    step that was queued before a row's last token was known for it.
+    """
+
+    ahead = True
+    # How the step is compiled. With this, torch makes products of one row without a bias fused sums (its decomposition
+    # of mm), which read int8 as int8.
+    compiling: ClassVar[dict[str, Any]] = dict(options={"coordinate_descent_tuning": True})
+
+    @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart
+    def __init__(
+        self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
+    ) -> None:
+        super().__init__(model, make_cache, samples, settings)
+        self.unread: deque[tuple[Tensor, Any]] = deque()  # tokens on their way to the host, and what says they are here
+        length = static_length(self.cache.max_length, self.block_size)
+        weight = next(iter(model.parameters()))
+        cache = StaticCache(model.config, len(samples), length, self.device, weight.dtype)
+        self.step = Step(model, settings, cache, self.vocab_size, self.compiling)
+        cache.put_rows(list(range(len(samples))), self.cache)
+        self.cache = cache
+        if self.step.seen is not None and self.seen is not None:
+            self.step.seen.copy_(self.seen)
+        self.draw()
+        self.step.tokens.copy_(choose(self.logits[:, 0], self.step.uniforms, settings, self.seen))
+        self.fetch()
+
+    def draw(self) -> None:
+        """Give the step each row's next uniform number; those of DRAWN steps come to the device at once."""
+        self.step.uniforms.copy_(self.next_uniforms(1)[:, 0])
+        self.drawn = [drawn + 1 for drawn in self.drawn]
+
+    def fetch(self) -> None:
+        """Have the step's tokens copied to the host, without waiting for them; the next step overwrites them."""
+        tokens = self.step.tokens.to("cpu", non_blocking=True, copy=True)  # in pinned memory, if from a GPU
+        event = torch.cuda.Event() if self.device.type == "cuda" else None
+        if event:
+            event.record()
+        self.unread.append((tokens, event))
+
+    def queue(self) -> None:
+        self.draw()
+        self.step.run()
+        self.fetch()
+
+    def runs_on(self) -> bool:
+        """Whether the token that is not read yet can be shown to the model as it is, and is not the last."""
+        going_on = [row for row, sample in enumerate(self.samples) if not sample.finish_reason]
+        last = all(len(self.samples[row].tokens) + 1 == self.samples[row].max_new_tokens for row in going_on)
+        return not last and all(len(self.contexts[row]) < self.block_size for row in going_on)
+
+    @torch.no_grad()
+    def choose(self) -> list[list[int]]:
+        """Queue the step after the next tokens, then wait for those; a finished row has none."""
+        if not self.unread:
+            self.queue()
+        if self.runs_on():
+            self.queue()
+        tokens, event = self.unread.popleft()
+        if event:
+            event.synchronize()
+        written = zip(self.samples, tokens.tolist(), strict=True)
+        self.new = [[] if sample.finish_reason else [token] for sample, token in written]
+        return self.new
+
+    def keep(self, rows: list[int]) -> None:
+        """All rows stay."""
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Follow the rows on the host; one whose context is full is filled anew, which no queued step has passed."""
+        if full := self.slide():
+            self.refill(full)

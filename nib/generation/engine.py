@@ -1,0 +1,255 @@
+"""Text from a model: one prefill for all prompts, then a step for every sample that goes on.
+
+A step writes one token, or with `speculate` as many as were guessed rightly and one more.
+
+When the context is full: the model sees at most block_size tokens of a row. A longer prompt is seen from its last
+block_size tokens on. When a token comes to a row that shows block_size of them already, the row goes on with its
+newest block_size - block_size // 2, the new one included, at positions from 0 on. That costs one refill of half a
+context every half context, thus about one more token's work a token; moving the window at every token would
+cost a refill at every token. With and without a cache, and for every kind of position, the model sees the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nib.common.exits import RunError
+from nib.generation.request import Sample, SamplingSettings, make_samples
+from nib.generation.sampling import choose, row_generator
+from nib.generation.speculation import Repetitions
+from nib.tokenizer.tokenizer import Tokenizer
+
+DRAWN = 256  # uniform numbers that are drawn, and moved to the device, at a time
+
+
+class LanguageModel(Protocol):
+    """What generation needs of model.GPT."""
+
+    config: Any
+    training: bool
+
+    def hidden(self, tokens: Tensor, cache: Any = None) -> Tensor: ...
+    def logits(self, x: Tensor) -> Tensor: ...
+    def parameters(self) -> Iterator[Any]: ...
+    def train(self, mode: bool = True) -> Any: ...
+
+
+def generate_text(
+    model: LanguageModel, make_cache: Any, tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings
+) -> list[Sample]:
+    """The finished samples of all prompts, `num_samples` of each, prompt by prompt; `make_cache` is model.KVCache.
+
+    Leaves torch's random state and the model's mode as they were. Raises InputError for a prompt that the
+    tokenizer cannot encode and RunError for a model whose logits are not finite.
+    """
+    samples = make_samples(prompts, tokenizer, settings)
+    for _ in stream_text(model, make_cache, samples, settings):
+        pass
+    return samples
+
+
+def stream_text(
+    model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings, make_rows: Any = None
+) -> Iterator[tuple[Sample, str]]:
+    """Write all samples at once, and yield each with its new text token by token, until all are finished.
+
+    `make_rows` is Rows, or nib.generation.cuda_graph.CompiledRows.
+    """
+    unfinished = [sample for sample in samples if not sample.finish_reason]
+    if not unfinished:  # max_new_tokens is 0
+        return
+    was_training, written, seconds = model.training, 0, 0.0
+    model.train(False)
+    try:
+        rows: Rows = (make_rows or Rows)(model, make_cache, unfinished, settings)
+        tokens = rows.choose()
+        began = time.perf_counter()
+        while True:
+            for sample, new in zip(rows.samples, tokens, strict=True):
+                for token in new:
+                    yield sample, sample.append(token)
+                    if sample.finish_reason:
+                        break
+            going_on = [row for row, sample in enumerate(rows.samples) if not sample.finish_reason]
+            if not going_on:
+                break
+            if not rows.ahead:
+                began = time.perf_counter()
+            rows.keep(going_on)
+            rows.advance()
+            tokens = rows.choose()
+            now = time.perf_counter()
+            seconds, began = seconds + now - began, now
+            written += sum(map(len, tokens))
+    finally:
+        model.train(was_training)
+        for sample in samples:
+            sample.tokens_per_second = written / seconds if seconds else None
+
+
+class Rows:
+    """The samples being written, one row each: what the model sees of it, its cache and its random numbers."""
+
+    ahead = False  # whether the model works while what it wrote is read, so that this takes none of its time
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
+    ) -> None:
+        self.model, self.make_cache, self.samples, self.settings = model, make_cache, samples, settings
+        self.block_size: int = model.config.block_size
+        self.device = next(iter(model.parameters())).device
+        # The model's vocabulary may be padded to a round number; what is beyond the tokenizer's is never written.
+        self.vocab_size = min(model.config.vocab_size, samples[0].tokenizer.vocab_size)
+        # Each prompt is computed once, and then branched into its samples.
+        contexts: list[list[int]] = []
+        branch = []
+        for sample in samples:
+            context = sample.prompt_tokens[-self.block_size :]
+            sample.tokenizer.check_ids(context, self.vocab_size, "the prompt")
+            if not contexts or context != contexts[-1]:
+                contexts.append(context)
+            branch.append(len(contexts) - 1)
+        room = max(map(len, contexts)) + settings.max_new_tokens
+        self.cache: Any = self.new_cache(len(contexts), room) if settings.cache else None
+        self.logits = self.last_logits(contexts, self.cache)[branch]  # (B, T, V); T is 1, or more after guesses
+        if not self.logits.isfinite().all():
+            raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
+        self.contexts = [list(contexts[row]) for row in branch]
+        self.random = [
+            row_generator(settings.seed, sample.number, context)
+            for sample, context in zip(samples, self.contexts, strict=True)
+        ]
+        self.uniforms = torch.empty(len(samples), 0, device=self.device)  # (B, drawn so far)
+        self.drawn = [0] * len(samples)  # how many of them a row has used
+        self.guesses: list[list[int]] = [[] for _ in samples]
+        # The penalty changes with every token, also with one that is only guessed.
+        self.speculate = settings.speculate if settings.cache and settings.repetition_penalty == 1 else 0
+        self.texts = [Repetitions(context) for context in self.contexts] if self.speculate else []
+        if self.cache is not None and branch != list(range(len(contexts))):
+            self.cache = self.cache.take_rows(branch)
+        self.seen = None
+        if settings.repetition_penalty != 1:
+            self.seen = torch.zeros(len(samples), self.vocab_size, dtype=torch.bool, device=self.device)
+            for row, context in enumerate(self.contexts):
+                self.seen[row, context] = True
+
+    def new_cache(self, rows: int, room: int) -> Any:
+        """A cache in the dtype that the model computes in: its weights', or with FSDP the one that place() chose."""
+        dtype = getattr(self.model, "compute_dtype", next(iter(self.model.parameters())).dtype)
+        return self.make_cache(self.model.config, rows, room, device=self.device, dtype=dtype)
+
+    def encode(self, contexts: list[list[int]], cache: Any) -> Tensor:
+        """The stream (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
+        tokens = np.zeros((len(contexts), max(map(len, contexts))), dtype=np.int64)
+        for row, context in enumerate(contexts):
+            tokens[row, : len(context)] = context
+        x = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache)
+        if cache is not None:
+            cache.truncate([len(context) for context in contexts])
+        return x
+
+    def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
+        """The logits (B, 1, V) after each of the contexts; those of the positions before are not computed."""
+        x = self.encode(contexts, cache)
+        last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
+        return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, None, : self.vocab_size]
+
+    @torch.inference_mode()
+    def choose(self) -> list[list[int]]:
+        """Draw each row's next tokens: the right ones of its guesses and one more.
+
+        Reading them here is the one wait for the device in a step.
+        """
+        B, T, V = self.logits.shape
+        tokens = choose(self.logits.reshape(B * T, V), self.next_uniforms(T).reshape(-1), self.settings, self.seen)
+        chosen: list[list[int]] = tokens.view(B, T).tolist()
+        for row, guess in enumerate(self.guesses):
+            right = 0
+            while right < len(guess) and chosen[row][right] == guess[right]:
+                right += 1
+            del chosen[row][right + 1 :]
+            self.drawn[row] += right + 1
+        if T > 1:  # forget the wrong guesses
+            wrong = [T - len(new) for new in chosen]
+            self.cache.truncate([length - extra for length, extra in zip(self.cache.lengths, wrong, strict=True)])
+        self.new = chosen
+        return chosen
+
+    def next_uniforms(self, count: int) -> Tensor:
+        """The next `count` uniform numbers (B, count) of every row."""
+        while max(self.drawn) + count > self.uniforms.shape[1]:
+            more = np.stack([generator.random(DRAWN, dtype=np.float32) for generator in self.random])
+            self.uniforms = torch.cat((self.uniforms, torch.from_numpy(more).to(self.device)), dim=1)
+        if min(self.drawn) == max(self.drawn):
+            return self.uniforms[:, self.drawn[0] : self.drawn[0] + count]
+        first = torch.tensor(self.drawn, device=self.device)[:, None]
+        return self.uniforms.gather(1, first + torch.arange(count, device=self.device))
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these rows only; the model has not seen their newest tokens yet."""
+        if len(rows) == len(self.samples):
+            return
+        for name in ("samples", "random", "contexts", "drawn", "new", "texts"):
+            kept = getattr(self, name)
+            setattr(self, name, [kept[row] for row in rows] if kept else [])
+        self.uniforms = self.uniforms[rows]
+        self.seen = None if self.seen is None else self.seen[rows]
+        self.cache = None if self.cache is None else self.cache.take_rows(rows)
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Show the model each row's newest token, and guesses of the next ones; take the logits that follow each."""
+        full = self.slide()
+        newest = [new[-1] for new in self.new]
+        if self.seen is not None:
+            self.seen.scatter_(1, torch.tensor(newest, device=self.device)[:, None], True)
+        if self.cache is None:
+            self.guesses = [[] for _ in newest]
+            self.logits = self.last_logits(self.contexts, None)
+            return
+        if full:
+            self.refill(full)
+        self.guesses = self.guess()
+        width = max(map(len, self.guesses))
+        tokens = [
+            [token, *guess, *[0] * (width - len(guess))] for token, guess in zip(newest, self.guesses, strict=True)
+        ]
+        x = self.model.hidden(torch.tensor(tokens, device=self.device), self.cache)  # (B, T, C)
+        self.logits = self.model.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)[..., : self.vocab_size]
+
+    def slide(self) -> list[int]:
+        """Take the new tokens into the contexts; returns the rows that were full and now show their newer half."""
+        full = []
+        for row, (context, new) in enumerate(zip(self.contexts, self.new, strict=True)):
+            context.extend(new)
+            if len(context) > self.block_size:
+                del context[: -(self.block_size - self.block_size // 2)]
+                full.append(row)
+        return full
+
+    def guess(self) -> list[list[int]]:
+        """What may follow each row's newest token: no more than is wanted of it and than the cache holds."""
+        if not self.speculate:
+            return [[] for _ in self.samples]
+        room = min(self.speculate, self.cache.max_length - max(self.cache.lengths) - 1)
+        guesses = []
+        for sample, text, new in zip(self.samples, self.texts, self.new, strict=True):
+            text.extend(new)
+            guesses.append(text.guess(max(0, min(room, sample.max_new_tokens - len(sample.tokens) - 1))))
+        return guesses
+
+    def refill(self, rows: list[int]) -> None:
+        """Fill the cache of these rows anew with their contexts, which have become shorter, but the newest token."""
+        contexts = [self.contexts[row][:-1] for row in rows]
+        filled = self.new_cache(len(rows), len(contexts[0]))
+        if contexts[0]:  # where block_size is 1 or 2 the newest token is all there is
+            self.encode(contexts, filled)
+        self.cache.put_rows(rows, filled)

@@ -1,0 +1,151 @@
+"""What is asked of generation and what comes out of it, as text: settings, stop strings, samples. Needs no torch."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nib.common.exits import InputError
+from nib.common.options import option
+
+if TYPE_CHECKING:
+    from nib.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass
+class SamplingSettings:
+    """How to continue a text. The filters apply in the order of their fields, as in Hugging Face transformers,
+    after the repetition penalty and the temperature."""
+
+    num_samples: int = option(1, "continuations of each prompt", at_least=1, group="sampling")
+    max_new_tokens: int = option(200, "most tokens to write", at_least=0, group="sampling")
+    temperature: float = option(
+        0.8, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the most probable token",
+        at_least=0, group="sampling",
+    )  # fmt: skip
+    top_k: int = option(
+        200, "draw from this many most probable tokens, ties to the lowest id; 0: from all", at_least=0,
+        group="sampling",
+    )  # fmt: skip
+    top_p: float = option(
+        1.0, "draw from the fewest most probable tokens that together have this probability; 0: from the best one",
+        at_least=0, at_most=1, group="sampling",
+    )  # fmt: skip
+    min_p: float = option(
+        0.0, "draw from the tokens with at least this share of the best one's probability", at_least=0, at_most=1,
+        group="sampling",
+    )  # fmt: skip
+    repetition_penalty: float = option(
+        1.0, "above 1 makes tokens of the prompt and of the text so far less probable", above=0, group="sampling"
+    )
+    stop: list[str] = option([], "end before this text; may be given several times", group="sampling")
+    seed: int = option(
+        1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
+    )
+    cache: bool = option(
+        True, "keep keys and values; --no-cache computes them anew for each token and writes the same",
+        group="sampling",
+    )  # fmt: skip
+    speculate: int = option(
+        0, "guess up to so many tokens from repetitions in the text, for the model to judge at once; writes the same",
+        at_least=0, group="sampling",
+    )  # fmt: skip
+
+
+class TextStream:
+    """Bytes in, text out as soon as it is certain: no half characters, and nothing that may begin a stop string.
+
+    All the text that came out is the bytes decoded as UTF-8, U+FFFD for what is not a character, up to the first
+    stop string.
+    """
+
+    def __init__(self, stop: Sequence[str] = ()) -> None:
+        if "" in stop:
+            raise InputError("a stop text cannot be empty. Leave --stop out, or name the text to stop before")
+        self.stop = stop
+        self.stopped = False
+        self.held = ""  # decoded, but perhaps the beginning of a stop string
+        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, data: bytes, final: bool = False) -> str:
+        """The text that `data` makes certain; with `final` all the rest. After a stop string: nothing more."""
+        if self.stopped:
+            return ""
+        text = self.held + self.decoder.decode(data, final)
+        ends = [place for place in (text.find(stop) for stop in self.stop) if place >= 0]
+        self.stopped = bool(ends)
+        certain = min(ends) if ends else len(text) if final else self._certain(text)
+        self.held = "" if ends else text[certain:]
+        return text[:certain]
+
+    def _certain(self, text: str) -> int:
+        """Where the longest end of `text` begins that a stop string begins with."""
+        longest = max((len(stop) for stop in self.stop), default=1) - 1
+        for begin in range(max(0, len(text) - longest), len(text)):
+            if any(stop.startswith(text[begin:]) for stop in self.stop):
+                return begin
+        return len(text)
+
+
+class Sample:
+    """One continuation of one prompt, as far as it has come.
+
+    `tokens` are the ids written, without the end-of-text id; `text` is what they say, up to a stop string.
+    `finish_reason` is "length", "end_of_text", "stop" or "interrupted", and "" while there is more to come.
+    """
+
+    def __init__(
+        self, prompt: str, prompt_number: int, number: int, prompt_tokens: list[int],
+        tokenizer: Tokenizer, settings: SamplingSettings,
+    ) -> None:  # fmt: skip
+        self.prompt, self.prompt_number, self.number = prompt, prompt_number, number
+        self.prompt_tokens = prompt_tokens
+        self.tokenizer = tokenizer
+        self.max_new_tokens = settings.max_new_tokens
+        self.stream = TextStream(settings.stop)
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish_reason = "" if settings.max_new_tokens else "length"
+        self.tokens_per_second: float | None = None  # of all samples together, after the first token; None: no such
+
+    def append(self, token: int) -> str:
+        """Take the next token; returns the text that is certain now. Sets `finish_reason` when this ends it."""
+        if token == self.tokenizer.end_of_text or token in self.tokenizer.stop_ids:
+            return self.finish("end_of_text")
+        self.tokens.append(token)
+        text = self.stream.push(self.tokenizer.decode_bytes([token]))
+        self.text += text
+        if self.stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.max_new_tokens:
+            text += self.finish("length")
+        return text
+
+    def finish(self, reason: str) -> str:
+        """End here; returns the text that was still held back."""
+        text = self.stream.push(b"", final=True)
+        self.text += text
+        self.finish_reason = "stop" if self.stream.stopped else reason
+        return text
+
+
+def start_tokens(tokenizer: Tokenizer) -> list[int]:
+    """What an empty prompt begins with: the end of the document before, else a new line, else the first token."""
+    if tokenizer.end_of_text is not None:
+        return [tokenizer.end_of_text]
+    try:
+        return tokenizer.encode("\n")
+    except InputError:  # a character tokenizer of a corpus of one line
+        return [0]
+
+
+def make_samples(prompts: Sequence[str], tokenizer: Tokenizer, settings: SamplingSettings) -> list[Sample]:
+    """`num_samples` empty samples of each prompt, in order. Raises InputError for a prompt that cannot be encoded."""
+    samples = []
+    for prompt_number, prompt in enumerate(prompts):
+        tokens = tokenizer.encode_prompt(prompt) or start_tokens(tokenizer)
+        for number in range(settings.num_samples):
+            samples.append(Sample(prompt, prompt_number, number, tokens, tokenizer, settings))
+    return samples

@@ -1,0 +1,244 @@
+"""How probable a model finds whole texts, and which of several endings it prefers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nib.common.exits import InputError
+from nib.data.dataset import Dataset
+from nib.data.documents import find_sources, read_parts
+from nib.data.encode import part_text
+from nib.tokenizer.huggingface import begin_of_text
+from nib.tokenizer.tokenizer import Tokenizer
+
+MAX_LOGITS = 1 << 24  # elements at a time: 64 MB in float32
+
+
+@dataclass
+class TextScore:
+    """The sums over some texts. `loss` is in nats per predicted token."""
+
+    texts: int = 0
+    tokens: int = 0
+    bytes: int = 0  # of the text that was predicted
+    nats: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / max(1, self.bytes)
+
+
+@dataclass
+class Window:
+    """A stretch of at most context + 1 ids, of which those from `first` on are predicted from all before them."""
+
+    ids: list[int]
+    first: int
+
+
+def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
+    """Windows that predict each id but the first once, each from at least context - stride ids where there are any."""
+    done = 1
+    for begin in range(0, max(0, len(ids) - 1), stride):
+        end = min(begin + context + 1, len(ids))
+        yield Window(ids[begin:end], done - begin)
+        done = end
+        if end == len(ids):
+            return
+
+
+@torch.inference_mode()
+def log_likelihoods(model: Any, group: list[Window]) -> Tensor:
+    """The log-probability of the predicted ids of each window, summed, in nats: float64 (B,)."""
+    device = next(model.parameters()).device
+    width = max(len(window.ids) for window in group) - 1
+    inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
+    for number, window in enumerate(group):
+        size = len(window.ids) - 1
+        inputs[number, :size] = torch.tensor(window.ids[:-1])
+        targets[number, window.first - 1 : size] = torch.tensor(window.ids[window.first :])
+    x = model.hidden(inputs.to(device))  # (B, T, C)
+    rows, columns = (targets >= 0).nonzero(as_tuple=True)
+    sums = torch.zeros(len(group), dtype=torch.float64)
+    step = max(1, MAX_LOGITS // model.config.vocab_size)
+    for begin in range(0, len(rows), step):
+        row, column = rows[begin : begin + step], columns[begin : begin + step]
+        log_probs = F.log_softmax(model.logits(x[row.to(device), column.to(device)]).float(), dim=-1)  # (step, V)
+        found = log_probs.gather(1, targets[row, column].to(device)[:, None])[:, 0]
+        sums.index_add_(0, row, found.double().cpu())
+    return sums
+
+
+def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    iterator = iter(items)
+    while group := list(itertools.islice(iterator, size)):
+        yield group
+
+
+def score_texts(
+    model: Any, tokenizer: Tokenizer, texts: Iterable[list[int]], *, context: int, stride: int, batch: int,
+    max_tokens: int = 0,
+) -> TextScore:  # fmt: skip
+    """Score texts, given as ids without end of text, each by itself, up to `max_tokens` of them all (0: no limit).
+
+    The first id is predicted from what stands before a text, mostly end of text; where the tokenizer has no such id, it
+    and its bytes are left out.
+    """
+    score, lengths = TextScore(), tokenizer.byte_lengths()
+    begin = begin_of_text(tokenizer)[0]
+    start = [] if begin is None else [begin]
+
+    def all_windows() -> Iterator[Window]:
+        for ids in texts:
+            room = max_tokens - score.tokens if max_tokens else len(ids)
+            if room <= 0:
+                return
+            kept = ids[:room]
+            tokenizer.check_ids(start + kept, model.config.vocab_size, "a text")
+            predicted = kept if start else kept[1:]
+            score.texts += 1
+            score.tokens += len(predicted)
+            score.bytes += int(lengths[predicted].sum())
+            yield from windows(start + kept, context, stride)
+
+    for group in in_groups(all_windows(), batch):
+        score.nats -= float(log_likelihoods(model, group).sum())
+    return score
+
+
+def texts_of_dataset(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The documents of the validation split, in the ids of `tokenizer`."""
+    ids = dataset.val.read(0, dataset.val.tokens) if dataset.val.tokens else np.zeros(0, dtype=np.int64)
+    same = dataset.tokenizer.token_bytes == tokenizer.token_bytes
+    end = dataset.tokenizer.end_of_text
+    ends = np.flatnonzero(ids == end) if end is not None else np.zeros(0, dtype=np.int64)
+    for begin, stop in itertools.pairwise([-1, *ends.tolist(), len(ids)]):
+        document = ids[begin + 1 : stop].tolist()
+        if document:
+            yield document if same else tokenizer.encode(dataset.tokenizer.decode(document))
+
+
+def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """The documents of a text, JSONL or Parquet file or a directory. Raises InputError."""
+    sources = find_sources([str(path)], "auto", "", path, spool=False)
+    pieces: list[str] = []
+    for part in read_parts(sources, field):
+        pieces.append(part_text(part, field, "error")[0])
+        if part.last:
+            if ids := tokenizer.encode("".join(pieces)):
+                yield ids
+            pieces = []
+
+
+@dataclass
+class ChoiceScore:
+    """How often the right ending was the most probable one: as it is, and with its log-probability per character."""
+
+    questions: int
+    accuracy: float
+    normalized: float
+
+    def standard_error(self, share: float) -> float:
+        return math.sqrt(share * (1 - share) / max(1, self.questions - 1))
+
+
+def read_choices(path: Path) -> list[dict[str, Any]] | None:
+    """The questions of a JSONL file, {"context": ..., "endings": [...], "label": ...} a line; None for other files.
+
+    Raises InputError for a file that begins with such a line and goes on with another.
+    """
+    if path.suffix.lower() not in (".jsonl", ".ndjson") or not path.is_file():
+        return None
+    questions: list[dict[str, Any]] = []
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # JSON may hold the other ends of lines
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Give a JSONL file") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not questions and not (isinstance(row, dict) and "endings" in row):
+            return None
+        if (question := as_question(row)) is None:
+            shape = '{"context": TEXT, "endings": [TEXT, ...], "label": NUMBER}'
+            raise InputError(f"{path}, line {number}: not {shape}. Mend it")
+        questions.append(question)
+    return questions or None
+
+
+def as_question(row: Any) -> dict[str, Any] | None:
+    if not isinstance(row, dict):
+        return None
+    context, endings, label = row.get("context", row.get("ctx")), row.get("endings"), row.get("label")
+    if isinstance(label, str) and label.isdecimal():
+        label = int(label)
+    if not isinstance(context, str) or not isinstance(endings, list) or type(label) is not int:
+        return None
+    if (
+        len(endings) < 2
+        or not all(isinstance(each, str) and each for each in endings)
+        or label not in range(len(endings))
+    ):
+        return None
+    return {"context": context, "endings": endings, "label": label}
+
+
+def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, Any]], batch: int) -> ChoiceScore:
+    """Choose the most probable ending of each question, an ending being joined to its context by a space.
+
+    Normalised by characters, as HellaSwag is reported (arXiv 1905.07830) and lm-evaluation-harness does.
+    """
+
+    def endings() -> Iterator[Window]:
+        for question in questions:
+            for ending in question["endings"]:
+                window = ending_window(tokenizer, question["context"], ending, model.config.block_size)
+                tokenizer.check_ids(window.ids, model.config.vocab_size, "a question")
+                yield window
+
+    found = [float(value) for group in in_groups(endings(), batch) for value in log_likelihoods(model, group)]
+    plain = normalized = first = 0
+    for question in questions:
+        count = len(question["endings"])
+        values = found[first : first + count]
+        per_character = [value / len(ending) for value, ending in zip(values, question["endings"], strict=True)]
+        plain += values.index(max(values)) == question["label"]
+        normalized += per_character.index(max(per_character)) == question["label"]
+        first += count
+    return ChoiceScore(len(questions), plain / len(questions), normalized / len(questions))
+
+
+def ending_window(tokenizer: Tokenizer, context: str, ending: str, block_size: int) -> Window:
+    """The ids of context and ending, the ending's to be predicted; what does not fit is cut off in front."""
+    joined = ending if not context or context[-1].isspace() or ending[0].isspace() else " " + ending
+    stem = context.rstrip()  # a token may hold the space and the word after it
+    before, whole = tokenizer.encode(stem), tokenizer.encode(stem + context[len(stem) :] + joined)
+    if not before:
+        before = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else []
+        whole = before + whole
+    first = max(1, min(len(before), len(whole) - 1))
+    cut = max(0, len(whole) - block_size - 1)
+    return Window(whole[cut:], max(1, first - cut))

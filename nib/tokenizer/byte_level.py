@@ -1,0 +1,152 @@
+"""The byte-level BPE of a Hugging Face tokenizer.json, run by the package tokenizers and held to give back its text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nib.common.exits import InputError
+from nib.tokenizer.tokenizer import _PROBE, MAX_VOCAB, Tokenizer, bytes_of_letters
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A byte-level BPE of a tokenizer.json, with the ids that transformers gives.
+
+    `content` is the object in tokenizer.json, `config` what is kept of tokenizer_config.json. A text is encoded without
+    the normalisation to NFC that some ask for, and without a space put before it: neither would come back. A prompt
+    has both, as in transformers. Raises InputError for another kind, and for one that loses text.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, name: str, content: dict[str, Any], config: dict[str, Any], end_of_text: int | None) -> None:
+        import tokenizers
+
+        self.content, self.config = content, config
+        kinds = [part.get("type") for part in _parts(content.get("decoder"), "decoders")]
+        model: Any = content.get("model")
+        kind = model.get("type", "BPE") if isinstance(model, dict) else None
+        if kind != "BPE" or kinds != ["ByteLevel"]:
+            found = f"{kind} decoded by {', '.join(map(str, kinds)) or 'nothing'}"
+            raise InputError(f"tokenizer {name} is {found[:80]}, not a byte-level BPE. Give a model that has one")
+        # The first draws at random; the others are no bytes of a text, and can crash the library.
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            if model.get(key):
+                raise InputError(f"tokenizer {name} has {key}, which nib does not do. Give a model without it")
+        with library_errors(name):
+            self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
+            self.tokenizer.no_truncation()
+            self.tokenizer.no_padding()
+            token_bytes = self._token_bytes()
+            # The parts that differ between a text and a prompt, read without the vocabulary, which takes long.
+            exact = {"normalizer": _without_nfc(content.get("normalizer")), "post_processor": None, "added_tokens": []}
+            exact["pre_tokenizer"] = _without_prefix(content.get("pre_tokenizer"))
+            exact["model"] = {"type": "BPE", "vocab": {}, "merges": []}
+            for_text = tokenizers.Tokenizer.from_str(json.dumps(content | exact))
+            self.parts = {
+                prompt: (made.normalizer, made.pre_tokenizer) for prompt, made in enumerate((for_text, self.tokenizer))
+            }
+        if end_of_text is not None and not 0 <= end_of_text < len(token_bytes):
+            raise InputError(
+                f"tokenizer {name}: its end of text, {end_of_text}, is no id of it. Give a whole directory"
+            )
+        if end_of_text is not None:
+            token_bytes[end_of_text] = b""
+        super().__init__(name, token_bytes, end_of_text)
+        self.special = "|".join(
+            re.escape(token.content)
+            for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
+        )  # fmt: skip
+        # Of a tokenizer that lacks some bytes only texts without them can be asked for.
+        known = set(token_bytes)
+        self._encode_piece("".join(c for c in _PROBE if all(bytes([byte]) in known for byte in c.encode())))
+
+    def _token_bytes(self) -> list[bytes]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        vocab = self.tokenizer.get_vocab(with_added_tokens=True)
+        size = max(vocab.values(), default=-1) + 1
+        if not 0 < size <= MAX_VOCAB:
+            raise InputError(f"the tokenizer has ids up to {size - 1}. Give one of at most {MAX_VOCAB}")
+        byte_of, token_bytes = bytes_of_letters(), [b""] * size
+        for token, id in vocab.items():
+            if id not in added:
+                token_bytes[id] = bytes(byte_of[letter] for letter in token)
+            elif not added[id].special:
+                token_bytes[id] = token.encode("utf-8")
+        return token_bytes
+
+    def _ids(self, text: str, prompt: bool) -> list[int]:
+        with library_errors(self.name):
+            self.tokenizer.encode_special_tokens = not prompt  # which means: as text
+            self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = self.parts[prompt]
+            return list(self.tokenizer.encode(text, add_special_tokens=prompt).ids)
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        """The ids of a text. They are decoded and compared with it, for 5 % of the time: no loss goes unnoticed."""
+        data = text.encode("utf-8")
+        ids = self._ids(text, prompt=False)
+        decoded = b"".join(map(self.token_bytes.__getitem__, ids))
+        if decoded != data:
+            given = decoded.decode("utf-8", errors="replace")
+            pairs = enumerate(zip(text, given, strict=False))
+            same = next((place for place, (a, b) in pairs if a != b), min(len(text), len(given)))
+            lost, instead = text[same : same + 20], given[same : same + 20]
+            raise InputError(
+                f"tokenizer {self.name} loses text: {lost!r} becomes {instead!r}. Use another, such as "
+                "--tokenizer=bpe:8192, or leave such text out"
+            )
+        return np.array(ids, dtype=np.uint32)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids that transformers gives: special tokens in the text are themselves, and one may come before it."""
+        for part in re.split(self.special, text) if self.special else [text]:
+            self.encode(part)  # says what is wrong with it
+        return self._ids(text, prompt=True)
+
+    def token_name(self, id: int) -> str:
+        return str(self.tokenizer.id_to_token(id))
+
+    def _content(self) -> dict[str, Any]:
+        return {"tokenizer": self.content, "config": self.config}
+
+
+def _parts(node: Any, inside: str) -> list[dict[str, Any]]:
+    """A component of tokenizer.json, or those in its sequence."""
+    if not isinstance(node, dict):
+        return []
+    inner = node.get(inside)
+    return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else [node]
+
+
+@contextlib.contextmanager
+def library_errors(name: str) -> Iterator[None]:
+    """Make InputErrors of the errors of tokenizers: plain Exceptions, and panics, which are not even these."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"tokenizer {name}: {reason}. Give a whole tokenizer.json") from None
+
+
+def _without_nfc(normalizer: Any) -> Any:
+    """No normaliser in place of one that only composes characters; the others change what a text says."""
+    kinds = {part.get("type") for part in _parts(normalizer, "normalizers")}
+    return None if kinds == {"NFC"} else normalizer
+
+
+def _without_prefix(pre_tokenizer: Any) -> Any:
+    """The pre-tokenizer, made to put no space before a text."""
+    inner = pre_tokenizer.get("pretokenizers") if isinstance(pre_tokenizer, dict) else None
+    if isinstance(inner, list):
+        return pre_tokenizer | {"pretokenizers": [_without_prefix(part) for part in inner]}
+    is_level = isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "ByteLevel"
+    return pre_tokenizer | {"add_prefix_space": False} if is_level else pre_tokenizer

@@ -1,0 +1,235 @@
+"""Tokenizers of Hugging Face directories: theirs run as they are, by the package tokenizers; ours written as theirs."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from nib.common.exits import InputError
+from nib.tokenizer.byte_level import HuggingFaceTokenizer
+from nib.tokenizer.tokenizer import (
+    _PROBE,
+    END_OF_TEXT,
+    MAX_FILE_BYTES,
+    BpeTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    bytes_of_letters,
+)
+
+TOKENIZER_JSON, CONFIG_JSON, GENERATION_JSON = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+# The settings of tokenizer_config.json that are kept from reading to writing.
+KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token", "add_eos_token")
+GPT2_MODELS = ("gpt2", None)  # whose vocab.json and merges.txt are split by GPT-2's pattern
+
+
+def has_tokenizer(directory: Path) -> bool:
+    return (directory / TOKENIZER_JSON).is_file() or (directory / "vocab.json").is_file()
+
+
+def read_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory: tokenizer.json, or vocab.json and merges.txt of GPT-2's kind.
+
+    One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
+    """
+    settings, model, generation = (
+        read_object(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
+    )
+    if (directory / TOKENIZER_JSON).is_file():
+        content = read_object(directory / TOKENIZER_JSON)
+        if letters := _characters(content):
+            return CharTokenizer(letters)
+    elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
+        if model.get("model_type") not in GPT2_MODELS:
+            raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
+        content = _gpt2_content(directory, settings)
+    else:
+        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a whole model directory")
+    config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
+    if (directory / CHAT_TEMPLATE).is_file():
+        config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
+    tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
+    named = (tokenizer.tokenizer.token_to_id(token) for token in (str(config.get("eos_token", "")), END_OF_TEXT))
+    first, last = ([] if id is None else [id] for id in named)
+    stops = [*_end_ids(model, "config.json", tokenizer), *_end_ids(generation, GENERATION_JSON, tokenizer)]
+    if ends := [*first, *stops, *last]:
+        tokenizer.end_of_text = ends[0]
+        tokenizer.token_bytes[ends[0]] = b""
+        tokenizer.stop_ids = frozenset(stops) - {ends[0]}
+    return tokenizer
+
+
+def _end_ids(settings: dict[str, Any], file: str, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text by a settings file, without those that the tokenizer does not have and so never come."""
+    found = settings.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(id) is int for id in ids):
+        raise InputError(f"eos_token_id in {file} is {str(found)[:40]!r}, not a token id or a list. Correct it")
+    return [id for id in ids if 0 <= id < tokenizer.vocab_size]
+
+
+def _characters(content: dict[str, Any]) -> str:
+    """The characters of a tokenizer.json that has nothing else, in the order of their ids; empty for another kind."""
+    model, decoder = content.get("model"), content.get("decoder")
+    if not isinstance(model, dict) or decoder != {"type": "Fuse"} or model.get("merges") != []:
+        return ""
+    vocab = model.get("vocab")
+    letters = "".join(vocab) if isinstance(vocab, dict) else ""
+    plain = vocab == {letter: id for id, letter in enumerate(letters)} and sorted(set(letters)) == list(letters)
+    return letters if plain and not content.get("normalizer") and not content.get("pre_tokenizer") else ""
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of bounded size. Raises InputError."""
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # a pipe would be waited for
+            raise InputError(f"{path} is not a file of at most {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
+
+
+def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a JSON file of bounded size; empty where it is `optional` and missing. Raises InputError."""
+    if optional and not path.is_file():
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a JSON object. Give a whole model directory")
+    return content
+
+
+def _text_of(value: Any) -> Any:
+    """A special token, which may be written as an object."""
+    return value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
+
+
+def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    vocab = read_object(directory / "vocab.json")
+    lines = read_text(directory / "merges.txt").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    prefix = settings.get("add_prefix_space") is True
+    split = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
+    content = _content(vocab, merges, special, split)
+    content["model"]["ignore_merges"] = False
+    begin = _text_of(settings.get("bos_token", END_OF_TEXT))
+    if settings.get("add_bos_token") is True and isinstance(begin, str) and begin in special:
+        single = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        tokens = {begin: {"id": begin, "ids": [special[begin]], "tokens": [begin]}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens,
+        }  # fmt: skip
+    return content
+
+
+def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], split: Any) -> dict[str, Any]:
+    """A tokenizer.json of a byte-level BPE."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": id, "content": token, **flags, "special": True} for token, id in special.items()]
+    decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    # ignore_merges: a word that is a token is one token, as tiktoken has it.
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+             "vocab": vocab, "merges": merges}  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+        "pre_tokenizer": split, "post_processor": None, "decoder": decoder, "model": model,
+    }  # fmt: skip
+
+
+def begin_of_text(tokenizer: Tokenizer) -> tuple[int | None, bool]:
+    """The id that stands before a text, and whether transformers puts it there by itself."""
+    if before := tokenizer.encode_prompt(""):
+        return before[0], True
+    token = tokenizer.config.get("bos_token") if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    found = tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None  # type: ignore[attr-defined]
+    return (tokenizer.end_of_text if found is None else found), False
+
+
+def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The tokenizer as the object of a tokenizer.json, tried on a text. Raises InputError when that cannot be."""
+    import tokenizers
+
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.content
+    letter_of = {byte: letter for letter, byte in bytes_of_letters().items()}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {} if tokenizer.end_of_text is None else {END_OF_TEXT: tokenizer.end_of_text}
+    if isinstance(tokenizer, CharTokenizer):
+        content = _content({character: id for id, character in enumerate(tokenizer.characters)}, [], {}, None)
+        content["decoder"] = {"type": "Fuse"}
+        probe = tokenizer.characters
+    else:
+        split: dict[str, Any] = byte_level
+        merges: list[tuple[bytes, bytes]] = []
+        if isinstance(tokenizer, BpeTokenizer):
+            special, merges = tokenizer.special_tokens, merges_of(tokenizer.ranks)
+            pattern = {"Regex": as_onig(tokenizer.pattern)}
+            by_pattern = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+            split = {"type": "Sequence", "pretokenizers": [by_pattern, byte_level]}
+        word = {id: "".join(letter_of[byte] for byte in token) for id, token in enumerate(tokenizer.token_bytes)}
+        vocab = {word[id]: id for id, token in enumerate(tokenizer.token_bytes) if token}
+        if clash := next((token for token in special if token in vocab), None):
+            raise InputError(f"the special token {clash!r} of {tokenizer.name} is an ordinary one too. Rename it")
+        letters = [" ".join("".join(letter_of[byte] for byte in part) for part in pair) for pair in merges]
+        content = _content(vocab | special, letters, special, split)
+        probe = _PROBE
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    theirs.encode_special_tokens = True
+    ids = theirs.encode(probe, add_special_tokens=False).ids
+    if ids != tokenizer.encode(probe) or theirs.decode(ids) != probe:
+        raise InputError(f"tokenizer {tokenizer.name} cannot be written as a {TOKENIZER_JSON}. Use gpt2, bpe:N or byte")
+    return content
+
+
+def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """The pair that each token is merged from, in the order of the ranks: what a tokenizer.json has in their place.
+
+    A token is merged from the two parts that the ranks below its own leave of it. That holds inside any text,
+    since the merges between its bytes come in the same order whatever is around them.
+    """
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[place : place + 1] for place in range(len(token))]
+        while len(parts) > 2:
+            pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
+            best = min(pairs)
+            if best >= rank:
+                break  # no merge leads to it: it is found as a whole word only
+            place = pairs.index(best)
+            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
+
+
+def as_onig(pattern: str) -> str:
+    """A split pattern of tiktoken's, for the regular expressions of the package tokenizers.
+
+    There {1,3}+ is not possessive but repeats, and $ ends a line, not the text.
+    """
+    return re.sub(r"\$(?=\||$)", r"\\z", re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern))
+
+
+def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
+    """Write the files by which transformers' AutoTokenizer gives the same ids. Raises InputError."""
+    content = as_tokenizer_json(tokenizer)
+    (directory / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    config: dict[str, Any] = {}
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        config = dict(tokenizer.config)
+        if tokenizer.end_of_text is not None:
+            config["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text)
+    elif tokenizer.end_of_text is not None:
+        config = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    config["clean_up_tokenization_spaces"] = False
+    (directory / CONFIG_JSON).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

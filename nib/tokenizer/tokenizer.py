@@ -1,0 +1,389 @@
+"""Text to token ids and back, without loss: tiktoken encodings, BPE trained on a corpus, characters, bytes.
+
+Every tokenizer is saved as one JSON file that holds all it needs: no network, no pickle, nothing that runs.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nib.common.exits import InputError
+from nib.common.hub import TOKENIZER_FILES, download, is_hub_name
+from nib.tokenizer.chunking import PIECE_BYTES, read_pieces
+
+TOKENIZER_FILE = "nib_tokenizer.json"
+FORMAT = "nib-tokenizer-1"
+END_OF_TEXT = "<|endoftext|>"
+MAX_FILE_BYTES = 64 << 20  # o200k, the largest public encoding, takes 4 MB
+MAX_VOCAB = 1 << 22
+
+# Words with one leading space or sign, numbers in groups of three, punctuation with its line end, white space
+# without the space of the next word: the split of cl100k (GPT-4) and Llama 3.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Encoded and decoded once when a file is loaded: a split pattern that loses text is refused.
+_PROBE = "The end's near: don't\tpanic, 12345 x_y = 'é中文🙂e\u0301'\r\n\n  \x00 <|endoftext|> \u3000ＡＢ...\n   "
+
+
+class Tokenizer:
+    """Token ids of a text. `decode(encode(text)) == text` for every text without lone surrogates.
+
+    `token_bytes[id]` are the bytes an id stands for; none for end-of-text, other special tokens and unused ids.
+    `stop_ids` end a text that a model writes as end-of-text does; models of Hugging Face's may have several.
+    """
+
+    kind = ""
+    stop_ids: frozenset[int] = frozenset()
+
+    def __init__(self, name: str, token_bytes: list[bytes], end_of_text: int | None) -> None:
+        self.name = name
+        self.token_bytes = token_bytes
+        self.end_of_text = end_of_text
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.token_bytes)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`; special tokens in it are plain text. Raises InputError for what has no id."""
+        return self.encode_array(text).tolist()
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """The same as a uint32 array, which is faster."""
+        try:
+            if len(text) <= PIECE_BYTES:
+                return self._encode_piece(text)
+            stream = io.BytesIO(text.encode("utf-8"))
+            return np.concatenate([self._encode_piece(piece.decode("utf-8")) for piece, _ in read_pieces(stream)])
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise InputError(f"the text holds U+{code:04X}, half a character. Give valid Unicode text") from None
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text to be continued; a tokenizer of Hugging Face's sees its special tokens in it."""
+        return self.encode(text)
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`; special tokens stand for none. Raises InputError for an id outside the vocabulary."""
+        ids = list(ids)
+        for outside in (min(ids, default=0), max(ids, default=0)):
+            if not 0 <= outside < self.vocab_size:
+                size = self.vocab_size
+                raise InputError(f"token id {outside} is not in the vocabulary of {self.name}, 0 to {size - 1}")
+        return b"".join(map(self.token_bytes.__getitem__, ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`, with U+FFFD where their bytes are not whole characters."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """How many bytes each id stands for, int64 (V,): turns a loss per token into bits per byte."""
+        return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
+
+    def check_ids(self, ids: Iterable[int], known: int, what: str) -> None:
+        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for."""
+        largest = max(ids, default=-1)
+        if largest >= known:
+            raise InputError(
+                f"{what} has the token {self.token_name(largest)!r}, id {largest}, but the model only the ids 0 to "
+                f"{known - 1}. Leave it out, or add embeddings with transformers' resize_token_embeddings"
+            )
+
+    def token_name(self, id: int) -> str:
+        """The token as text, for messages."""
+        return self.decode([id])
+
+    def save(self, directory: Path) -> Path:
+        """Write `nib_tokenizer.json` into `directory` and return its path."""
+        content: dict[str, Any] = {
+            "format": FORMAT, "kind": self.kind, "name": self.name, "end_of_text": self.end_of_text,
+        }  # fmt: skip
+        if self.stop_ids:
+            content["stop_ids"] = sorted(self.stop_ids)
+        path = Path(directory) / TOKENIZER_FILE
+        path.write_text(json.dumps(content | self._content()) + "\n", encoding="utf-8")
+        return path
+
+    def _content(self) -> dict[str, Any]:
+        return {}
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes and end-of-text: 257 ids, for any corpus and no training."""
+
+    kind = "byte"
+
+    def __init__(self) -> None:
+        super().__init__("byte", [bytes([value]) for value in range(256)] + [b""], end_of_text=256)
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+
+class CharTokenizer(Tokenizer):
+    """One id for each different character of the corpus, in code-point order; no end-of-text."""
+
+    kind = "char"
+
+    def __init__(self, characters: str) -> None:
+        super().__init__("char", [character.encode("utf-8") for character in characters], end_of_text=None)
+        self.characters = characters
+        self.ids = np.full(0x110000, -1, dtype=np.int32)
+        self.ids[code_points(characters)] = np.arange(len(characters))
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        ids = self.ids[code_points(text)]
+        unknown = np.flatnonzero(ids < 0)
+        if len(unknown):
+            character = text[unknown[0]]
+            raise InputError(
+                f"the character {character!r} (U+{ord(character):04X}) is not among the {self.vocab_size} of this "
+                "char tokenizer. Leave it out, or prepare the data with --tokenizer=byte or bpe:N"
+            )
+        return ids.astype(np.uint32)
+
+    def _content(self) -> dict[str, Any]:
+        return {"characters": self.characters}
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-pair encoding run by tiktoken: a public encoding such as gpt2, or one trained on a corpus.
+
+    `ranks` maps the bytes of a token to its id, which is also its merge priority; all 256 single bytes are in it.
+    Raises InputError when the parts do not fit together or the pattern is not a regular expression.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+        import tiktoken
+
+        size = max([*ranks.values(), *special_tokens.values()], default=-1) + 1
+        token_bytes = [b""] * size
+        for token, rank in ranks.items():
+            token_bytes[rank] = token
+        super().__init__(name, token_bytes, special_tokens.get(END_OF_TEXT))
+        if sum(map(bool, token_bytes)) != len(ranks) or any(token_bytes[id] for id in special_tokens.values()):
+            raise InputError(f"tokenizer {name}: two tokens share one id. Make the tokenizer again")
+        if any(bytes([value]) not in ranks for value in range(256)):
+            raise InputError(f"tokenizer {name}: not all 256 single bytes have an id. Make the tokenizer again")
+        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
+        # tiktoken searches the text for special tokens even when none is allowed, so it is given one that is rare.
+        try:
+            self.encoding = tiktoken.Encoding(
+                name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: size}
+            )
+        except ValueError as error:
+            raise InputError(f"tokenizer {name}: {error}. Make the tokenizer again") from None
+        if self.decode(self.encode(_PROBE)) != _PROBE:
+            raise InputError(f"tokenizer {name}: its split pattern loses text. Make the tokenizer again")
+
+    def _encode_piece(self, text: str) -> np.ndarray:
+        try:
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except BaseException as error:
+            # A panic of the regular expression engine, which pieces of our size do not cause with any known
+            # pattern. Its class cannot be imported, and it is no Exception.
+            if type(error).__name__ != "PanicException":
+                raise
+            if len(text) == 1:
+                raise InputError(f"tokenizer {self.name}: its split pattern fails on {text!r}") from None
+        middle = len(text) // 2
+        return np.concatenate([self._encode_piece(text[:middle]), self._encode_piece(text[middle:])])
+
+    def _content(self) -> dict[str, Any]:
+        tokens = [base64.b64encode(token).decode() if token else None for token in self.token_bytes]
+        return {"pattern": self.pattern, "tokens": tokens, "special_tokens": self.special_tokens}
+
+
+def code_points(text: str) -> np.ndarray:
+    """The characters of `text` as numbers. Raises UnicodeEncodeError for a lone surrogate."""
+    return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
+
+
+def make_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that needs no corpus: `byte`, tiktoken's, that of a file or directory, or of a hub name.
+
+    Raises InputError when there is no such tokenizer, or when tiktoken cannot download it.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    import tiktoken
+
+    known = tiktoken.list_encoding_names()
+    if name not in known:
+        if Path(name).exists():
+            return load_tokenizer(Path(name))
+        if is_hub_name(name):
+            return load_tokenizer(download(name, TOKENIZER_FILES))
+        raise InputError(f"no tokenizer {name!r}. There are byte, char, bpe:N, a tokenizer file and {', '.join(known)}")
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except (OSError, ValueError) as error:  # what requests raises is an OSError
+        raise InputError(
+            f"tiktoken cannot download {name} ({type(error).__name__}). Use --tokenizer bpe:8192, which needs no "
+            "network, or point TIKTOKEN_CACHE_DIR to a copy of its files"
+        ) from None
+    return BpeTokenizer(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Train byte-level BPE on `texts`, with at most `vocab_size` ids of which the last is end-of-text.
+
+    Stops early when every word of a small corpus is one token already. The same texts give the same tokenizer.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False)
+    )
+    # Ids were given in the order of the merges, which is the order tiktoken merges in.
+    byte_of = bytes_of_letters()
+    ranks = {bytes(byte_of[letter] for letter in token): id for token, id in trained.get_vocab().items()}
+    return BpeTokenizer(f"bpe:{len(ranks) + 1}", SPLIT_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+
+
+def bytes_of_letters() -> dict[str, int]:
+    """The byte that each letter of the byte-level alphabet writes.
+
+    Printable bytes are written as themselves, the others in order as U+0100, U+0101 and so on.
+    """
+    from tokenizers import pre_tokenizers
+
+    itself = {letter: ord(letter) for letter in pre_tokenizers.ByteLevel.alphabet() if ord(letter) < 256}
+    others = sorted(set(range(256)) - set(itself.values()))
+    return itself | {chr(256 + index): value for index, value in enumerate(others)}
+
+
+def train_char(texts: Iterable[str]) -> CharTokenizer:
+    """The tokenizer of the characters that occur in `texts`. Raises InputError when there are none."""
+    seen = np.zeros(0x110000, dtype=bool)
+    for text in texts:
+        seen[code_points(text)] = True
+    if not seen.any():
+        raise InputError("there is no text to take characters from. Give a source that has some")
+    return CharTokenizer("".join(map(chr, np.flatnonzero(seen))))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load `nib_tokenizer.json`, by its own path or from a directory (data, checkpoint or run), or `.tiktoken` ranks.
+
+    A directory of Hugging Face's gives the tokenizer in it.
+    Raises InputError for a file that is not there, cut short, or not what `save` writes; it can run no code.
+    """
+    path = Path(path)
+    if path.is_dir():
+        in_checkpoints = sorted(path.glob(f"checkpoints/*/{TOKENIZER_FILE}"))
+        found = in_checkpoints[-1] if in_checkpoints else path / TOKENIZER_FILE
+        if not found.exists():
+            from nib.tokenizer.huggingface import has_tokenizer, read_tokenizer
+
+            if has_tokenizer(path):
+                return read_tokenizer(path)
+        path = found
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path} is no tokenizer: it is over {MAX_FILE_BYTES >> 20} MB. Give a {TOKENIZER_FILE}")
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read tokenizer {path}: {error.strerror}. Give a {TOKENIZER_FILE}") from None
+    try:
+        if path.suffix == ".tiktoken":
+            return _from_rank_file(path.stem, data)
+        return _from_content(json.loads(data))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise InputError(f"{path} is no tokenizer file: {reason[:200]}. Make the tokenizer again") from None
+
+
+def _from_content(content: Any) -> Tokenizer:
+    _check(isinstance(content, dict) and content.get("format") == FORMAT, f"its format is not {FORMAT}")
+    kind, name, end_of_text = content["kind"], content["name"], content["end_of_text"]
+    _check(isinstance(name, str) and 0 < len(name) < 100 and name.isprintable(), "its name is not a short text")
+    tokenizer: Tokenizer
+    if kind == "byte":
+        tokenizer = ByteTokenizer()
+    elif kind == "char":
+        characters = content["characters"]
+        _check(isinstance(characters, str) and len(characters) > 0, "its characters are not a text")
+        _check(not re.search("[\ud800-\udfff]", characters), "its characters hold half a character")
+        _check(all(a < b for a, b in itertools.pairwise(characters)), "its characters are not in order")
+        tokenizer = CharTokenizer(characters)
+    elif kind == "bpe":
+        pattern, tokens, special = content["pattern"], content["tokens"], content["special_tokens"]
+        _check(isinstance(pattern, str) and 0 < len(pattern) < 10_000, "its pattern is not a short text")
+        _check(isinstance(tokens, list) and 256 <= len(tokens) <= MAX_VOCAB, "its tokens are not a list of that size")
+        _check(isinstance(special, dict), "its special tokens are not a table")
+        _check(
+            all(type(id) is int and 0 <= id < len(tokens) for id in special.values()), "a special token has a wrong id"
+        )
+        _check(len(set(special.values())) == len(special), "two special tokens share one id")
+        _check(tokens[-1] is not None or len(tokens) - 1 in special.values(), "its last id stands for nothing")
+        tokenizer = BpeTokenizer(name, pattern, dict(_ranks(enumerate(tokens))), special)
+    elif kind == "huggingface":
+        from nib.tokenizer.byte_level import HuggingFaceTokenizer
+
+        _check(isinstance(content["tokenizer"], dict) and isinstance(content["config"], dict), "it has no tokenizer")
+        _check(end_of_text is None or type(end_of_text) is int, "its end_of_text is no id")
+        tokenizer = HuggingFaceTokenizer(name, content["tokenizer"], content["config"], end_of_text)
+    else:
+        raise ValueError(f"its kind is {kind!r}, not byte, char, bpe or huggingface")
+    _check(tokenizer.end_of_text == end_of_text, "its end_of_text does not fit")
+    stops = content.get("stop_ids", [])
+    whole = isinstance(stops, list) and all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in stops)
+    _check(whole, "its stop_ids are no list of ids")
+    tokenizer.stop_ids = frozenset(stops)
+    return tokenizer
+
+
+def _ranks(tokens: Iterable[tuple[int, Any]]) -> Iterator[tuple[bytes, int]]:
+    seen = set()
+    for rank, encoded in tokens:
+        if encoded is None:
+            continue
+        try:
+            token = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, TypeError):
+            raise ValueError(f"token {rank} is not base64") from None
+        _check(len(token) > 0 and token not in seen, f"token {rank} is empty or there twice")
+        seen.add(token)
+        yield token, rank
+
+
+def _from_rank_file(name: str, data: bytes) -> Tokenizer:
+    """A rank file as tiktoken publishes them: a line a token, base64 and rank. Split like cl100k; end-of-text last."""
+    lines = [line.split() for line in data.splitlines() if line.strip()]
+    _check(all(len(line) == 2 for line in lines), "a line is not TOKEN RANK")
+    ranks = dict(_ranks((int(rank), token) for token, rank in lines))
+    _check(0 < len(ranks) <= MAX_VOCAB and all(0 <= rank < MAX_VOCAB for rank in ranks.values()), "a rank is too large")
+    return BpeTokenizer(name, SPLIT_PATTERN, ranks, {END_OF_TEXT: max(ranks.values()) + 1})
+
+
+def _check(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)

@@ -1,0 +1,150 @@
+"""Fitting a run to its device: how many sequences at once, compiled or not, joined to the other processes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nib.common.device import Precision, is_out_of_memory
+from nib.common.exits import InputError, RunError
+from nib.common.wording import counted
+from nib.training.distributed import Cluster
+from nib.training.report import Reporter
+from nib.training.settings import TrainSettings
+
+# Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
+# for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
+CPU_ACTIVATIONS = 2**24
+# A GPU should be busy with that many tokens (not measured); beyond, the loss unrolls into more and more chunks.
+GPU_TOKENS = 2**16
+# Of a GPU's memory, for the logits of a chunk in float32: each chunk adds to the whole gradient of the head.
+GPU_LOGITS = 1 / 128
+# Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
+GPU_VOCAB_MULTIPLE = 64
+
+
+def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
+    """The micro-batch sizes that split one process's share of the batch evenly, largest first; one where it is set.
+
+    Raises InputError for a split that does not come out even.
+    """
+    if batch_size % world:
+        near = max(1, round(batch_size / world)) * world
+        raise InputError(f"batch_size {batch_size} does not divide by {world} processes. Use {near}")
+    local = batch_size // world
+    sizes = [size for size in range(local, 0, -1) if local % size == 0]
+    if not micro_batch_size:
+        return sizes
+    if micro_batch_size not in sizes:
+        allowed = ", ".join(map(str, sizes))
+        raise InputError(
+            f"micro_batch_size {micro_batch_size} does not divide the {counted(local, 'sequence')} of one process. "
+            f"Use {allowed}, or 0 for an automatic one"
+        )
+    return [micro_batch_size]
+
+
+def place(model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster) -> nn.Module:
+    """The model on its device: whole, or with parallel=fsdp sharded over the processes (arXiv 2304.11277).
+
+    Blocks go to the device one by one, so that no device ever holds the whole model.
+    """
+    model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
+    if cluster.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(cluster.device).total_memory
+        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE  # type: ignore[assignment]
+    if settings.parallel == "ddp" or cluster.world == 1:
+        return model.to(cluster.device)
+    if precision.dtype == torch.float16:
+        raise InputError("parallel=fsdp does not work with float16. Use --dtype=bfloat16 or float32")
+    if cluster.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+        raise InputError("parallel=fsdp between CPUs needs torch 2.7 or later. Use --parallel=ddp")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    policy = MixedPrecisionPolicy(param_dtype=precision.dtype, reduce_dtype=torch.float32)
+    mesh = init_device_mesh(cluster.device.type, (cluster.world,))
+    for block in model.blocks:  # type: ignore[union-attr]
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    model.compute_dtype = precision.dtype  # type: ignore[assignment]  # of the keys and values that sampling caches
+    for method in ("hidden", "logits"):
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def fit_to_device(
+    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
+) -> tuple[int, nn.Module]:
+    """The micro-batch size of a process, and the model ready to train: compiled where asked, joined by DDP.
+
+    An automatic size is the largest that an uncompiled trial forward and backward pass has memory for, up to one that
+    is known to be large enough. Raises RunError when not even one sequence fits.
+    """
+    sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
+    if not settings.micro_batch_size:
+        sizes = large_enough(sizes, settings.block_size, model.config, cluster.device)
+    while True:
+        failure = trial(model, model, sizes[0], settings.block_size, precision)
+        out_of_memory = failure is not None and is_out_of_memory(failure)
+        short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
+        if broken:
+            raise failure or RunError("another process could not run the model. See its message")
+        if not short:
+            break
+        if len(sizes) == 1:
+            raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
+        sizes = sizes[1:]
+    ready: nn.Module = model
+    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
+        # For this shape alone: torch's kernels for any shape are slower.
+        ready = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+        failure = trial(ready, model, sizes[0], settings.block_size, precision)
+        (broken,) = cluster.total([float(failure is not None)])
+        if broken:
+            reason = str(failure or "another process failed").strip().splitlines()[0]
+            report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
+            ready = model
+    if cluster.world > 1 and settings.parallel == "ddp":
+        # Buffers are tables that never change. Newer releases of torch have another name for not sending them around.
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
+        ready = DistributedDataParallel(ready, **options)
+    return sizes[0], ready
+
+
+def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.device) -> list[int]:
+    """Those of the sizes, largest first, that are not larger than pays; the smallest where all are."""
+    if device.type == "cpu":
+        most = CPU_ACTIVATIONS // (block_size * shape.n_embd * shape.n_layer)
+    else:
+        most = GPU_TOKENS // block_size
+    return [size for size in sizes if size <= most] or sizes[-1:]
+
+
+def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
+    """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
+
+    Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
+    """
+    device = precision.device
+    try:
+        room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
+        with precision.autocast():
+            _, loss = ready(tokens, targets)
+        loss.backward()
+        del room, loss
+    except (RuntimeError, MemoryError) as error:
+        return error.with_traceback(None) if is_out_of_memory(error) else error
+    finally:
+        model.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+    return None

@@ -1,0 +1,189 @@
+"""What a run tells: a progress line for people, metrics.jsonl for programs, log.txt for later, wandb when asked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import inspect
+import json
+import math
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from nib.common.exits import RunError
+from nib.common.wording import typed
+
+BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
+QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
+
+
+class Reporter:
+    """Reports one run; on every process but the first it is silent and writes nothing."""
+
+    def __init__(self, out_dir: Path, active: bool, record: bool = True) -> None:
+        """Without `record` nothing is written: the directory may be another run's at work."""
+        self.out_dir, self.active, self.record = out_dir, active, record
+        self.bar: tqdm[Any] | None = None
+        self.wandb: Any = None
+        self.samples: list[list[Any]] = []  # for wandb's table: step and text
+        self.last_line = time.monotonic()
+
+    def resume_metrics(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl that came after `step`: they are about to be written again."""
+        path = self.out_dir / "metrics.jsonl"
+        if not self.active or not path.exists():
+            return
+        with self.writing("metrics.jsonl"):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = []
+        for line in lines:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line cut short by a kill
+        self.write("metrics.jsonl", "".join(kept))
+
+    def write(self, name: str, text: str) -> None:
+        """Make a file hold `text`, in one step."""
+        if self.active:
+            aside = self.out_dir / f".{name}.partial"
+            with self.writing(name):
+                aside.write_text(text, encoding="utf-8")
+                aside.replace(self.out_dir / name)
+
+    def say(self, text: str) -> None:
+        """A line for people, on the terminal and in log.txt."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+        self.append("log.txt", f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def append(self, name: str, text: str) -> None:
+        if self.record:
+            path = self.out_dir / name
+            with self.writing(name), path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Raises RunError when the disk does not take it: a run that cannot be recorded is not worth going on."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            how = "Make room" if full else "Make it a file that you may write, or move it away"
+            reason = f"cannot write to {self.out_dir / name}: {error.strerror}"
+            raise RunError(f"{reason}. {how}, and give the same command again to go on") from None
+
+    def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
+        """The progress bar, over the steps or, where only time ends the run, over the seconds."""
+        if self.active and sys.stderr.isatty():
+            unit, total = ("step", steps) if steps else ("second", max_seconds)
+            shape = "{percentage:3.0f}% {bar} {unit} {n:.0f}/{total:.0f} [{elapsed}, {remaining} left{postfix}]"
+            self.bar = tqdm(total=total, initial=step if steps else 0, unit=unit, bar_format=shape, dynamic_ncols=True)
+
+    def progress(
+        self, step: int, steps: int, seconds: float, max_seconds: float, loss: float, rate: float, mfu: float
+    ) -> None:
+        """Move the bar; where there is none, print a line now and then. Called at every step."""
+        text = f"loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else "")
+        if self.bar is not None:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update((step if steps else min(seconds, max_seconds)) - self.bar.n)
+        elif self.active and time.monotonic() - self.last_line >= QUIET_SECONDS:
+            self.last_line = time.monotonic()
+            print(f"step {step}{f'/{steps}' if steps else ''}: {text}, {seconds:.0f} s", flush=True)
+
+    def metrics(self, **values: float) -> None:
+        """One line of metrics.jsonl, and the same to wandb."""
+        if not self.active:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
+        self.append("metrics.jsonl", json.dumps(finite) + "\n")
+        by_tokens = {f"by_tokens/{name}": values[name] for name in BY_TOKENS if name in values}
+        self.to_wandb({**values, **by_tokens}, int(values["step"]))
+
+    def sample(self, step: int, text: str) -> None:
+        """A text from the model as it is: a line for people, and a row in wandb's table of samples."""
+        self.say(f"--- sample ---\n{text}\n--- end of sample ---")
+        if self.wandb is not None:
+            import wandb
+
+            self.samples.append([step, text])
+            self.to_wandb({"samples": wandb.Table(["step", "text"], data=self.samples)}, step)
+
+    def to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb is None:
+            return
+        try:
+            self.wandb.log(values, step=step)
+        except Exception as error:  # of many kinds; none of them is worth a training run
+            self.wandb = None
+            self.say(f"warning: wandb failed, so nothing more is logged there: {' '.join(str(error).split())}")
+
+    def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
+        """Log to wandb too; a resumed run goes on under its id, and without a login all is kept for `wandb sync`.
+
+        A run never fails because of it: what goes wrong is said and left.
+        """
+        if not self.active:
+            return
+        path = self.out_dir / "wandb_id.txt"
+        if not path.exists():
+            path.write_text(secrets.token_hex(4))
+        try:
+            import wandb
+
+            mode: Any = None if os.environ.get("WANDB_MODE") or logged_in(wandb) else "offline"
+            self.wandb = wandb.init(
+                project=project, name=name, config=config, id=path.read_text(), resume="allow", dir=self.out_dir,
+                mode=mode,
+            )  # fmt: skip
+            self.wandb.define_metric("tokens", hidden=True)
+            self.wandb.define_metric("by_tokens/*", step_metric="tokens")
+            if mode:
+                kept = f"{typed(self.out_dir)}/wandb/offline-run-*"
+                self.say(f"wandb: no login, so the run is kept offline. Later: wandb sync {kept}")
+        except ImportError:
+            self.say("warning: wandb is not installed, so nothing is logged there. pip install wandb")
+        except Exception as error:  # wandb raises many kinds; none of them is worth a training run
+            self.say(f"warning: wandb did not start, so nothing is logged there: {' '.join(str(error).split())}")
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        if self.wandb is not None:
+            with contextlib.suppress(Exception):
+                self.wandb.finish()
+
+
+def logged_in(wandb: Any) -> bool:
+    """Whether wandb knows a key, found out without a question to the user, for whom a run may not wait."""
+    if "prompt" in inspect.signature(wandb.login).parameters:
+        return bool(wandb.login(prompt=False))
+    return bool(wandb.api.api_key)  # before it knew that option
+
+
+def command_line() -> str:
+    """The command this process was started by, as a person would type it again."""
+    import shlex
+
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+        launcher = f"torchrun --standalone --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')}"
+        if nodes > 1:
+            launcher = f"torchrun --nnodes={nodes} --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')} ..."
+    return " ".join([launcher, *map(shlex.quote, sys.argv)])

@@ -1,0 +1,150 @@
+"""The training settings: every key that a config file or the command line of train.py may set."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nib.common.exits import InputError
+from nib.common.options import option
+
+SWITCH = ("auto", "true", "false")
+# The settings that shape the model; GPTConfig has fields of the same names.
+MODEL_KEYS = (
+    "block_size n_layer n_head n_kv_head n_embd mlp_hidden dropout bias norm position rope_base mlp qk_norm window "
+    "tie_weights"
+).split()
+# What else decides which model comes out. A resumed run must agree in all of these; the rest may change.
+IDENTITY_KEYS = [
+    *MODEL_KEYS,
+    *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
+    *"weight_decay beta1 beta2".split(),
+    *"grad_clip warmup_iters schedule decay_fraction min_lr dtype".split(),
+]
+
+
+@dataclass
+class TrainSettings:
+    """Names as in nanoGPT wherever the meaning is the same. `nib.common.options.parse` fills and checks it."""
+
+    # fmt: off
+    out_dir: str = option("", "where the run is written; empty: out/NAME after the config file", group="run")
+    seed: int = option(1337, "decides weights, data order and dropout", at_least=0, below=2**31, group="run")
+    init_from: str = option("scratch", "scratch, or whose weights to start from: a run or checkpoint, a Hugging Face "
+                            "directory or hub name, nanoGPT's ckpt.pt", group="run")
+    resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
+                         choices=("auto", "never", "must"), group="run")
+
+    dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
+    block_size: int = option(256, "tokens in a sequence: the context of the model", at_least=1, group="data")
+    batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
+                             group="data")
+    micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0 finds one that fits",
+                                   at_least=0, group="data")
+
+    n_layer: int = option(6, "blocks", at_least=1, group="model")
+    n_head: int = option(6, "attention heads", at_least=1, group="model")
+    n_kv_head: int = option(0, "key/value heads, each shared by several heads; 0: n_head", at_least=0, group="model")
+    n_embd: int = option(384, "width: channels of the residual stream", at_least=1, group="model")
+    mlp_hidden: int = option(0, "width of the feed-forward layer; 0: 4 n_embd, with swiglu 8/3 of it",
+                             at_least=0, group="model")
+    dropout: float = option(0.0, "share of activations dropped while training", at_least=0, below=1, group="model")
+    bias: bool = option(False, "biases in linear layers and LayerNorm", group="model")
+    norm: str = option("rmsnorm", "normalisation", choices=("layernorm", "rmsnorm"), group="model")
+    position: str = option("rope", "how the model knows positions",
+                           choices=("learned", "sinusoidal", "rope", "none"), group="model")
+    rope_base: float = option(10000.0, "base of the rotary frequencies", above=1, group="model")
+    mlp: str = option("swiglu", "feed-forward layer", choices=("gelu", "gelu_tanh", "relu", "relu2", "swiglu"),
+                      group="model")
+    qk_norm: bool = option(True, "normalise queries and keys", group="model")
+    window: int = option(0, "positions each position attends to, itself included; 0: all", at_least=0, group="model")
+    tie_weights: bool = option(True, "the head that makes logits is the token embedding", group="model")
+
+    optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
+                            choices=("adamw", "muon"), group="optimizer")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, group="optimizer")
+    muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
+    muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
+                                  group="optimizer")
+    weight_decay: float = option(0.1, "decoupled decay, on matrices only", at_least=0, group="optimizer")
+    beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
+    beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
+    grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: never", at_least=0, group="optimizer")
+
+    max_skipped_steps: int = option(20, "end the run after so many steps in a row that were skipped because the loss "
+                                    "or gradient was not finite; 0: never", at_least=0, group="optimizer")
+
+    max_iters: int = option(2000, "stop after so many optimizer steps; 0: no such limit", at_least=0, group="schedule")
+    max_tokens: int = option(0, "stop after so many tokens; 0: no such limit", at_least=0, group="schedule")
+    max_seconds: float = option(0.0, "stop after so many seconds of training; 0: no such limit",
+                                at_least=0, group="schedule")
+    warmup_iters: int = option(100, "steps over which the learning rate rises from 0", at_least=0, group="schedule")
+    schedule: str = option("cosine", "how it falls afterwards", choices=("cosine", "linear", "wsd", "constant"),
+                           group="schedule")
+    decay_fraction: float = option(0.4, "wsd: share of the whole run, at its end, in which the rate falls",
+                                   above=0, at_most=1, group="schedule")
+    min_lr: float = option(0.0, "learning rate of AdamW at the end; Muon's falls by the same factor",
+                           at_least=0, group="schedule")
+
+    eval_interval: int = option(250, "steps between validations; 0: only at the end", at_least=0, group="evaluation")
+    eval_tokens: int = option(0, "tokens of the validation split to use; 0: all of it", at_least=0, group="evaluation")
+    eval_only: bool = option(False, "validate the newest checkpoint (or init_from) and stop", group="evaluation")
+    sample_interval: int = option(0, "steps between printed samples; 0: none", at_least=0, group="evaluation")
+
+    checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end",
+                                      at_least=0, group="checkpoint")
+    checkpoint_seconds: float = option(0.0, "save also when so many seconds have passed since the last; 0: never",
+                                       at_least=0, group="checkpoint")
+    keep_checkpoints: int = option(2, "checkpoints to keep, besides the best; 0: all", at_least=0, group="checkpoint")
+
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
+    dtype: str = option("auto", "of matrix products; weights stay float32. auto: bfloat16 on a GPU that has it",
+                        choices=("auto", "float32", "bfloat16", "float16"), group="system")
+    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=SWITCH, group="system")
+    parallel: str = option("ddp", "how several processes (torchrun) share the work", choices=("ddp", "fsdp"),
+                           group="system")
+    activation_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, slower",
+                                            group="system")
+
+    log_interval: int = option(10, "steps between lines of metrics.jsonl", at_least=1, group="logging")
+    wandb_log: bool = option(False, "also log to Weights & Biases", group="logging")
+    wandb_project: str = option("nib", "its project", group="logging")
+    wandb_run_name: str = option("", "its run; empty: the name of out_dir", group="logging")
+    # fmt: on
+
+    def model_settings(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in MODEL_KEYS}
+
+    def check(self) -> None:
+        """Raise InputError for settings that are each fine but not together."""
+        if not (self.max_iters or self.max_tokens or self.max_seconds):
+            raise InputError("max_iters, max_tokens and max_seconds are all 0: the run has no end. Set one of them")
+        if self.min_lr > self.learning_rate:
+            raise InputError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}. Lower min_lr")
+        if self.micro_batch_size > self.batch_size:
+            raise InputError(
+                f"micro_batch_size {self.micro_batch_size} is above batch_size {self.batch_size}. Lower it or use 0"
+            )
+
+    def steps(self) -> int:
+        """The optimizer steps of the whole run, from max_iters and max_tokens; 0 when only max_seconds ends it."""
+        limits = [self.max_iters] if self.max_iters else []
+        if self.max_tokens:
+            limits.append(-(-self.max_tokens // (self.batch_size * self.block_size)))
+        return min(limits, default=0)
+
+
+def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
+    """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
+    known = {field.name for field in fields(TrainSettings)}
+    for name in IDENTITY_KEYS:
+        if name in saved and name in known and saved[name] != getattr(settings, name):
+            raise InputError(
+                f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {saved[name]!r}. "
+                f"Set {name} back to go on, or give another --out_dir to start a new run"
+            )
+
+
+def as_dict(settings: TrainSettings) -> dict[str, Any]:
+    return dataclasses.asdict(settings)

@@ -1,0 +1,83 @@
+"""The run directory: one run at a time in it, and checkpoints written in a background thread."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from nib.common.exits import WRITER, InputError, RunError
+from nib.formats.checkpoint import name_checkpoint, named_checkpoint, remove_old, write_checkpoint
+from nib.tokenizer.tokenizer import Tokenizer
+
+
+def lock_run(out_dir: Path) -> IO[str]:
+    """Make the run directory and hold it until the returned file is closed or the process ends, however it ends.
+
+    Raises InputError when another run holds it or it cannot be made. Leftovers of killed runs are removed.
+    """
+    try:
+        (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock = (out_dir / ".lock").open("a+")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is writing to {out_dir}. Wait for it, or give another --out_dir") from None
+    except OSError as error:
+        raise InputError(f"cannot write to {out_dir}: {error.strerror}. Give another --out_dir") from None
+    for leftover in (out_dir / "checkpoints").glob(".*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return lock
+
+
+class Saver:
+    """Writes checkpoints in a thread, one at a time; training waits only for the copy of its state.
+
+    A checkpoint that the disk does not take is reported and the one before stays good. A kill while one is being
+    written loses only that one.
+    """
+
+    def __init__(self, out_dir: Path, keep: int, tokenizer: Tokenizer) -> None:
+        self.checkpoints, self.keep, self.tokenizer = out_dir / "checkpoints", keep, tokenizer
+        self.thread: threading.Thread | None = None
+        self.error: Exception | None = None
+
+    def save(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool) -> None:
+        """Begin to write; the tensors must not change any more. Raises RunError when the write before this failed."""
+        self.finish()
+        arguments = (weights, optimizer, state, best)
+        self.thread = threading.Thread(target=self._write, args=arguments, name=WRITER)
+        self.thread.start()
+
+    def _write(
+        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool
+    ) -> None:
+        try:
+            place = write_checkpoint(self.checkpoints, weights, optimizer, state, self.tokenizer)
+            if best:
+                name_checkpoint(self.checkpoints, "best", place.name)
+            remove_old(self.checkpoints, self.keep, place.name)
+        except Exception as error:  # raised again in `finish`, in the thread that trains
+            self.error = error
+
+    def finish(self) -> None:
+        """Wait for the write under way. Raises RunError when it failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        if self.error is not None:
+            error, self.error = self.error, None
+            if not isinstance(error, OSError):
+                raise error
+            reason = error.strerror or str(error)
+            free = shutil.disk_usage(self.checkpoints).free // 2**20 if os.path.isdir(self.checkpoints) else 0
+            latest = named_checkpoint(self.checkpoints, "latest")
+            before = f"the checkpoint before it, {latest}, is intact" if latest else "there is no checkpoint before it"
+            raise RunError(
+                f"the checkpoint could not be written to {self.checkpoints}: {reason} ({free} MB free). "
+                f"Make room, or lift the limit on the size of files; {before}"
+            )

@@ -1,0 +1,238 @@
+"""Which files a source means, what is in them, and what becomes of rows that hold no text."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nib.common.exits import InputError
+from nib.data.dataset import Dataset
+from nib.data.documents import HEAD_BYTES, chat_text, find_sources, read_parts
+from nib.data.encode import part_text
+from nib.data.prepare import prepare
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(*names: str) -> None:
+    """Files that hold their own names."""
+    for name in names:
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(name)
+
+
+def texts(*sources: str, glob: str = "", format: str = "auto", invalid: str = "error") -> list[str]:
+    """The documents of these sources."""
+    found = find_sources(list(sources), format, glob, Path(), spool=False)
+    parts = [part_text(part, "text", invalid) for part in read_parts(found, "text")]
+    return [text for text, _, fault in parts if not fault]
+
+
+# ---- files of a directory
+
+
+@pytest.mark.parametrize(
+    "glob, names",
+    [
+        ("**/*.md", "d/a.md d/sub/b.md d/sub/deep/c.md"),
+        ("./**/*.md", "d/a.md d/sub/b.md d/sub/deep/c.md"),
+        ("*.md", "d/a.md d/sub/b.md d/sub/deep/c.md"),
+        ("**", "d/a.md d/a.txt d/sub/b.md d/sub/deep/c.md"),
+        ("sub/**", "d/sub/b.md d/sub/deep/c.md"),
+        ("sub/**/*.md", "d/sub/b.md d/sub/deep/c.md"),
+        ("**/sub/**/*.md", "d/sub/b.md d/sub/deep/c.md"),
+        ("**/deep/*", "d/sub/deep/c.md"),
+        ("**/c.md", "d/sub/deep/c.md"),
+        ("*/*.md", "d/sub/b.md"),
+        ("sub/*", "d/sub/b.md"),
+        ("/a.[mt]*", "d/a.md d/a.txt"),
+    ],
+)
+def test_two_stars_are_any_directories_or_none(glob: str, names: str) -> None:
+    write("d/a.md", "d/a.txt", "d/sub/b.md", "d/sub/deep/c.md")
+    assert texts("d", glob=glob) == names.split()
+
+
+def test_linked_directories_are_read_once_each(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write("d/a.txt", "d/sub/b.txt", "d/sub/deep/c.txt", "elsewhere/x.txt", "elsewhere/y.txt", "beside.txt")
+    for link, target in {
+        "d/0-linked": work / "elsewhere",
+        "d/again": work / "elsewhere",
+        "d/sub/inner": work / "d" / "sub" / "deep",  # which is read without it
+        "d/sub/loop": work / "d",
+        "d/above": work,  # beside.txt must not come in
+        "elsewhere/back": work / "d",
+        "elsewhere/same.txt": work / "d" / "a.txt",
+        "d/nothing.txt": work / "nothing.txt",
+        "d/itself": work / "d" / "itself",
+    }.items():
+        Path(link).symlink_to(target)
+    found = [source.name for source in find_sources(["d"], "auto", "*.txt", Path(), spool=False)]
+    assert found == ["d/0-linked/x.txt", "d/0-linked/y.txt", "d/a.txt", "d/sub/b.txt", "d/sub/deep/c.txt"]
+    assert capsys.readouterr().err == "passed over d/nothing.txt: a link to nothing\n"
+    os.link("d/a.txt", "d/hard.txt")  # a file like any other
+    assert texts("d", glob="*.txt").count("d/a.txt") == 2
+
+
+def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
+    write("d/input.txt")
+    for out in ("d", "d/inner"):
+        prepare(["d/input.txt"], work / "new", tokenizer="byte", workers=1)
+        (work / out).mkdir(exist_ok=True)
+        for path in (work / "new").iterdir():
+            path.rename(work / out / path.name)
+        (work / "new").rmdir()
+        Dataset(work / out)  # leaves stamps
+    assert texts("d") == ["d/input.txt"]
+
+
+# ---- what is in a file
+
+ROWS = [{"text": "one é 😀 ]}[{,"}, {"n": {"deep": ["]"]}, "text": 'two \\ " \u2028'}, {"text": "three"}]
+TEXTS = [row["text"] for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(ROWS),
+        json.dumps(ROWS, ensure_ascii=False, indent=2) + "\n",
+        "\ufeff \n" + json.dumps(ROWS, ensure_ascii=False),
+        "\n\n".join(map(json.dumps, ROWS)),  # JSONL under another name
+        "\n".join(json.dumps(row, indent=1) for row in ROWS),
+    ],
+    ids=["one line", "indented", "byte order mark", "lines", "indented objects"],
+)
+def test_rows_of_a_json_file_are_documents(content: str) -> None:
+    Path("t.json").write_text(content)
+    assert texts("t.json") == texts("t.json", format="json") == TEXTS
+    assert texts("t.json", format="text") == [content]
+
+
+def test_rows_of_json_may_be_longer_than_what_is_read_at_a_time() -> None:
+    long = ["x" * 300_000, "é" * 100_000, "\\" * 70_000]
+    for indent in (None, 1):
+        Path("t.json").write_text(json.dumps([{"text": text} for text in long], indent=indent))
+        assert texts("t.json") == long
+    Path("t.json").write_text(json.dumps({"text": long[0]}))
+    assert texts("t.json") == long[:1]
+    cut_at_a_brace = json.dumps({"text": "x" * (HEAD_BYTES - 11) + "}" * 99})
+    assert cut_at_a_brace[HEAD_BYTES - 1] == "}"
+    Path("t.json").write_text(cut_at_a_brace)
+    assert len(texts("t.json")) == 1
+
+
+@pytest.mark.parametrize(
+    "content, where, kept",
+    [
+        ('[{"text": "a"}, {"text": "b"', "row 2 and what follows: not valid JSON", ["a"]),
+        ('[{"text": "a"}', "row 2 and what follows: not valid JSON", ["a"]),
+        ('[{"text": "a"}] and more', "row 2 and what follows: not valid JSON", ["a"]),
+        ('[{"text": "a"}, 7, "b", {"text": "c"}]', "row 2: int, not an object", ["a", "c"]),
+        ('{\n"name": "package"\n}', "row 1: no field 'text' among name", []),
+        ('{"name": "package"}', "line 1: no field 'text' among name", []),
+        ("words", "row 1 and what follows: not valid JSON", []),
+        ("[" * 100_000, "row 1 and what follows: not valid JSON", []),
+    ],
+)
+def test_a_json_file_that_is_not_rows_of_text_is_refused_or_left_out(content: str, where: str, kept: list[str]) -> None:
+    Path("t.json").write_text(content)
+    with pytest.raises(InputError) as refused:
+        texts("t.json")
+    assert f"t.json, {where}" in str(refused.value) and "--format" in str(refused.value)
+    assert texts("t.json", invalid="skip") == kept
+
+
+@pytest.mark.parametrize("ending, pack", [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)])
+def test_compressed_text_and_rows_are_read(ending: str, pack: Any) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in ROWS)
+    for name, content in {"a.txt": "plain text " * 99_999, "b.jsonl": rows, "c.json": json.dumps(ROWS)}.items():
+        Path(f"{name}.{ending}").write_bytes(pack(content.encode()))
+    assert "".join(texts(f"a.txt.{ending}")) == "plain text " * 99_999
+    assert texts(f"b.jsonl.{ending}") == texts(f"c.json.{ending}") == TEXTS
+    data = Path(f"b.jsonl.{ending}").read_bytes()
+    for damaged in (data[:-9], data[:30] + b"\xff" * 9 + data[39:], b"no such thing"):
+        Path(f"bad.jsonl.{ending}").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"cannot read bad\.jsonl"):
+            texts(f"bad.jsonl.{ending}", invalid="skip")
+
+
+@pytest.mark.parametrize("name", "t.zst t.jsonl.zst t.tar t.tar.gz t.tgz t.zip t.7z t.parquet.gz t.JSONL.LZ4".split())
+def test_what_cannot_be_unpacked_is_refused_by_its_name(name: str) -> None:
+    write(f"d/{name}", "d/a.txt")
+    for source in (f"d/{name}", "d"):
+        with pytest.raises(InputError, match=r"is packed.*Unpack it"):
+            texts(source)
+    assert texts("d", glob="*.txt") == ["d/a.txt"]
+
+
+# ---- rows without a text
+
+BAD_ROWS = [
+    ('{"text": null}', "field 'text' holds null"),
+    ('{"text": 7}', "field 'text' holds int"),
+    ('{"text": {"a": 1}}', "field 'text' holds dict"),
+    ('{"body": "x"}', "no field 'text' among body"),
+    ("{}", "no field 'text' among none"),
+    ("null", "NoneType, not an object"),
+    ('{"text": "cut', "not valid JSON"),
+    ('{"messages": [{"role": "user", "content": null}]}', "field 'messages' holds a message without a role or content"),
+    ('{"messages": [{"content": "x"}]}', "field 'messages' holds a message without a role or content"),
+    ('{"messages": ["x"]}', "field 'messages' holds list"),
+    ('{"messages": null}', "field 'messages' holds null"),
+]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "char", "bpe:300"])
+def test_rows_without_a_text_are_left_out_counted_and_said(
+    tokenizer: str, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = '{"text": "good"}\n'
+    Path("t.jsonl").write_text(good + "".join(f"{row}\n" for row, _ in BAD_ROWS) + good)
+    meta = prepare(["t.jsonl"], work / "out", tokenizer=tokenizer, val_fraction=0.0, workers=1, invalid="skip")
+    assert meta["documents"]["train"] == 2 and meta["bytes"]["train"] == 8
+    said = capsys.readouterr().out
+    assert f"left out {len(BAD_ROWS)} documents" in said and said.count("left out: t.jsonl, line ") == 10
+    for number, (row, fault) in enumerate(BAD_ROWS, start=2):
+        assert number > 11 or f"left out: t.jsonl, line {number}: {fault}" in said
+        Path("t.jsonl").write_text(f"{good}\n{row}\n{good}")
+        for invalid in ("error", "replace"):
+            with pytest.raises(InputError) as refused:
+                texts("t.jsonl", invalid=invalid)
+            assert f"t.jsonl, line 3: {fault}" in str(refused.value) and "--invalid=skip" in str(refused.value)
+
+
+def test_rows_of_parquet_without_a_text_are_left_out() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    strings = pyarrow.array([b"good", None, b"bad \xff", b"more"])
+    for column in (strings, strings.view(pyarrow.string()), strings.view(pyarrow.string()).dictionary_encode()):
+        parquet.write_table(pyarrow.table({"text": column}), "t.parquet")
+        assert texts("t.parquet", invalid="skip") == ["good", "more"]
+        with pytest.raises(InputError, match=r"row 2: column 'text' holds null.*--invalid=skip"):
+            texts("t.parquet")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([b"bad \xff"]).view(pyarrow.string())}), "t.parquet")
+    assert texts("t.parquet", invalid="replace") == ["bad \ufffd"]
+    chats = [[{"role": "user", "content": "hi", "tool_calls": None}], None, [{"role": "user", "content": None}]]
+    calls = [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]
+    parquet.write_table(pyarrow.table({"messages": [*chats, calls]}), "t.parquet")
+    assert texts("t.parquet", invalid="skip") == ["user: hi\n", "assistant: \n"]
+
+
+@pytest.mark.parametrize("call", [{"tool_calls": [{"type": "function"}]}, {"function_call": {"name": "f"}}])
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_a_message_that_calls_tools_needs_no_content(call: dict[str, Any], content: dict[str, Any]) -> None:
+    assert chat_text([{"role": "assistant", **content, **call}]) == "assistant: \n"
+    assert chat_text([{"role": "assistant", **content}]) is None
