@@ -137,11 +137,12 @@ def load_model(
     import torch
 
     from model import GPT, GPTConfig, KVCache
-    from nib.common.device import keep_freed_memory, pick_device, pick_dtype
+    from nib.common.device import pick_device, pick_dtype
     from nib.cpu.fused_blocks import join_blocks
-    from nib.cpu.int8 import pack_int8, quantize, quantize_empty, save_quantized
+    from nib.cpu.int8 import pack_int8, quantize, quantize_empty
     from nib.cpu.linear import pack_linears
-    from nib.formats.load import build, open_source, read_config
+    from nib.cpu.process import keep_freed_memory
+    from nib.formats.load import build, open_source, read_config, save_quantized
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)

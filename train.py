@@ -53,6 +53,7 @@ from model import GPT, GPTConfig, KVCache
 from nib.common.device import Precision, device_name, peak_flops, peak_memory
 from nib.common.memory import memory_errors
 from nib.common.wording import counted, typed
+from nib.cpu.process import tune_for_training
 from nib.data.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.load import build, open_source, read_config, take_vocabulary
@@ -79,6 +80,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
 
     # model, optimizers, and the state to go on from; nothing is written before all that is known to fit
+    tune_for_training(cluster.device)
     precision = Precision(settings.dtype, cluster.device)
     run = Run(settings, dataset, cluster, precision)
     checkpoint = run.checkpoint(parsed.given)

@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig
-from nib.formats.checkpoint import optimizer_tensors
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 from nib.training.optimizer import make_optimizers
 from nib.training.run import parameter_names, snapshot
-from nib.training.state import Saver
+from nib.training.state import Saver, optimizer_tensors
 
 
 def main() -> None:

@@ -26,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nib.common.device import keep_freed_memory
 from nib.cpu.fused_blocks import join_blocks
 from nib.cpu.int8 import pack_int8, quantize
 from nib.cpu.linear import pack_linears
+from nib.cpu.process import keep_freed_memory
 from nib.generation.engine import stream_text
 from nib.generation.request import Sample, SamplingSettings
 from nib.generation.sampling import choose

@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def make_tokenizer_file(directory: Path, name: str) -> Path:
-    from nib.tokenizer.tokenizer import make_tokenizer
+    from nib.tokenizer.load import make_tokenizer
 
     if not name.startswith("bpe:"):
         return make_tokenizer(name).save(directory)
@@ -87,7 +87,8 @@ def prepare(arguments: list[str]) -> float:
 
 
 def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
-    from nib.tokenizer.tokenizer import BpeTokenizer, load_tokenizer
+    from nib.tokenizer.load import load_tokenizer
+    from nib.tokenizer.tokenizer import BpeTokenizer
 
     loaded = load_tokenizer(tokenizer)
     assert isinstance(loaded, BpeTokenizer), "only a BPE tokenizer has something to be compared with"

@@ -22,7 +22,7 @@ import torch
 
 from model import GPT, GPTConfig
 from nib.formats.checkpoint import write_directory
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 
 # With the model still there after it wrote a little: what the process holds, and the most that it held.
 MEASURE = """

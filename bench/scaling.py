@@ -28,6 +28,7 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
     """What does one optimizer step of this process's share of `batch` sequences, and the model."""
     from model import GPT, GPTConfig
     from nib.common.device import Precision
+    from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
     from nib.training.optimizer import make_optimizers
     from nib.training.placement import fit_to_device, place
@@ -37,6 +38,7 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
 
     settings = TrainSettings(batch_size=batch, block_size=context, device="cpu")
     cluster = start_cluster("cpu")
+    tune_for_training(cluster.device)
     precision = Precision("float32", cluster.device)
     torch.manual_seed(1)
     model = GPT(GPTConfig(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512))

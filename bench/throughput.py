@@ -54,6 +54,7 @@ def make_nib(
 ) -> Callable[[], tuple[float, float]]:
     from model import GPT, GPTConfig
     from nib.common.device import Precision
+    from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
     from nib.training.optimizer import make_optimizers
     from nib.training.placement import fit_to_device, place
@@ -66,6 +67,7 @@ def make_nib(
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
     shape |= dict(mlp="gelu", norm="layernorm", position="learned", bias=True)
     cluster = start_cluster(device)
+    tune_for_training(cluster.device)
     precision = Precision("auto", cluster.device)
     model = GPT(GPTConfig(**shape))
     place(model, settings, precision, cluster)

@@ -1,1 +1,1 @@
-"""What nib's scripts share. Nothing here imports the scripts or model.py."""
+"""What the scripts share, in packages that import one way; see their docstrings. Imports no script and no model.py."""

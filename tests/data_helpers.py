@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from nib.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from nib.tokenizer.load import load_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 

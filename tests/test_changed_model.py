@@ -24,7 +24,7 @@ from nib.cpu.fused_blocks import join_blocks
 from nib.cpu.linear import pack_linears
 from nib.formats.checkpoint import write_checkpoint
 from nib.formats.load import Source, build, open_source, without_drawing
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 
 TINY = (
     "--dataset=words --n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --max_iters=2 --warmup_iters=1 "

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import evaluate as script
 from nib.generation.scoring import Window, ending_window, read_choices, score_texts, windows
-from nib.tokenizer.tokenizer import CharTokenizer, make_tokenizer, train_bpe
+from nib.tokenizer.load import make_tokenizer
+from nib.tokenizer.tokenizer import CharTokenizer, train_bpe
 
 BYTE = make_tokenizer("byte")
 

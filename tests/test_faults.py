@@ -161,7 +161,7 @@ import torch
 from pathlib import Path
 from nib.common.exits import RunError, script_errors
 from nib.training.state import Saver
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 with script_errors():
     saver = Saver(Path("run"), keep=1, tokenizer=make_tokenizer("byte"))
     saver.save({"weights": torch.zeros(2**26)}, {}, {"step": 5, "model_config": {}}, best=True)

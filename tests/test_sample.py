@@ -20,7 +20,8 @@ import sample
 from model import GPT, GPTConfig
 from nib.common import exits as errors
 from nib.formats.checkpoint import write_checkpoint
-from nib.tokenizer.tokenizer import CharTokenizer, make_tokenizer
+from nib.tokenizer.load import make_tokenizer
+from nib.tokenizer.tokenizer import CharTokenizer
 
 
 def make_run(directory: Path, tokenizer, position: str = "learned", **changes) -> Path:

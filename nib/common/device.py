@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import re
 import resource
@@ -13,7 +12,6 @@ import torch
 
 from nib.common.exits import InputError
 from nib.common.wording import counted
-from nib.cpu.onednn_matmul import use_onednn
 
 # Dense 16-bit peaks of the tensor cores with float32 sums, in TFLOP/s, from NVIDIA's data sheets and white papers (half
 # of what these give with sparsity), by what `card` makes of the name that the driver reports. Laptop versions, MIG
@@ -119,26 +117,11 @@ class Precision:
     def __init__(self, name: str, device: torch.device) -> None:
         self.dtype, self.device = pick_dtype(name, device), device
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-        if device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
-        elif device.type == "cpu":
-            use_onednn()
-            keep_freed_memory()
 
     def autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next step, instead of giving it back and having it zeroed again.
-
-    Blocks up to 32 MB, the most it allows, come from its heap, which is not made shorter under 2 GB of free memory.
-    """
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        for parameter, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, size)
 
 
 # As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime, cuBLAS and cuDNN put it. cuBLAS

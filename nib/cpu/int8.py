@@ -11,21 +11,14 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nib.common.exits import InputError, RunError
-from nib.common.signals import stop_signals_raise
 from nib.cpu.build import MOST_ROWS, kernels
 from nib.cpu.linear import many_rows, replace_linears
-from nib.formats.checkpoint import write_directory
-
-if TYPE_CHECKING:
-    from nib.formats.load import Source
 
 ROWS = 4096  # are quantised at a time
 HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
@@ -170,18 +163,6 @@ def quantize_empty(model: Any, dtype: torch.dtype = torch.float32) -> None:
 
     replace_linears(model, lambda layer: Int8Linear(*empty(layer.weight.shape), layer.bias))
     model.wte = Int8Embedding(*empty(model.wte.weight.shape), dtype)
-
-
-def save_quantized(model: Any, source: Source, directory: Path) -> None:
-    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
-    if directory.exists():
-        raise InputError(f"{directory} exists already. Name a new directory")
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with stop_signals_raise():
-            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
-    except OSError as error:
-        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
 
 
 def pack_int8(model: Any) -> None:

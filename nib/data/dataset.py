@@ -19,7 +19,8 @@ from torch import Tensor
 
 from nib.common.exits import InputError, RunError
 from nib.data.shards import FORMAT, META_FILE, REPLACEMENT
-from nib.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from nib.tokenizer.load import load_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer
 from nib.common.wording import counted, typed
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"

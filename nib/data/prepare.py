@@ -22,7 +22,8 @@ from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.common.exits import InputError, RunError
 from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
-from nib.tokenizer.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe, train_char
+from nib.tokenizer.load import load_tokenizer, make_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 from nib.common.wording import counted
 from nib.data.workers import Worker
 

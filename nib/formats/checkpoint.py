@@ -20,18 +20,16 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nib.common.exits import InputError
-from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from nib.training.distributed import like
+from nib.tokenizer.load import load_tokenizer
+from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
     "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json",
@@ -314,40 +312,3 @@ def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
     if not (path / SUMS_FILE).exists():
         raise InputError(f"{path} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
     return Checkpoint(path, optimizer)
-
-
-def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
-    return {
-        f"{names[parameter]}:{kind}": value
-        for optimizer in optimizers
-        for parameter, state in optimizer.state.items()
-        for kind, value in state.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
-    by_name: dict[str, dict[str, Tensor]] = {}
-    lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
-        key.rpartition(":")[0] for key in tensors
-    }
-    if lacking:
-        raise BrokenCheckpoint(f"there is no optimizer state of {min(lacking)}. Use another checkpoint")
-    for key, value in tensors.items():
-        name, _, kind = key.rpartition(":")
-        by_name.setdefault(name, {})[kind] = value
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                saved = by_name.pop(names[parameter], {})
-                for kind, value in saved.items():
-                    if value.ndim and value.shape != parameter.shape:
-                        raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
-                    # A copy: what was read may lie in a mapped file, at an address that is not aligned.
-                    value = value.to(parameter.device, copy=True)
-                    optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
-    if by_name:
-        raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from nib.common.device import is_out_of_memory
-from nib.common.exits import InputError
+from nib.common.exits import InputError, RunError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
+from nib.common.signals import stop_signals_raise
 from nib.common.wording import counted
-from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
+from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint, write_directory
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
 
@@ -146,6 +147,18 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter, nn.init.normal_ = register, normal  # type: ignore[method-assign]
+
+
+def save_quantized(model: Any, source: Source, directory: Path) -> None:
+    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
+    if directory.exists():
+        raise InputError(f"{directory} exists already. Name a new directory")
+    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
+    try:
+        with stop_signals_raise():
+            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
+    except OSError as error:
+        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
 
 
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:

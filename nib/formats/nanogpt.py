@@ -12,7 +12,8 @@ import numpy as np
 
 from nib.common.exits import InputError
 from nib.common.wording import counted
-from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer, make_tokenizer
+from nib.tokenizer.load import make_tokenizer
+from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

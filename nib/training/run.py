@@ -29,16 +29,14 @@ from nib.formats.checkpoint import (
     BrokenCheckpoint,
     Checkpoint,
     list_checkpoints,
-    load_optimizer_tensors,
     name_restored,
     named_checkpoint,
     newest_good,
-    optimizer_tensors,
 )
 from nib.training.distributed import Cluster, own_place, reshard, whole
 from nib.training.report import Reporter, command_line
 from nib.training.settings import TrainSettings, as_dict, same_run
-from nib.training.state import Saver
+from nib.training.state import Saver, load_optimizer_tensors, optimizer_tensors
 
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
 # its files stay as they are. A network file system shows a new name after up to a minute.

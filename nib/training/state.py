@@ -1,4 +1,4 @@
-"""The run directory: one run at a time in it, and checkpoints written in a background thread."""
+"""The run directory: one run at a time in it, checkpoints written in a background thread, the optimizers' state."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import fcntl
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from torch import Tensor
 
 from nib.common.exits import WRITER, InputError, RunError
-from nib.formats.checkpoint import name_checkpoint, named_checkpoint, remove_old, write_checkpoint
+from nib.formats.checkpoint import BrokenCheckpoint, name_checkpoint, named_checkpoint, remove_old, write_checkpoint
 from nib.tokenizer.tokenizer import Tokenizer
+from nib.training.distributed import like
 
 
 def lock_run(out_dir: Path) -> IO[str]:
@@ -81,3 +84,40 @@ class Saver:
                 f"the checkpoint could not be written to {self.checkpoints}: {reason} ({free} MB free). "
                 f"Make room, or lift the limit on the size of files; {before}"
             )
+
+
+def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
+    return {
+        f"{names[parameter]}:{kind}": value
+        for optimizer in optimizers
+        for parameter, state in optimizer.state.items()
+        for kind, value in state.items()
+    }
+
+
+def load_optimizer_tensors(
+    optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
+    by_name: dict[str, dict[str, Tensor]] = {}
+    lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
+        key.rpartition(":")[0] for key in tensors
+    }
+    if lacking:
+        raise BrokenCheckpoint(f"there is no optimizer state of {min(lacking)}. Use another checkpoint")
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(":")
+        by_name.setdefault(name, {})[kind] = value
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                saved = by_name.pop(names[parameter], {})
+                for kind, value in saved.items():
+                    if value.ndim and value.shape != parameter.shape:
+                        raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
+                    # A copy: what was read may lie in a mapped file, at an address that is not aligned.
+                    value = value.to(parameter.device, copy=True)
+                    optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
+    if by_name:
+        raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")

@@ -15,7 +15,7 @@ from nib.common.exits import InputError
 from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows, save_quantized
 from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
 from nib.formats.checkpoint import Checkpoint, write_directory
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 from sample import main as sample
 
 SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]

@@ -21,12 +21,11 @@ from nib.formats.checkpoint import (
     SUMS_FILE,
     Checkpoint,
     find_checkpoint,
-    load_optimizer_tensors,
     remove_old,
     write_checkpoint,
 )
-from nib.tokenizer.tokenizer import make_tokenizer
-from nib.training.state import Saver
+from nib.tokenizer.load import make_tokenizer
+from nib.training.state import Saver, load_optimizer_tensors
 
 WEIGHTS = {"wte.weight": torch.arange(12.0).view(3, 4), "norm.weight": torch.ones(4)}
 STATE = {"step": 7, "model_config": {"n_layer": 1}, "settings": {}}

@@ -29,7 +29,8 @@ from nib.formats.export import export
 from nib.formats.huggingface import HuggingFaceModel
 from nib.formats.load import open_source
 from nib.tokenizer.huggingface import read_tokenizer, write_tokenizer
-from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer, make_tokenizer, train_bpe
+from nib.tokenizer.load import make_tokenizer
+from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer, train_bpe
 
 BYTE = make_tokenizer("byte")
 

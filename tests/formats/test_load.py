@@ -27,7 +27,7 @@ from nib.formats.export import export
 from nib.formats.load import build, open_source, read_config
 from nib.formats.nanogpt import NanoGPTCheckpoint, read_meta
 from nib.tokenizer.huggingface import write_tokenizer
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 
 # ---- Hugging Face --------------------------------------------------------------------------------------------------
 

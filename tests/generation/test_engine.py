@@ -12,7 +12,7 @@ from nib.common.exits import RunError
 from nib.generation.engine import DRAWN, generate_text, stream_text
 from nib.generation.request import SamplingSettings, make_samples
 from nib.generation.sampling import choose, row_generator
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 
 BYTES = make_tokenizer("byte")
 

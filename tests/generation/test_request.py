@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from nib.common.exits import InputError
 from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
-from nib.tokenizer.tokenizer import CharTokenizer, make_tokenizer
+from nib.tokenizer.load import make_tokenizer
+from nib.tokenizer.tokenizer import CharTokenizer
 
 BYTES = make_tokenizer("byte")
 

@@ -9,7 +9,7 @@ from model import KVCache
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.generation.speculation import Repetitions
-from nib.tokenizer.tokenizer import make_tokenizer
+from nib.tokenizer.load import make_tokenizer
 
 BYTES = make_tokenizer("byte")
 PROMPTS = ["abcabcabcabcab", "x", "for i in range(3): for i in ra"]

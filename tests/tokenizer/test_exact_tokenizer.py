@@ -22,7 +22,7 @@ from nib.generation.request import SamplingSettings, make_samples
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.chunking import PIECE_BYTES, read_pieces
 from nib.tokenizer.huggingface import begin_of_text
-from nib.tokenizer.tokenizer import load_tokenizer
+from nib.tokenizer.load import load_tokenizer
 
 LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 

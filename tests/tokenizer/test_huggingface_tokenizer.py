@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from nib.common.exits import InputError
 from nib.tokenizer.huggingface import as_onig, merges_of, read_tokenizer, write_tokenizer
-from nib.tokenizer.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, train_bpe, train_char
+from nib.tokenizer.load import load_tokenizer, make_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
 CODE = "def f(x):\n\tif x >= 10_000:\n        return {'a': [1, 22, 333, 4444]}  # don't\n\n\n" + " " * 37 + "\t\t\n"
 TEXTS = [

@@ -23,7 +23,7 @@ from nib.formats.checkpoint import open_checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.tokenizer.huggingface import read_tokenizer, write_tokenizer
-from nib.tokenizer.tokenizer import load_tokenizer, make_tokenizer
+from nib.tokenizer.load import load_tokenizer, make_tokenizer
 
 WRITE = ["--prompt=ab", "--temperature=0", "--max-new-tokens=5", "--json"]
 BYTES, END = 256, 256
