@@ -90,7 +90,7 @@ class TextStream:
 
 
 class Sample:
-    """One continuation of one prompt, as far as it has come.
+    """One continuation of one prompt, finished or still being written.
 
     `tokens` are the ids written, without the end-of-text id; `text` is what they say, up to a stop string.
     `finish_reason` is "length", "end_of_text", "stop" or "interrupted", and "" while there is more to come.

@@ -128,15 +128,15 @@ def connect(backend: str) -> None:
 def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:
     """The store under a prefix that these `world` processes have agreed on and no earlier ones had.
 
-    After a restart torchrun hands out the store that it had before, where the dead have left their addresses, and not
-    all machines count the same number of restarts. So each process leaves a fresh word and a digest of all words, until
-    all digests are the same: that digest has everyone's fresh word in it. Raises DistError when that takes too long.
+    After a restart torchrun hands out the same store, with the addresses of processes that are gone, and machines may
+    disagree on the number of restarts. So each rank publishes a random nonce, then a hash of all nonces; equal hashes
+    prove that all saw the nonces of this start. Raises DistError when that takes too long.
     """
     end = time.monotonic() + PATIENCE.total_seconds()
-    store.set(f"nib/word/{rank}", secrets.token_hex(16))
+    store.set(f"nib/nonce/{rank}", secrets.token_hex(16))
     while True:
-        words = store.multi_get([f"nib/word/{other}" for other in range(world)])
-        digest = hashlib.sha256(b" ".join(words)).hexdigest()
+        nonces = store.multi_get([f"nib/nonce/{other}" for other in range(world)])
+        digest = hashlib.sha256(b" ".join(nonces)).hexdigest()
         store.set(f"nib/digest/{rank}", digest)
         digests = store.multi_get([f"nib/digest/{other}" for other in range(world)])
         if set(digests) == {digest.encode()}:

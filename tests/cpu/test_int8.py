@@ -12,9 +12,10 @@ from model_helpers import LLAMA, random_model, random_tokens
 
 from model import GPT, KVCache
 from nib.common.exits import InputError
-from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows, save_quantized
+from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows
 from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
 from nib.formats.checkpoint import Checkpoint, write_directory
+from nib.formats.load import save_quantized
 from nib.tokenizer.load import make_tokenizer
 from sample import main as sample
 

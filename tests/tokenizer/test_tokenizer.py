@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 
 from nib.common.exits import InputError
 from nib.tokenizer import chunking as pieces
+from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import (
     SPLIT_PATTERN,
     TOKENIZER_FILE,
     BpeTokenizer,
     Tokenizer,
-    load_tokenizer,
-    make_tokenizer,
     train_bpe,
     train_char,
 )
