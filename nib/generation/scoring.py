@@ -142,7 +142,11 @@ def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list
     sources = find_sources([str(path)], "auto", "", path, spool=False)
     pieces: list[str] = []
     for part in read_parts(sources, field):
-        pieces.append(part_text(part, field, "error")[0])
+        text, _, fault = part_text(part, field, "skip")
+        if fault:
+            how = "Mend it, or prepare the text with prepare_data.py --invalid=skip and give the name of that dataset"
+            raise InputError(f"{fault}. {how}")
+        pieces.append(text)
         if part.last:
             if ids := tokenizer.encode("".join(pieces)):
                 yield ids
