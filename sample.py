@@ -81,8 +81,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--save-quantized needs --quantize int8. Add it")
     if options.compile and not options.cache:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
-    if options.compile and options.speculate:
-        raise InputError("--compile fixes a step to one token a text. Leave out --compile or --speculate")
     from nib.common.memory import memory_errors
 
     with memory_errors("Use a smaller model, or --quantize int8"):

@@ -207,7 +207,6 @@ BAD = [
         "--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
     ),
     (["--compile", "--no-cache"], "--no-cache"),
-    (["--compile", "--speculate=4"], "--speculate"),
     (["--dtype=int8"], "float32"),
     (["bytes", "chars"], "chars"),
     (["nowhere"], "nowhere"),

@@ -157,13 +157,12 @@ class CompiledRows(Rows):
         if self.step.seen is not None and self.seen is not None:
             self.step.seen.copy_(self.seen)
         self.draw()
-        self.step.tokens.copy_(choose(self.logits[:, 0], self.step.uniforms, settings, self.seen))
+        self.step.tokens.copy_(choose(self.logits, self.step.uniforms, settings, self.seen))
         self.fetch()
 
     def draw(self) -> None:
         """Give the step each row's next uniform number; those of DRAWN steps come to the device at once."""
-        self.step.uniforms.copy_(self.next_uniforms(1)[:, 0])
-        self.drawn = [drawn + 1 for drawn in self.drawn]
+        self.step.uniforms.copy_(self.next_uniforms())
 
     def fetch(self) -> None:
         """Have the step's tokens copied to the host, without waiting for them; the next step overwrites them."""
@@ -185,7 +184,7 @@ class CompiledRows(Rows):
         return not last and all(len(self.contexts[row]) < self.block_size for row in going_on)
 
     @torch.no_grad()
-    def choose(self) -> list[list[int]]:
+    def choose(self) -> list[int | None]:
         """Queue the step after the next tokens, then wait for those; a finished row has none."""
         if not self.unread:
             self.queue()
@@ -195,7 +194,7 @@ class CompiledRows(Rows):
         if event:
             event.synchronize()
         written = zip(self.samples, tokens.tolist(), strict=True)
-        self.new = [[] if sample.finish_reason else [token] for sample, token in written]
+        self.new = [None if sample.finish_reason else token for sample, token in written]
         return self.new
 
     def keep(self, rows: list[int]) -> None:

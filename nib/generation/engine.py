@@ -1,7 +1,5 @@
 """Text from a model: one prefill for all prompts, then a step for every sample that goes on.
 
-A step writes one token, or with `speculate` as many as were guessed rightly and one more.
-
 When the context is full: the model sees at most block_size tokens of a row. A longer prompt is seen from its last
 block_size tokens on. When a token comes to a row that shows block_size of them already, the row goes on with its
 newest block_size - block_size // 2, the new one included, at positions from 0 on. That costs one refill of half a
@@ -22,7 +20,6 @@ from torch import Tensor
 from nib.common.exits import RunError
 from nib.generation.request import Sample, SamplingSettings, make_samples
 from nib.generation.sampling import choose, row_generator
-from nib.generation.speculation import Repetitions
 from nib.tokenizer.tokenizer import Tokenizer
 
 DRAWN = 256  # uniform numbers that are drawn, and moved to the device, at a time
@@ -71,11 +68,9 @@ def stream_text(
         tokens = rows.choose()
         began = time.perf_counter()
         while True:
-            for sample, new in zip(rows.samples, tokens, strict=True):
-                for token in new:
+            for sample, token in zip(rows.samples, tokens, strict=True):
+                if token is not None:
                     yield sample, sample.append(token)
-                    if sample.finish_reason:
-                        break
             going_on = [row for row, sample in enumerate(rows.samples) if not sample.finish_reason]
             if not going_on:
                 break
@@ -86,7 +81,7 @@ def stream_text(
             tokens = rows.choose()
             now = time.perf_counter()
             seconds, began = seconds + now - began, now
-            written += sum(map(len, tokens))
+            written += len(tokens) - tokens.count(None)
     finally:
         model.train(was_training)
         for sample in samples:
@@ -118,7 +113,7 @@ class Rows:
             branch.append(len(contexts) - 1)
         room = max(map(len, contexts)) + settings.max_new_tokens
         self.cache: Any = self.new_cache(len(contexts), room) if settings.cache else None
-        self.logits = self.last_logits(contexts, self.cache)[branch]  # (B, T, V); T is 1, or more after guesses
+        self.logits = self.last_logits(contexts, self.cache)[branch]  # (B, V)
         if not self.logits.isfinite().all():
             raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
         self.contexts = [list(contexts[row]) for row in branch]
@@ -126,12 +121,9 @@ class Rows:
             row_generator(settings.seed, sample.number, context)
             for sample, context in zip(samples, self.contexts, strict=True)
         ]
-        self.uniforms = torch.empty(len(samples), 0, device=self.device)  # (B, drawn so far)
-        self.drawn = [0] * len(samples)  # how many of them a row has used
-        self.guesses: list[list[int]] = [[] for _ in samples]
-        # The penalty changes with every token, also with one that is only guessed.
-        self.speculate = settings.speculate if settings.cache and settings.repetition_penalty == 1 else 0
-        self.texts = [Repetitions(context) for context in self.contexts] if self.speculate else []
+        self.uniforms = torch.empty(len(samples), 0, device=self.device)  # (B, DRAWN), once some are drawn
+        self.drawn = 0  # how many of them every row has used
+        self.new: list[int | None] = []  # each row's newest token; a row that is finished may have none
         if self.cache is not None and branch != list(range(len(contexts))):
             self.cache = self.cache.take_rows(branch)
         self.seen = None
@@ -146,7 +138,7 @@ class Rows:
         return self.make_cache(self.model.config, rows, room, device=self.device, dtype=dtype)
 
     def encode(self, contexts: list[list[int]], cache: Any) -> Tensor:
-        """The stream (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
+        """Hidden states (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
         tokens = np.zeros((len(contexts), max(map(len, contexts))), dtype=np.int64)
         for row, context in enumerate(contexts):
             tokens[row, : len(context)] = context
@@ -156,95 +148,62 @@ class Rows:
         return x
 
     def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
-        """The logits (B, 1, V) after each of the contexts; those of the positions before are not computed."""
+        """The logits (B, V) after each of the contexts; those of the positions before are not computed."""
         x = self.encode(contexts, cache)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
-        return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, None, : self.vocab_size]
+        return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, : self.vocab_size]
 
     @torch.inference_mode()
-    def choose(self) -> list[list[int]]:
-        """Draw each row's next tokens: the right ones of its guesses and one more.
+    def choose(self) -> list[int | None]:
+        """Draw each row's next token. Reading them here is the one wait for the device in a step."""
+        self.new = choose(self.logits, self.next_uniforms(), self.settings, self.seen).tolist()
+        return self.new
 
-        Reading them here is the one wait for the device in a step.
-        """
-        B, T, V = self.logits.shape
-        tokens = choose(self.logits.reshape(B * T, V), self.next_uniforms(T).reshape(-1), self.settings, self.seen)
-        chosen: list[list[int]] = tokens.view(B, T).tolist()
-        for row, guess in enumerate(self.guesses):
-            right = 0
-            while right < len(guess) and chosen[row][right] == guess[right]:
-                right += 1
-            del chosen[row][right + 1 :]
-            self.drawn[row] += right + 1
-        if T > 1:  # forget the wrong guesses
-            wrong = [T - len(new) for new in chosen]
-            self.cache.truncate([length - extra for length, extra in zip(self.cache.lengths, wrong, strict=True)])
-        self.new = chosen
-        return chosen
-
-    def next_uniforms(self, count: int) -> Tensor:
-        """The next `count` uniform numbers (B, count) of every row."""
-        while max(self.drawn) + count > self.uniforms.shape[1]:
+    def next_uniforms(self) -> Tensor:
+        """The next uniform number (B,) of every row; those of DRAWN steps are drawn at once."""
+        if self.drawn == self.uniforms.shape[1]:
             more = np.stack([generator.random(DRAWN, dtype=np.float32) for generator in self.random])
-            self.uniforms = torch.cat((self.uniforms, torch.from_numpy(more).to(self.device)), dim=1)
-        if min(self.drawn) == max(self.drawn):
-            return self.uniforms[:, self.drawn[0] : self.drawn[0] + count]
-        first = torch.tensor(self.drawn, device=self.device)[:, None]
-        return self.uniforms.gather(1, first + torch.arange(count, device=self.device))
+            self.uniforms, self.drawn = torch.from_numpy(more).to(self.device), 0
+        self.drawn += 1
+        return self.uniforms[:, self.drawn - 1]
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only; the model has not seen their newest tokens yet."""
         if len(rows) == len(self.samples):
             return
-        for name in ("samples", "random", "contexts", "drawn", "new", "texts"):
+        for name in ("samples", "random", "contexts", "new"):
             kept = getattr(self, name)
-            setattr(self, name, [kept[row] for row in rows] if kept else [])
+            setattr(self, name, [kept[row] for row in rows])
         self.uniforms = self.uniforms[rows]
         self.seen = None if self.seen is None else self.seen[rows]
         self.cache = None if self.cache is None else self.cache.take_rows(rows)
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Show the model each row's newest token, and guesses of the next ones; take the logits that follow each."""
+        """Show the model each row's newest token, and take the logits that follow it."""
         full = self.slide()
-        newest = [new[-1] for new in self.new]
+        newest = torch.tensor(self.new, device=self.device)[:, None]  # (B, 1)
         if self.seen is not None:
-            self.seen.scatter_(1, torch.tensor(newest, device=self.device)[:, None], True)
+            self.seen.scatter_(1, newest, True)
         if self.cache is None:
-            self.guesses = [[] for _ in newest]
             self.logits = self.last_logits(self.contexts, None)
             return
         if full:
             self.refill(full)
-        self.guesses = self.guess()
-        width = max(map(len, self.guesses))
-        tokens = [
-            [token, *guess, *[0] * (width - len(guess))] for token, guess in zip(newest, self.guesses, strict=True)
-        ]
-        x = self.model.hidden(torch.tensor(tokens, device=self.device), self.cache)  # (B, T, C)
-        self.logits = self.model.logits(x.flatten(0, 1)).view(*x.shape[:2], -1)[..., : self.vocab_size]
+        x = self.model.hidden(newest, self.cache)  # (B, 1, C)
+        self.logits = self.model.logits(x[:, 0])[:, : self.vocab_size]
 
     def slide(self) -> list[int]:
         """Take the new tokens into the contexts; returns the rows that were full and now show their newer half."""
         full = []
         for row, (context, new) in enumerate(zip(self.contexts, self.new, strict=True)):
-            context.extend(new)
+            if new is not None:
+                context.append(new)
             if len(context) > self.block_size:
                 del context[: -(self.block_size - self.block_size // 2)]
                 full.append(row)
         return full
-
-    def guess(self) -> list[list[int]]:
-        """What may follow each row's newest token: no more than is wanted of it and than the cache holds."""
-        if not self.speculate:
-            return [[] for _ in self.samples]
-        room = min(self.speculate, self.cache.max_length - max(self.cache.lengths) - 1)
-        guesses = []
-        for sample, text, new in zip(self.samples, self.texts, self.new, strict=True):
-            text.extend(new)
-            guesses.append(text.guess(max(0, min(room, sample.max_new_tokens - len(sample.tokens) - 1))))
-        return guesses
 
     def refill(self, rows: list[int]) -> None:
         """Fill the cache of these rows anew with their contexts, which have become shorter, but the newest token."""

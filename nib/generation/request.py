@@ -48,10 +48,6 @@ class SamplingSettings:
         True, "keep keys and values; --no-cache computes them anew for each token and writes the same",
         group="sampling",
     )  # fmt: skip
-    speculate: int = option(
-        0, "guess up to so many tokens from repetitions in the text, for the model to judge at once; writes the same",
-        at_least=0, group="sampling",
-    )  # fmt: skip
 
 
 class TextStream:
