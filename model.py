@@ -200,7 +200,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: widen, bend, narrow; swiglu gates one half by the other (arXiv 2002.05202)."""
+    """The feed-forward layer: up-projection, activation, down-projection; swiglu: arXiv 2002.05202."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -222,7 +222,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each added to a stream that is normalised on the way in."""
+    """Attention, then the feed-forward layer, each on the normalised residual stream and added to it."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -323,10 +323,10 @@ class GPT(nn.Module):
     def initialise(self) -> None:
         """Draw the weights from torch's default generator.
 
-        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) for the matrices that write to
-        the stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size at any width, zero for
-        the matrices that write to the stream, so that every block begins as the identity, and for an untied head,
-        beside which embeddings begin at 0.3 (measured: bench/NOTES.md), else at 0.02. Biases are zero.
+        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) in the matrices that write to
+        the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size at any width;
+        zero in the matrices that write to the residual stream, so that every block starts as the identity, and in an
+        untied head, beside which embeddings start at 0.3 (measured: bench/NOTES.md), else at 0.02. Biases are zero.
         """
         modern = self.config.norm == "rmsnorm"
         for name, module in self.named_modules():
@@ -353,7 +353,7 @@ class GPT(nn.Module):
         return (self.logits(x), None) if targets is None else (None, self.loss(x, targets))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Tokens (B, T) to the normalised stream (B, T, C) that `logits` and `loss` read."""
+        """Tokens (B, T) to the normalised hidden states (B, T, C) that `logits` and `loss` read."""
         context = self.context(tokens, cache)
         x = self.wte(tokens)  # (B, T, C)
         if self.config.position == "learned":
@@ -393,11 +393,11 @@ class GPT(nn.Module):
         return self.wte.weight if self.head is None else self.head.weight
 
     def logits(self, x: Tensor) -> Tensor:
-        """The stream (..., C) to logits (..., V)."""
+        """Hidden states (..., C) to logits (..., V)."""
         return F.linear(x, self.wte.weight) if self.head is None else self.head(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of the stream (B, T, C) against targets (B, T), those of -1 left out."""
+        """Mean cross-entropy in nats of hidden states (B, T, C) against targets (B, T); targets of -1 are ignored."""
         x, targets = x.flatten(0, 1), targets.flatten()
         count = (targets >= 0).sum().clamp_min(1)
         rows, padding = max(1, self.max_logits // self.config.vocab_size), -self.config.vocab_size % self.vocab_multiple
@@ -410,7 +410,7 @@ class GPT(nn.Module):
         return total / count
 
     def num_parameters(self) -> int:
-        """How many numbers are learned; a tied head is counted once."""
+        """The number of trained parameters; a tied head is counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def flops_per_token(self, length: int = 0) -> int:

@@ -136,7 +136,7 @@ def load_model(
 
     from model import GPT, GPTConfig, KVCache
     from nib.common.device import pick_device, pick_dtype
-    from nib.cpu.fused_blocks import join_blocks
+    from nib.cpu.fused_blocks import fuse_blocks
     from nib.cpu.int8 import pack_int8, quantize, quantize_empty
     from nib.cpu.linear import pack_linears
     from nib.cpu.process import keep_freed_memory
@@ -169,7 +169,7 @@ def load_model(
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
     model.eval()
-    if device.type == "cpu" and dtype == torch.float32 and (reason := join_blocks(model, KVCache)):
+    if device.type == "cpu" and dtype == torch.float32 and (reason := fuse_blocks(model, KVCache)):
         status(f"sampling with model.py's own blocks: {reason}")
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
     return model, source.tokenizer(), origin + ", compiled" * compiled

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig, KVCache
-from nib.cpu.fused_blocks import join_blocks
+from nib.cpu.fused_blocks import fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
 from nib.cpu.linear import pack_linears
 from nib.cpu.process import keep_freed_memory
@@ -183,7 +183,7 @@ def main() -> None:
     quantize(small)
     pack_int8(small)
     for engine in (model, small):
-        join_blocks(engine, KVCache)
+        fuse_blocks(engine, KVCache)
     for round_number in range(arguments.rounds + 1):  # the first one warms up
         taken: dict[str, float] = {}
         for label, engine in (("nib f32", model), ("nib int8", small)):

@@ -20,7 +20,7 @@ import train as train_script
 from model import GPT, MLP, Attention, GPTConfig, KVCache
 from nib.common.exits import InputError
 from nib.cpu.build import kernels
-from nib.cpu.fused_blocks import join_blocks
+from nib.cpu.fused_blocks import fuse_blocks
 from nib.cpu.linear import pack_linears
 from nib.formats.checkpoint import write_checkpoint
 from nib.formats.load import Source, build, open_source, without_drawing
@@ -257,7 +257,7 @@ def test_which_way_sampling_goes_is_said_unless_it_is_the_ordinary_one(
     model = random_model()
     pack_linears(model)
     monkeypatch.setattr(Attention, "forward", refuse)
-    assert join_blocks(model, KVCache).startswith("AssertionError (test_changed_model.py, line ")
+    assert fuse_blocks(model, KVCache).startswith("AssertionError (test_changed_model.py, line ")
     monkeypatch.setattr("nib.cpu.fused_blocks.kernels", lambda: None)
     monkeypatch.setattr("nib.cpu.fused_blocks.made_kernels", lambda: (None, "no C compiler"))
-    assert kernels() is not None and join_blocks(model, KVCache) == "no C compiler"
+    assert kernels() is not None and fuse_blocks(model, KVCache) == "no C compiler"

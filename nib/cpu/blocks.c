@@ -2,7 +2,7 @@
 
    It computes what model.Block does, for every kind of norm, MLP and attention that model.GPTConfig knows; nib/cpu/fused_blocks.py
    compares the two before it is used. Between the matrices there is so little to do that calling torch for it takes
-   longer than the arithmetic, while the memory waits. R rows of the stream, one for each new position; other letters
+   longer than the arithmetic, while the memory waits. R rows of hidden states, one for each new position; other letters
    as in model.py. A row's numbers depend on its own positions only, to the bit. */
 
 #include <math.h>
@@ -179,7 +179,7 @@ long scratch(const struct shape *shape, long count, long length, int threads) {
     return count * (widest + 3 * shape->hidden) + threads * length;
 }
 
-/* The stream x (R, C) through all blocks, in place. */
+/* The hidden states x (R, C) through all blocks, in place. */
 void blocks(const struct shape *shape, const struct block *block, const struct batch *batch, float *x, float *memory,
             int threads) {
     const long R = batch->count, D = shape->head_size;

@@ -1,8 +1,8 @@
 """All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
 
-model.py stays what a model is: before the call is used, passes through it are compared with the model's own blocks, at
-the beginning and at the end of a context. A model.py that was changed to compute anything else keeps its blocks, as
-far as those passes show it: what acts on rare numbers only, a limit to large activations for example, they may not.
+model.py defines the model: before the call is used, its results are compared with those of the model's own blocks, at
+the beginning and at the end of a context. A model.py that was changed to compute something else keeps its own blocks.
+Changes that act on rare inputs only, such as a limit on large activations, may escape this check.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Batch(ctypes.Structure):
     ]  # fmt: skip
 
 
-class JoinedBlocks(nn.Module):
+class FusedBlocks(nn.Module):
     """The blocks of a packed model, which it holds and which compute whatever the call cannot."""
 
     def __init__(self, blocks: Any, config: Any) -> None:
@@ -95,7 +95,7 @@ class JoinedBlocks(nn.Module):
         return matrix
 
     def forward(self, x: Tensor, context: Any, layer: int) -> Tensor:
-        """The stream (B, T, C) through all blocks; `layer` is that of the first."""
+        """Hidden states (B, T, C) through all blocks; `layer` is that of the first."""
         if not self.fits(x, context):
             for number, block in enumerate(self.blocks):
                 x = block(x, context, number)
@@ -147,7 +147,7 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def join_blocks(model: Any, make_cache: Any) -> str:
+def fuse_blocks(model: Any, make_cache: Any) -> str:
     """Put one call in the place of the blocks of a packed model on the CPU.
 
     Returns why the model was left as it was, or "" where it was not.
@@ -158,8 +158,8 @@ def join_blocks(model: Any, make_cache: Any) -> str:
     reason = "they compute something else than blocks.c"
     model.eval()
     try:
-        joined = nn.ModuleList([JoinedBlocks(blocks, model.config)]).eval()
-        agreed = agree(model, joined, make_cache)
+        fused = nn.ModuleList([FusedBlocks(blocks, model.config)]).eval()
+        agreed = outputs_agree(model, fused, make_cache)
     except Exception as error:  # a model that is built in another way, which may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1]
@@ -167,14 +167,14 @@ def join_blocks(model: Any, make_cache: Any) -> str:
         said = " ".join("".join(traceback.format_exception_only(error)).split())
         reason = f"{said[:200]} ({place})"
     finally:
-        model.blocks = joined if agreed else blocks
+        model.blocks = fused if agreed else blocks
         model.train(was_training)
     return "" if agreed else reason
 
 
 @torch.inference_mode()
-def agree(model: Any, joined: nn.ModuleList, make_cache: Any) -> bool:
-    """Whether the model computes with `joined` what it does with its blocks, in the stream and in the cache.
+def outputs_agree(model: Any, fused: nn.ModuleList, make_cache: Any) -> bool:
+    """Whether the model computes with `fused` what it does with its blocks, in hidden states and cache.
 
     Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
     one row gets one, the last of a whole context. Leaves the one or the other as model.blocks.
@@ -193,7 +193,7 @@ def agree(model: Any, joined: nn.ModuleList, make_cache: Any) -> bool:
         torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers
         newest = cache.memory[..., -CHECKED:, :]
         before, found = newest.clone(), []
-        for model.blocks in (blocks, joined):
+        for model.blocks in (blocks, fused):
             cache.lengths = list(lengths)
             newest.copy_(before)
             found.append((model.hidden(tokens, cache), newest.clone()))

@@ -143,9 +143,9 @@ def has_kernel() -> bool:
 
 
 def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Make the matrices and the token embedding of a model 8 bits wide, one by one; the stream is of this dtype.
+    """Quantize the matrices and the token embedding of a model to 8 bits, one by one; hidden states are of `dtype`.
 
-    What is small, biases, norms and positions, stays as it is.
+    Biases, norms and positions, which are small, stay as they are.
     """
 
     def make(layer: nn.Linear) -> nn.Module:

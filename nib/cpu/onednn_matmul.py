@@ -56,7 +56,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    """bias + a b, where bias is (columns,) as in a linear layer; anything else goes torch's own way."""
+    """bias + a b, where bias is (columns,) as in a linear layer; anything else is left to torch."""
     if bias.ndim == 1 and bias.dtype == torch.float32 and beta == alpha == 1 and suits(a, b):
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), bias, "none", [], "")
     return torch.addmm(bias, a, b, beta=beta, alpha=alpha, out=a.new_empty(a.shape[0], b.shape[1]))

@@ -1,4 +1,4 @@
-"""Fetch a URL into a file: with a progress bar, taken up again where the connection was cut, and checked."""
+"""Fetch a URL into a file: with a progress bar, resumed where the connection was cut, and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Documents to token ids: what is a valid text, where a document ends, and how the work is dealt out."""
+"""Documents to token ids: what is a valid text, where a document ends, and how the work is divided."""
 
 from __future__ import annotations
 

@@ -187,14 +187,14 @@ def make_optimizers(
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
     if hidden:
-        optimizers.append(Muon(hidden, joined_matrices(model), muon_learning_rate, weight_decay, muon_momentum))
+        optimizers.append(Muon(hidden, stacked_matrices(model), muon_learning_rate, weight_decay, muon_momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def joined_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
+def stacked_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """Row counts of the matrices that one parameter holds: queries, keys, values; gate and input of swiglu."""
     parts: dict[nn.Parameter, list[int]] = {}
     config: Any = model.config

@@ -1,4 +1,4 @@
-"""Fitting a run to its device: how many sequences at once, compiled or not, joined to the other processes."""
+"""Fitting a run to its device: micro-batch size, compilation, DDP or FSDP."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 def fit_to_device(
     model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
 ) -> tuple[int, nn.Module]:
-    """The micro-batch size of a process, and the model ready to train: compiled where asked, joined by DDP.
+    """The micro-batch size of a process, and the model ready to train: compiled where asked, wrapped in DDP.
 
     An automatic size is the largest that an uncompiled trial forward and backward pass has memory for, up to one that
     is known to be large enough. Raises RunError when not even one sequence fits.

@@ -36,7 +36,7 @@ def evaluate(
     """Loss over windows of block_size side by side in the split, or in its first `limit` tokens (0: all).
 
     Bits per byte is the information of all predicted tokens, ends of text included, over the bytes of text that
-    they stand for; unlike the loss it can be compared between tokenizers. Batches are dealt out over the
+    they stand for; unlike the loss it can be compared between tokenizers. Batches are divided among the
     processes and their sums added in float64.
     """
     windows = validation_windows(stream, block_size, limit)

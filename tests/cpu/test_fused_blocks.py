@@ -16,7 +16,7 @@ import model as model_module
 from model import GPT, MLP, Attention, KVCache
 from nib.cpu import build as native
 from nib.cpu.build import Kernels, compiled
-from nib.cpu.fused_blocks import JoinedBlocks, join_blocks
+from nib.cpu.fused_blocks import FusedBlocks, fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
 from nib.cpu.linear import pack_linears
 from nib.generation.engine import generate_text
@@ -47,7 +47,7 @@ def packed(joined: bool, int8: bool = False, **changes) -> GPT:
     if int8:
         quantize(model)
     (pack_int8 if int8 else pack_linears)(model)
-    assert not joined or not join_blocks(model, KVCache)
+    assert not joined or not fuse_blocks(model, KVCache)
     return model
 
 
@@ -72,7 +72,7 @@ def steps(model: GPT, cache: KVCache) -> list[Tensor]:
 @torch.inference_mode()
 def test_logits_and_cache_are_those_of_the_blocks(name, int8):
     model, plain = (packed(joined, int8, **SHAPES[name]) for joined in (True, False))
-    assert isinstance(model.blocks[0], JoinedBlocks)
+    assert isinstance(model.blocks[0], FusedBlocks)
     ours, theirs = KVCache(model.config, 3), KVCache(model.config, 3)
     for found, expected in zip(steps(model, ours), steps(plain, theirs), strict=True):
         # Float32 rounding of sums in another order, through two layers.
@@ -189,7 +189,7 @@ def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     model = random_model(block_size=100)
     pack_linears(model)
     expected = model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0]
-    assert join_blocks(model, KVCache) and len(model.blocks) == 2
+    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
     assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
 
 
@@ -197,7 +197,7 @@ def test_whatever_the_check_raises_the_model_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(KVCache, "advance", refuse)
     model = random_model().train()
     pack_linears(model)
-    assert join_blocks(model, KVCache)
+    assert fuse_blocks(model, KVCache)
     assert len(model.blocks) == 2 and all(module.training for module in model.modules())
 
 
@@ -308,7 +308,7 @@ def test_blocks_that_are_called_in_another_way_stay(kind):
     model = random_model()
     model.__class__ = kind
     pack_linears(model)
-    assert join_blocks(model, KVCache) and len(model.blocks) == 2
+    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
 
 
 CHANGES = [
@@ -341,8 +341,8 @@ def test_a_model_built_in_another_way_goes_its_own_way(change):
     pack_linears(model)
     if change in ("a norm without weights", "a smaller norm", "a wider matrix"):  # else the call might read beyond it
         with pytest.raises(ValueError, match="of another size"):
-            JoinedBlocks(model.blocks, model.config)
-    assert join_blocks(model, KVCache) and len(model.blocks) == 2
+            FusedBlocks(model.blocks, model.config)
+    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
 
 
 @torch.inference_mode()
