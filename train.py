@@ -6,7 +6,7 @@ weights come from.
 
 from __future__ import annotations
 
-from nib.common.signals import STOP_SIGNALS, exit_on_interrupt
+from nib.common.signals import exit_on_interrupt
 
 if __name__ == "__main__":  # before the other imports, so that Ctrl-C during them leaves no traceback
     exit_on_interrupt()
@@ -152,7 +152,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         )  # fmt: skip
         progress.tokens += tokens_per_step
         progress.seconds += time.perf_counter() - began
-        progress.seconds, stopped_by = agree(cluster, progress.seconds, stop.number)
+        progress.seconds, stopped_by = cluster.agree(progress.seconds, stop.number)
         run.count_step(loss, grad_norm, model, optimizers, report)
         done = finished(progress.step, steps, progress.seconds, settings.max_seconds)
 
@@ -251,14 +251,6 @@ def seed_for(*parts: int) -> int:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def agree(cluster: Cluster, seconds: float, signal_number: int) -> tuple[float, int]:
-    """The first process's clock, and a signal that any process was sent: all take the same decisions by them."""
-    if cluster.world == 1:
-        return seconds, signal_number
-    clock, *told = cluster.total([seconds if cluster.first else 0.0, *(signal_number == each for each in STOP_SIGNALS)])
-    return clock, next((each for each, count in zip(STOP_SIGNALS, told, strict=True) if count), 0)
 
 
 def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None) -> GPT:

@@ -17,10 +17,11 @@ from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted
 from nib.data.shards import staging_directory, sync
-from nib.formats.architectures import LINEAR, XIELU, Architecture, choose_architecture, places, write_config
+from nib.formats.architectures import LINEAR, XIELU, Architecture, choose_architecture, write_config
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
+from nib.formats.places import places
 from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from nib.common.exits import InputError
 from nib.common.wording import counted
-from nib.formats.architectures import XIELU, places, plain_name, read_config
+from nib.formats.architectures import XIELU, read_config
+from nib.formats.places import places, plain_name
 from nib.tokenizer.huggingface import read_object, read_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 

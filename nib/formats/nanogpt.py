@@ -38,7 +38,8 @@ class NanoGPTCheckpoint:
     def __init__(self, path: Path) -> None:
         import torch
 
-        from nib.formats.architectures import ARCHITECTURES, number, places, plain_name
+        from nib.formats.architectures import ARCHITECTURES, number
+        from nib.formats.places import places, plain_name
 
         self.directory = path
         try:

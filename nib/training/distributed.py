@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from nib.common.device import pick_device
 from nib.common.exits import InputError, RunError
+from nib.common.signals import STOP_SIGNALS
 
 # The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
 PATIENCE = timedelta(minutes=10)
@@ -53,6 +54,14 @@ class Cluster:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def agree(self, seconds: float, signal_number: int) -> tuple[float, int]:
+        """The first process's clock, and a signal that any process was sent: all take the same decisions by them."""
+        if self.world == 1:
+            return seconds, signal_number
+        sent = [signal_number == each for each in STOP_SIGNALS]
+        clock, *counts = self.total([seconds if self.first else 0.0, *map(float, sent)])
+        return clock, next((each for each, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
 
     def stop(self) -> None:
         """Leave together: a process that goes first takes its connections with it."""
