@@ -1,7 +1,6 @@
-"""A decoder-only transformer language model, whole, in one file that needs nothing but torch.
+"""A decoder-only transformer language model in one file that needs nothing but torch.
 
-From bottom to top: the settings, rotary positions, the key/value cache, attention, the feed-forward layer, a block,
-the loss, and the GPT that joins them. Letters in shape comments:
+From small to large: configuration, positions, key/value cache, attention, MLP, block, GPT. Letters in shape comments:
 
     B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
     H heads   K key/value heads   D head size   V vocabulary
@@ -11,67 +10,66 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-NORMS = ("layernorm", "rmsnorm")
-POSITIONS = ("learned", "sinusoidal", "rope", "none")
-MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")
-
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. The defaults are GPT-2's; raises ValueError for a shape that cannot be built."""
+    """The shape of a model. Raises ValueError for a shape that cannot be built.
+
+    Each field is also a setting of train.py, with its comment as help. vocab_size alone comes from the dataset.
+    """
 
     vocab_size: int = 50257
-    block_size: int = 1024  # the context: the most positions the model sees at once
-    n_layer: int = 12
-    n_head: int = 12
+    block_size: int = 256  # tokens in a sequence: the context, the most positions the model sees at once
+    n_layer: int = 6  # blocks
+    n_head: int = 6  # attention heads
     n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head heads (arXiv 2305.13245); 0: n_head
-    n_embd: int = 768
-    head_size: int = 0  # 0: n_embd / n_head
-    mlp_hidden: int = 0  # 0: 4 n_embd; with swiglu 8/3 n_embd, rounded up to a multiple of 64
-    dropout: float = 0.0
-    bias: bool = True  # in linear layers and LayerNorm
-    norm: str = "layernorm"
-    norm_eps: float = 1e-5
-    position: str = "learned"
-    rope_base: float = 10000.0
-    mlp: str = "gelu_tanh"
-    qk_norm: bool = False  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
-    window: int = 0  # each position sees itself and the window - 1 before it; 0: all before it
+    n_embd: int = 384  # width: channels of the residual stream
+    head_size: int = 0  # channels of a head; 0: n_embd / n_head
+    mlp_hidden: int = 0  # width of the feed-forward layer; 0: 4 n_embd, with swiglu 8/3 of it, in multiples of 64
+    dropout: float = 0.0  # share of activations dropped while training
+    bias: bool = False  # biases in linear layers and LayerNorm
+    norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation
+    norm_eps: float = 1e-5  # added to the variance before its root is taken
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"  # how the model knows positions
+    rope_base: float = 10000.0  # base of the rotary frequencies
+    mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "swiglu"  # feed-forward layer
+    qk_norm: bool = True  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
+    window: int = 0  # positions each position attends to, itself included; 0: all before it
+    init: Literal["modern", "gpt2"] = "modern"  # how weights are drawn: see GPT.initialise
     tie_weights: bool = True  # the head that makes logits is the token embedding (arXiv 1608.05859)
 
     def __post_init__(self) -> None:
+        least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "rope_base"), 1)
+        least |= dict.fromkeys(("n_kv_head", "head_size", "mlp_hidden", "window", "dropout", "norm_eps"), 0)
+        for name, low in least.items():
+            if not getattr(self, name) >= low:  # NaN is wrong too
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}. Correct it")
+        for name, kind in get_type_hints(GPTConfig).items():
+            if get_args(kind) and getattr(self, name) not in get_args(kind):
+                kinds = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {kinds}, not {getattr(self, name)!r}. Choose one")
+        if not self.dropout < 1:
+            raise ValueError(f"dropout must be below 1, not {self.dropout}. Correct it")
+        if not self.head_size and self.n_embd % self.n_head:
+            near = self.n_head * max(1, round(self.n_embd / self.n_head))
+            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}")
         self.n_kv_head = self.n_kv_head or self.n_head
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            value = getattr(self, name)
-            check(value >= 1, f"{name} must be at least 1, not {value}. Give a positive number")
-        for name, kinds in (("norm", NORMS), ("position", POSITIONS), ("mlp", MLPS)):
-            value = getattr(self, name)
-            check(value in kinds, f"{name} must be one of {', '.join(kinds)}, not {value!r}. Choose one")
-        near = self.n_head * max(1, round(self.n_embd / self.n_head))
-        fault = f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}. Use n_embd={near}"
-        check(bool(self.head_size) or self.n_embd % self.n_head == 0, fault)
-        fault = f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor of it"
-        check(self.n_head % self.n_kv_head == 0, fault)
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}. Use a divisor")
         self.head_size = self.head_size or self.n_embd // self.n_head
+        if self.position == "rope" and self.head_size % 2:
+            raise ValueError(f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd")
         hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
         self.mlp_hidden = self.mlp_hidden or hidden
-        fault = f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head"
-        check(self.position != "rope" or self.head_size % 2 == 0, fault)
-        fault = f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd"
-        check(self.position != "sinusoidal" or self.n_embd % 2 == 0, fault)
-        fault = "window, mlp_hidden and head_size cannot be negative, dropout lies in [0, 1). Correct it"
-        check(self.window >= 0 and self.mlp_hidden >= 1 and self.head_size >= 1 and 0 <= self.dropout < 1, fault)
-
-
-def check(right: bool, fault: str) -> None:
-    if not right:
-        raise ValueError(fault)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -88,70 +86,46 @@ def make_norm(size: int, config: GPTConfig) -> nn.Module:
 
 
 def angles(length: int, size: int, base: float) -> Tensor:
-    """Position times frequency, (length, size / 2): position p turns pair i by p / base^(2i / size)."""
+    """Position times frequency, (length, size / 2): at position p, pair i is rotated by p / base^(2i / size)."""
     frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
     return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
 
 
 def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout where there is some: each call that does nothing would cost a microsecond of every decoded token."""
+    """Dropout, skipped where it does nothing: that call would cost a microsecond of every decoded token."""
     return F.dropout(x, rate, training) if rate and training else x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
 
-    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights need no
-    permutation on their way there and back; `sin` is negative in its first half.
+    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights are imported and
+    exported without a permutation. The first half of `sin` is negated.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in one buffer allocated once. No gradient passes through it.
+    """Keys and values of the positions seen so far, in one buffer that is allocated once. It is not differentiable.
 
-    Each row of the batch has a length of its own. Rows may be filled together from a right-padded batch: call the
-    model on it, then `truncate` to the true lengths; what lies beyond a row's length is never attended to and is
-    overwritten by its next tokens. A call that does not fit raises ValueError and changes nothing: drop the oldest
-    tokens and fill the cache again (positions are part of what is cached).
+    `lengths` has one entry a row. Rows of different lengths are filled from one right-padded batch by setting `lengths`
+    to the true ones afterwards: what lies beyond them is never attended to, and the next tokens overwrite it. When the
+    cache is full, fill a new one with the newest tokens, since cached keys contain their positions.
     """
 
-    def __init__(
-        self, config: GPTConfig, batch_size: int, max_length: int = 0,
-        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, weight: Tensor) -> None:
+        """Room for max_length positions (0: block_size), on the device and in the dtype of `weight`."""
         self.max_length = min(max_length or config.block_size, config.block_size)
         shape = (2, config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
-        # Zeros, not empty memory: a weight of zero times a NaN that happened to lie there would be NaN.
-        self.memory = torch.zeros(shape, device=device, dtype=dtype)
+        # Zeros, not uninitialised memory: an attention weight of zero times a NaN left there would be NaN.
+        self.memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.lengths = [0] * batch_size
 
-    def truncate(self, lengths: list[int]) -> None:
-        """Forget all but the first lengths[b] positions of row b."""
-        if len(lengths) != len(self.lengths) or any(new > old for new, old in zip(lengths, self.lengths, strict=True)):
-            raise ValueError(f"cannot truncate rows of {self.lengths} positions to {lengths}. Give shorter lengths")
-        self.lengths = list(lengths)
-
-    def take_rows(self, rows: list[int]) -> KVCache:
-        """A new cache holding copies of these rows; a row may be named several times, to branch from it."""
-        taken = KVCache.__new__(KVCache)
-        taken.max_length, taken.lengths = self.max_length, [self.lengths[row] for row in rows]
-        taken.memory = self.memory[:, :, torch.tensor(rows, device=self.memory.device)]
-        return taken
-
-    def put_rows(self, rows: list[int], source: KVCache) -> None:
-        """Replace these rows, one each, by the rows of `source`, which are no longer than max_length."""
-        index, end = torch.tensor(rows, device=self.memory.device), max(source.lengths)
-        self.memory[:, :, index, :, :end] = source.memory[..., :end, :]
-        for row, length in zip(rows, source.lengths, strict=True):
-            self.lengths[row] = length
-
     def start(self, new: int) -> int | Tensor:
-        """Make ready to write `new` positions; returns where: a number, or (B, 1) when the rows differ."""
+        """Prepare to append `new` positions. Returns where they begin: an int, or (B, 1) when the rows differ."""
         end = max(self.lengths) + new
         if end > self.max_length:
-            fit = f"{end - new} + {new} positions do not fit into {self.max_length}"
-            raise ValueError(f"the context is full: {fit}. Drop the oldest tokens and fill a new cache")
+            raise ValueError(f"the context is full: {end - new} + {new} positions exceed {self.max_length}. Pass fewer")
         self.end, self.ragged = end, min(self.lengths) != max(self.lengths)
         return torch.tensor(self.lengths, device=self.memory.device)[:, None] if self.ragged else self.lengths[0]
 
@@ -173,29 +147,32 @@ class KVCache:
 class Attention(nn.Module):
     """Causal self-attention with H query heads and K key/value heads (arXiv 1706.03762, 2305.13245)."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
-        self.head_size, self.dropout = config.head_size, config.dropout
+        self.layer, self.head_size, self.dropout = layer, config.head_size, config.dropout
         self.heads = [config.n_head, config.n_kv_head, config.n_kv_head]  # of queries, keys and values
         self.qkv = nn.Linear(config.n_embd, sum(self.heads) * config.head_size, bias=config.bias)
         self.out = nn.Linear(config.n_head * config.head_size, config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: KVCache | None
+    ) -> Tensor:
+        """x (B, T, C) to (B, T, C); see `GPT.attention_inputs` for the other arguments."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
         q, k, v = qkv.split_with_sizes(self.heads, dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if context.rotation is not None:
-            q, k = rotate(q, *context.rotation), rotate(k, *context.rotation)
-        if context.cache is not None:
-            k, v = context.cache.update(layer, context.positions, k, v)
+        if rotation:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        if cache is not None:
+            k, v = cache.update(self.layer, positions, k, v)
         dropout = self.dropout if self.training else 0.0
-        causal = True if context.mask is None and T > 1 else False  # noqa: SIM210  torch.compile needs a bool
+        causal = True if mask is None and T > 1 else False  # noqa: SIM210  torch.compile needs a bool
         shared = self.heads[0] != self.heads[1]
-        y = F.scaled_dot_product_attention(q, k, v, context.mask, dropout, causal, enable_gqa=shared)
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared)
         return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
@@ -205,8 +182,8 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.kind, self.dropout = config.mlp, config.dropout
-        widths = 2 if config.mlp == "swiglu" else 1
-        self.up = nn.Linear(config.n_embd, widths * config.mlp_hidden, bias=config.bias)
+        width = config.mlp_hidden * (2 if config.mlp == "swiglu" else 1)
+        self.up = nn.Linear(config.n_embd, width, bias=config.bias)
         self.down = nn.Linear(config.mlp_hidden, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -224,76 +201,23 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Attention, then the feed-forward layer, each on the normalised residual stream and added to it."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = make_norm(config.n_embd, config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, layer)
         self.mlp_norm = make_norm(config.n_embd, config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, context: Context, layer: int) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), context, layer)
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), *attention_inputs)
         return x + self.mlp(self.mlp_norm(x))
-
-
-@dataclass
-class Context:
-    """What one forward pass gives to every block."""
-
-    positions: Tensor  # (T,), or (B, T) when the rows of a cache differ in length
-    mask: Tensor | None  # (T, S) or (B, 1, T, S), true where a query sees a key; None: all before it
-    rotation: tuple[Tensor, Tensor] | None  # cos and sin for `rotate`
-    cache: KVCache | None
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
-
-    The gradient of the logits is known as soon as the logits are, so the forward pass already turns each chunk
-    into the gradients of x and W, and no logits are kept or computed twice. Targets of -1 count nothing, nor do the
-    rows of W beyond the vocabulary.
-    """
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x) if needs_grad else None
-        grad_weight = torch.zeros_like(weight) if needs_grad else None
-        for begin in range(0, x.shape[0], rows):
-            part, target = x[begin : begin + rows], targets[begin : begin + rows]
-            logits = F.linear(part, weight)  # (rows, V)
-            logits[:, vocab_size:] = -math.inf
-            kept = (target >= 0)[:, None]
-            index = target.clamp_min(0)[:, None]
-            log_probs = F.log_softmax(logits.float(), dim=-1)
-            total = total - (log_probs.gather(1, index) * kept).sum()  # in place, torch 2.11 would compile no gradient
-            if grad_x is not None and grad_weight is not None:  # softmax - one_hot, zero where nothing is counted
-                if torch.compiler.is_compiling():  # one pass where scatter_add_ would make three
-                    grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
-                else:
-                    grad = log_probs.exp_()
-                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-                grad = grad.mul_(kept).to(logits.dtype)
-                grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
-                grad_weight += grad.t() @ part.to(grad.dtype)
-        if grad_x is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_x, grad_weight)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total, grad_weight * grad_total, None, None, None, None
 
 
 class GPT(nn.Module):
     """The language model: token ids in, next-token logits or the loss out."""
 
-    # The most logits to have at once, in elements: 64 MB in float32. Beyond that the loss goes in chunks.
-    max_logits = 2**24
-    vocab_multiple = 1  # the loss pads the head with zeros to a multiple of this: nib/training/placement.py
+    max_logits = 2**24  # held at once: 64 MB in float32; the loss of a larger batch is computed in chunks
+    vocab_multiple = 1  # the loss pads the head with rows of zeros to a multiple of this, for GPUs
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
@@ -314,30 +238,28 @@ class GPT(nn.Module):
             sin = turn.sin()
             self.register_buffer("rope_cos", turn.cos().repeat(1, 2), persistent=False)  # (block_size, D)
             self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config.n_embd, config)
         self.head = None if config.tie_weights else nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.initialise()
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights from torch's default generator.
+        """Draw the weights from torch's default generator, normal; biases are zero.
 
-        With layernorm: GPT-2's, normal with deviation 0.02, divided by sqrt(2 n_layer) in the matrices that write to
-        the residual stream. With rmsnorm: deviation 1/sqrt(inputs), so that activations keep their size at any width;
-        zero in the matrices that write to the residual stream, so that every block starts as the identity, and in an
-        untied head, beside which embeddings start at 0.3 (measured: bench/NOTES.md), else at 0.02. Biases are zero.
+        gpt2: deviation 0.02, over sqrt(2 n_layer) in matrices that write to the residual stream. modern: 1/sqrt(inputs)
+        keeps activations at their size at any width; 0 in matrices that write to the residual stream makes each block
+        start as the identity; 0 in an untied head, beside which embeddings get 0.3 (measured: bench/NOTES.md).
         """
-        modern = self.config.norm == "rmsnorm"
+        modern, untied = self.config.init == "modern", not self.config.tie_weights
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.3 if modern and not self.config.tie_weights else 0.02)
+                nn.init.normal_(module.weight, std=0.3 if modern and untied else 0.02)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5 if modern else 0.02
                 if name.endswith(("attention.out", "mlp.down")):
                     std = 0.0 if modern else std / math.sqrt(2 * self.config.n_layer)
-                std = 0.0 if modern and name == "head" else std
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=0.0 if modern and name == "head" else std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -354,43 +276,68 @@ class GPT(nn.Module):
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """Tokens (B, T) to the normalised hidden states (B, T, C) that `logits` and `loss` read."""
-        context = self.context(tokens, cache)
+        inputs = self.attention_inputs(tokens, cache)
         x = self.wte(tokens)  # (B, T, C)
         if self.config.position == "learned":
-            x = x + self.wpe(context.positions)
+            x = x + self.wpe(inputs[0])
         elif self.config.position == "sinusoidal":  # embeddings scaled as in arXiv 1706.03762, section 3.4
-            x = x * math.sqrt(self.config.n_embd) + self.sinusoid[context.positions].to(x.dtype)
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoid[inputs[0]].to(x.dtype)
         x = dropped(x, self.config.dropout, self.training)
-        for layer, block in enumerate(self.blocks):
-            recompute = self.activation_checkpointing and self.training
-            x = checkpoint(block, x, context, layer, use_reentrant=False) if recompute else block(x, context, layer)
+        recompute = self.activation_checkpointing and self.training
+        for block in self.blocks:
+            x = checkpoint(block, x, *inputs, use_reentrant=False) if recompute else block(x, *inputs)
         if cache is not None:
             cache.advance(tokens.shape[1])
         return self.norm(x)
 
-    def context(self, tokens: Tensor, cache: KVCache | None) -> Context:
-        """Positions, mask and rotation for these tokens; the mask is None where plain causality says it all."""
+    def attention_inputs(self, tokens: Tensor, cache: KVCache | None) -> tuple[Any, ...]:
+        """What attention needs besides x: the positions of the tokens, the mask, the rotation, and the cache.
+
+        positions (T,), or (B, T) where rows of the cache differ in length. mask (T, S) or (B, 1, T, S), true where a
+        query sees a key; None where plain causal attention is right. rotation: cos and sin for `rotate`, or nothing.
+        """
         T, window, device = tokens.shape[1], self.config.window, tokens.device
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into block_size {self.config.block_size}. Pass fewer")
         start = 0 if cache is None else cache.start(T)
         S = T if cache is None else cache.end
-        positions = start + torch.arange(T, device=device)  # (T,) or (B, T)
+        positions = start + torch.arange(T, device=device)
         ragged = isinstance(start, Tensor)
         mask = None
         if ragged or (T > 1 and S > T) or 0 < window < S:
             query, key = positions[..., None], torch.arange(S, device=device)
             mask = key <= query if not window else (key <= query) & (key > query - window)
-            mask = mask[:, None] if ragged else mask  # (B, 1, T, S) or (T, S)
-        rotation = None
-        if self.config.position == "rope":
-            at = positions[:, None] if ragged else positions
-            rotation = self.rope_cos[at], self.rope_sin[at]  # (T, D) or (B, 1, T, D)
-        return Context(positions, mask, rotation, cache)
+            mask = mask[:, None] if ragged else mask
+        at = positions[:, None] if ragged else positions
+        rotation = [self.rope_cos[at], self.rope_sin[at]] if self.config.position == "rope" else []
+        return positions, mask, rotation, cache  # cos and sin (T, D) or (B, 1, T, D)
 
-    @property
-    def head_weight(self) -> Tensor:
-        return self.wte.weight if self.head is None else self.head.weight
+    def make_cache(self, batch_size: int, max_length: int = 0) -> KVCache:
+        """An empty cache for rows of at most max_length positions (0: block_size), like the weights."""
+        return KVCache(self.config, batch_size, max_length, next(self.parameters()))
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
+        """Continue tokens (B, T) to (B, T + max_new_tokens), drawing from torch's default generator.
+
+        temperature 0: the most probable token; top_k 0: from all. Of a full context the newer half is kept.
+        """
+        was_training, context = self.training, self.config.block_size
+        self.eval()
+        cache, new = self.make_cache(len(tokens)), tokens[:, -context:]
+        for _ in range(max_new_tokens):
+            if cache.lengths[0] + new.shape[1] > context:
+                cache, new = self.make_cache(len(tokens)), tokens[:, -(context - context // 2) :]
+            logits = self.logits(self.hidden(new, cache)[:, -1]).float()  # (B, V)
+            if top_k:
+                smallest = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                logits = logits.masked_fill(logits < smallest, -math.inf)
+            new = logits.argmax(-1, keepdim=True)
+            if temperature:
+                new = torch.multinomial((logits / temperature).softmax(-1), 1)
+            tokens = torch.cat((tokens, new), dim=1)
+        self.train(was_training)
+        return tokens
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states (..., C) to logits (..., V)."""
@@ -404,24 +351,50 @@ class GPT(nn.Module):
         if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
-        weight = F.pad(self.head_weight, (0, 0, 0, padding)) if padding else self.head_weight
+        weight = F.pad((self.head or self.wte).weight, (0, 0, 0, padding))
         rows -= rows % 128 if rows > 128 else 0
         total = ChunkedCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows, torch.is_grad_enabled())
         return total / count
 
-    def num_parameters(self) -> int:
-        """The number of trained parameters; a tied head is counted once."""
-        return sum(parameter.numel() for parameter in self.parameters())
 
-    def flops_per_token(self, length: int = 0) -> int:
-        """Floating-point operations to train on one token within `length` (default block_size) positions.
+# The loss for large vocabularies
 
-        6N for the N weights that multiply it, which leaves out tables that are only looked up, plus 12 n_layer H D
-        length for attention, by convention without the causal half (arXiv 2204.02311, appendix B).
-        """
-        config = self.config
-        looked_up = 0 if config.tie_weights else self.wte.weight.numel()
-        looked_up += self.wpe.weight.numel() if config.position == "learned" else 0
-        seen = min(length or config.block_size, config.window or config.block_size)
-        attention = 12 * config.n_layer * config.n_head * config.head_size * seen
-        return 6 * (self.num_parameters() - looked_up) + attention
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
+
+    The gradient of the loss by the logits follows from the logits themselves, so the forward pass turns each chunk of
+    them into its part of the gradients of x and W at once. No logits are kept or computed twice. Targets of -1 and
+    rows of W beyond the vocabulary contribute nothing.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
+    ) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        grad_x = torch.empty_like(x if needs_grad else x[:0])
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0])
+        for begin in range(0, x.shape[0], rows):
+            part, target = x[begin : begin + rows], targets[begin : begin + rows]
+            logits = F.linear(part, weight)  # (rows, V)
+            logits[:, vocab_size:] = -math.inf
+            kept, index = (target >= 0)[:, None], target.clamp_min(0)[:, None]
+            log_probs = F.log_softmax(logits.float(), dim=-1)
+            total = total - (log_probs.gather(1, index) * kept).sum()  # in place, torch 2.11 would compile no gradient
+            if needs_grad:  # softmax - one_hot, zero for ignored targets
+                if torch.compiler.is_compiling():  # one pass where scatter_add_ would make three
+                    grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
+                else:
+                    grad = log_probs.exp_()
+                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+                grad = grad.mul_(kept).to(logits.dtype)
+                grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
+                grad_weight += grad.t() @ part.to(grad.dtype)
+        ctx.save_for_backward(grad_x, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total, grad_weight * grad_total, None, None, None, None

@@ -134,7 +134,7 @@ def load_model(
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     import torch
 
-    from model import GPT, GPTConfig, KVCache
+    from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.cpu.fused_blocks import fuse_blocks
     from nib.cpu.int8 import pack_int8, quantize, quantize_empty
@@ -169,7 +169,7 @@ def load_model(
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
     model.eval()
-    if device.type == "cpu" and dtype == torch.float32 and (reason := fuse_blocks(model, KVCache)):
+    if device.type == "cpu" and dtype == torch.float32 and (reason := fuse_blocks(model)):
         status(f"sampling with model.py's own blocks: {reason}")
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
     return model, source.tokenizer(), origin + ", compiled" * compiled
@@ -192,7 +192,6 @@ def reserve(model: GPT, count: int, options: Options) -> None:
 @stop_signals_raise()
 def write(samples: list[Sample], model: GPT, options: Options) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
-    from model import KVCache
     from nib.generation.cuda_graph import CompiledRows
     from nib.generation.engine import Rows, stream_text
 
@@ -203,7 +202,7 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
     printer = None if options.json else Printer(samples)
     interrupted = False
     try:
-        for sample, text in stream_text(model, KVCache, samples, options, make_rows):
+        for sample, text in stream_text(model, samples, options, make_rows):
             if printer:
                 printer.show(sample, text)
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nib.common.device import Precision, device_name, peak_flops, peak_memory
 from nib.common.memory import memory_errors
 from nib.common.wording import counted, typed
@@ -59,6 +59,7 @@ from nib.formats.checkpoint import Checkpoint
 from nib.formats.load import build, open_source, read_config, take_vocabulary
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
+from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster, is_sharded, lost_processes, start_cluster, whole
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import fit_to_device, micro_batch_sizes, place
@@ -119,7 +120,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     announce(report, run, model)
     report.resume_metrics(progress.step)
     if settings.wandb_log:
-        shape = {"model_config": asdict(model.config), "parameters": model.num_parameters()}
+        shape = {"model_config": asdict(model.config), "parameters": num_parameters(model)}
         report.start_wandb(
             settings.wandb_project, settings.wandb_run_name or out_dir.name, as_dict(settings) | shape
         )  # fmt: skip
@@ -132,7 +133,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         return training_batch(dataset.train, order, step * settings.batch_size + cluster.rank * local, local)
 
     batch_of = BatchesAhead(load, cluster.device).take if cluster.device.type == "cuda" else load
-    flops = model.flops_per_token(settings.block_size)
+    flops = flops_per_token(model, settings.block_size)
     peak = peak_flops(cluster.device, precision.dtype) * cluster.world
     logged_step, logged_seconds, rate = progress.step, progress.seconds, 0.0
     stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
@@ -274,7 +275,7 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
     for name, wanted in settings.model_settings().items():
         has = getattr(config, name)
         if (
-            name in parsed.given - {"block_size"}
+            name in parsed.given - {"block_size", "init"}
             and wanted != has
             and (wanted or name not in ("n_kv_head", "mlp_hidden"))
         ):
@@ -300,7 +301,7 @@ def announce(report: Reporter, run: Run, model: GPT) -> None:
     if steps:
         budget = f"{counted(steps, 'step')}, {tokens / 1e6:.1f}M tokens"
     report.say(
-        f"model:  {model.num_parameters() / 1e6:.2f}M parameters, {model.flops_per_token() / 1e6:.1f} MFLOP a token"
+        f"model:  {num_parameters(model) / 1e6:.2f}M parameters, {flops_per_token(model) / 1e6:.1f} MFLOP a token"
     )
     report.say(
         f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
@@ -325,7 +326,7 @@ def describe(found: Evaluation) -> str:
 def sample_text(model: GPT, dataset: Dataset, seed: int) -> str:
     """A short text from the model as it is, drawn without touching the random numbers of training."""
     settings = SamplingSettings(max_new_tokens=120, seed=seed)
-    (sample,) = generate_text(model, KVCache, dataset.tokenizer, [""], settings)
+    (sample,) = generate_text(model, dataset.tokenizer, [""], settings)
     return sample.text
 
 

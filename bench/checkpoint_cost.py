@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common import GPT2
 
 from model import GPT, GPTConfig
 from nib.tokenizer.load import make_tokenizer
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--check", action="store_true", help="exit 1 when blocking takes over 1.5 times the copy")
     arguments = parser.parse_args()
-    model = GPT(GPTConfig(n_layer=arguments.layers))
+    model = GPT(GPTConfig(**GPT2 | {"n_layer": arguments.layers}))
     optimizers = make_optimizers(
         model, kind="adamw", learning_rate=1e-4, muon_learning_rate=0.01, weight_decay=0.1, betas=(0.9, 0.95)
     )

@@ -21,6 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+# GPT-2 of 124 M parameters, for model.GPTConfig.
+GPT2 = dict(
+    vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768, bias=True, norm="layernorm",
+    position="learned", mlp="gelu_tanh", qk_norm=False, init="gpt2",
+)  # fmt: skip
+
 
 def parser_for(text: str, peer: bool = True) -> argparse.ArgumentParser:
     """A parser with the options that every script has."""

@@ -24,8 +24,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from common import GPT2
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nib.cpu.fused_blocks import fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
 from nib.cpu.linear import pack_linears
@@ -54,7 +55,7 @@ def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, flo
     settings = SamplingSettings(max_new_tokens=tokens)
     samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]
     began, first = time.perf_counter(), 0.0
-    for _ in stream_text(model, KVCache, samples, settings):
+    for _ in stream_text(model, samples, settings):
         first = first or time.perf_counter() - began
     return first, samples[0].tokens_per_second or 0.0
 
@@ -171,7 +172,7 @@ def main() -> None:
     logging.set_verbosity_error()
     keep_freed_memory()  # as sample.py does
     torch.manual_seed(0)
-    model, tokens = GPT(GPTConfig(n_layer=arguments.layers)).eval(), arguments.tokens
+    model, tokens = GPT(GPTConfig(**GPT2 | {"n_layer": arguments.layers})).eval(), arguments.tokens
     size = sum(p.nbytes for p in model.parameters())
     speed = read_speed(size)
     theirs = GPT2LMHeadModel(GPT2Config(n_layer=arguments.layers, eos_token_id=None, bos_token_id=None)).eval()
@@ -183,7 +184,7 @@ def main() -> None:
     quantize(small)
     pack_int8(small)
     for engine in (model, small):
-        fuse_blocks(engine, KVCache)
+        fuse_blocks(engine)
     for round_number in range(arguments.rounds + 1):  # the first one warms up
         taken: dict[str, float] = {}
         for label, engine in (("nib f32", model), ("nib int8", small)):

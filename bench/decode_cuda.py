@@ -11,10 +11,10 @@ start one is expected to show. Prints a table and one JSON line last.
 from __future__ import annotations
 
 import torch
-from common import alternate, finish, parser_for
+from common import GPT2, alternate, finish, parser_for
 from decode import Numbers, prompt_of
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nib.common.exits import InputError, run_script
 from nib.generation.cuda_graph import CompiledRows
 from nib.generation.engine import Rows, stream_text
@@ -27,7 +27,7 @@ TOKENS = 256
 
 def make_model(shape: tuple[int, int, int]) -> GPT:
     with torch.device("cuda"):
-        model = GPT(GPTConfig(n_layer=shape[0], n_head=shape[1], n_embd=shape[2])).eval()
+        model = GPT(GPTConfig(**GPT2 | dict(n_layer=shape[0], n_head=shape[1], n_embd=shape[2]))).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
@@ -37,7 +37,7 @@ def tokens_per_second(model: GPT, make_rows: type[Rows]) -> float:
     """After the first token, as sample.py writes a text."""
     settings = SamplingSettings(max_new_tokens=TOKENS)
     sample = Sample("", 0, 0, prompt_of(64), Numbers(), settings)
-    for _ in stream_text(model, KVCache, [sample], settings, make_rows):
+    for _ in stream_text(model, [sample], settings, make_rows):
         pass
     return sample.tokens_per_second or 0.0
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nib.formats.checkpoint import find_checkpoint, open_checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
@@ -64,7 +64,7 @@ def main() -> None:
         num_samples=arguments.samples, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens
     )
     with torch.no_grad():
-        texts = [PROMPT + sample.text for sample in generate_text(model, KVCache, tokenizer, [PROMPT], settings)]
+        texts = [PROMPT + sample.text for sample in generate_text(model, tokenizer, [PROMPT], settings)]
     functions = [first_function(text.lstrip()) for text in texts]
     ended = [function for function in functions if function is not None]
     accepted = sum(map(parses, ended))

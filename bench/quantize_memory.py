@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch
+from common import GPT2
 
 from model import GPT, GPTConfig
 from nib.formats.checkpoint import write_directory
@@ -50,7 +51,7 @@ def measure(*arguments: str) -> list[int]:
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.manual_seed(0)
-    model, found = GPT(GPTConfig()), {}
+    model, found = GPT(GPTConfig(**GPT2)), {}
     with tempfile.TemporaryDirectory() as name:
         whole, small = Path(name) / "whole", Path(name) / "small"
         state = {"step": 0, "model_config": vars(model.config)}

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, alternate, finish, parser_for
+from common import GPT2, ROOT, alternate, finish, parser_for
 
 TARGET = 1.8
 CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
@@ -41,7 +41,9 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
     tune_for_training(cluster.device)
     precision = Precision("float32", cluster.device)
     torch.manual_seed(1)
-    model = GPT(GPTConfig(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512))
+    model = GPT(
+        GPTConfig(**GPT2 | dict(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512))
+    )
     place(model, settings, precision, cluster)
     optimizers = make_optimizers(
         model, kind="adamw", learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
@@ -112,6 +114,8 @@ class Group:
 
 def growth(values: tuple[int, ...], by: str, rounds: int) -> list[tuple[int, float, float]]:
     """Seconds of a step, and GFLOP/s, by context length (2 layers, width 128) or by width (context 256)."""
+    from nib.training.cost import flops_per_token
+
     rows = []
     print(f"\n{by:>10}{'ms a step':>12}{'GFLOP/s':>10}")
     for value in values:
@@ -119,7 +123,7 @@ def growth(values: tuple[int, ...], by: str, rounds: int) -> list[tuple[int, flo
         batch = max(1, 2048 // context)
         step, model = make_step(1, 2, width, context, batch)
         seconds = alternate({"step": lambda step=step: timed(step)}, rounds)["step"]
-        rows.append((value, seconds, batch * context * model.flops_per_token(context) / seconds / 1e9))
+        rows.append((value, seconds, batch * context * flops_per_token(model, context) / seconds / 1e9))
         print(f"{value:10}{1000 * seconds:12.1f}{rows[-1][2]:10.1f}", flush=True)
     return rows
 

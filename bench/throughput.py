@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import alternate, finish, load_nanogpt, parser_for, sides
+from common import GPT2, alternate, finish, load_nanogpt, parser_for, sides
 
 # layers, heads, width, context, vocabulary, sequences, steps a turn: nanoGPT's README job for a CPU; its character-
 # level job for a GPU, in smaller batches; GPT-2 with nanoGPT's padded vocabulary
@@ -65,7 +65,7 @@ def make_nib(
     layers, heads, width, context, vocab, sequences, steps = SIZES[size]
     settings = TrainSettings(batch_size=batch or sequences, micro_batch_size=micro, block_size=context, device=device)
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
-    shape |= dict(mlp="gelu", norm="layernorm", position="learned", bias=True)
+    shape = GPT2 | shape | dict(mlp="gelu")
     cluster = start_cluster(device)
     tune_for_training(cluster.device)
     precision = Precision("auto", cluster.device)
@@ -113,6 +113,7 @@ def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) ->
 def on_cuda(check: bool, batch: int, rounds: int) -> None:
     """Tokens/s and model FLOPs utilisation of nib alone."""
     from nib.common.device import device_name, peak_flops
+    from nib.training.cost import flops_per_token
 
     SIZES["124m"] = (*SIZES["124m"][:-1], 10)
     turn: Any = make_nib("124m", device="cuda", batch=batch)
@@ -120,7 +121,7 @@ def on_cuda(check: bool, batch: int, rounds: int) -> None:
     for _ in range(2):
         turn()
     rate = batch * context / alternate({"nib": lambda: turn()[0]}, rounds)["nib"]
-    mfu = rate * turn.model.flops_per_token(context) / peak_flops(device, torch.bfloat16)
+    mfu = rate * flops_per_token(turn.model, context) / peak_flops(device, torch.bfloat16)
     print(f"{device_name(device)}, micro-batches of {turn.micro}: {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} %")
     finish(dict(tokens_per_second=rate, mfu=mfu, micro=turn.micro), rate >= CUDA_TOKENS and mfu >= CUDA_MFU, check)
 

@@ -12,6 +12,7 @@ n_layer = 12
 n_head = 12
 n_embd = 768
 norm = "layernorm"
+init = "gpt2"
 position = "learned"
 mlp = "gelu"
 qk_norm = False

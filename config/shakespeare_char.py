@@ -13,6 +13,7 @@ n_layer = 4
 n_head = 4
 n_embd = 128
 norm = "layernorm"
+init = "gpt2"
 position = "learned"
 mlp = "gelu"
 qk_norm = False

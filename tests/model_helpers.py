@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,17 @@ from torch import Tensor, nn
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)
+# The options of GPT-2, and its sizes.
+GPT2 = dict(
+    bias=True, norm="layernorm", position="learned", mlp="gelu_tanh", qk_norm=False, init="gpt2"
+)  # fmt: skip
+GPT2_124M = GPT2 | dict(vocab_size=50257, block_size=1024, n_layer=12, n_head=12, n_embd=768)
+KINDS = get_type_hints(GPTConfig)
+POSITIONS, MLPS = get_args(KINDS["position"]), get_args(KINDS["mlp"])
 
 
 def tiny(**changes: Any) -> GPTConfig:
-    settings: dict[str, Any] = dict(vocab_size=40, block_size=24, n_layer=2, n_head=4, n_embd=32)
+    settings: dict[str, Any] = GPT2 | dict(vocab_size=40, block_size=24, n_layer=2, n_head=4, n_embd=32)
     return GPTConfig(**{**settings, **changes})
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from model_helpers import random_model, random_tokens, tiny
+from model_helpers import POSITIONS, random_model, random_tokens
 from torch import Tensor
 
-from model import POSITIONS, KVCache
+from nib.generation.engine import Rows, take_rows
 
 # ---- the cache -----------------------------------------------------------------------------------------------------
 
@@ -37,11 +38,11 @@ def test_cached_and_uncached_logits_agree(changes: dict[str, Any]) -> None:
     padded = tokens[:, :9].clone()
     for row, length in enumerate(lengths):
         padded[row, length:] = 39 - row  # padding, which nothing may see
-    cache = KVCache(model.config, 3)
+    cache = model.make_cache(3)
     logits, _ = model(padded, cache=cache)
     for row, length in enumerate(lengths):
         near(logits[row, :length], expected[row, :length])
-    cache.truncate(lengths)
+    cache.lengths = list(lengths)
     while max(lengths) < 24:
         step = 4 if max(lengths) in (9, 14) else 1
         new = torch.stack([tokens[row, length : length + step] for row, length in enumerate(lengths)])
@@ -59,7 +60,7 @@ def test_cached_rows_of_one_length_agree(changes: dict[str, Any]) -> None:
     model, tokens = random_model(**changes), random_tokens(2, 24)
     expected, _ = model(tokens)
     for steps in ([1, 6, 1, 1, 5, *[1] * 10], [2, 21, 1], [24]):
-        cache = KVCache(model.config, 2)
+        cache = model.make_cache(2)
         begin = 0
         for step in steps:
             logits, _ = model(tokens[:, begin : begin + step], cache=cache)
@@ -72,11 +73,11 @@ def test_cached_rows_of_one_length_agree(changes: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_full_cache_refuses_and_changes_nothing(lengths: list[int]) -> None:
     model, tokens = random_model(), random_tokens(2, 24)
-    cache = KVCache(model.config, 2)
+    cache = model.make_cache(2)
     model(tokens[:, :20], cache=cache)
-    cache.truncate(lengths)
+    cache.lengths = list(lengths)
     before = cache.memory.clone()
-    with pytest.raises(ValueError, match="context is full: 20 \\+ 5 positions do not fit into 24"):
+    with pytest.raises(ValueError, match=r"context is full: 20 \+ 5 positions exceed 24"):
         model(tokens[:, :5], cache=cache)
     assert cache.lengths == lengths and torch.equal(cache.memory, before)
     model(tokens[:, :4], cache=cache)
@@ -92,35 +93,33 @@ def test_more_tokens_than_the_context_are_refused() -> None:
 
 
 def test_a_cache_may_be_shorter_than_the_context_but_never_longer() -> None:
-    assert KVCache(tiny(), 1, 10).max_length == 10
-    assert KVCache(tiny(), 1, 100).max_length == KVCache(tiny(), 1).max_length == 24
+    model = random_model()
+    assert model.make_cache(1, 10).max_length == 10
+    assert model.make_cache(1, 100).max_length == model.make_cache(1).max_length == 24
 
 
 @torch.no_grad()
 def test_truncated_rows_go_on_as_if_never_longer() -> None:
     model, tokens = random_model(position="rope", n_kv_head=2), random_tokens(2, 24)
-    cache = KVCache(model.config, 2)
+    cache = model.make_cache(2)
     model(random_tokens(2, 20, seed=9), cache=cache)
-    cache.truncate([0, 0])
+    cache.lengths = [0, 0]
     model(tokens[:, :10], cache=cache)
-    cache.truncate([4, 7])
+    cache.lengths = [4, 7]
     logits, _ = model(torch.stack([tokens[0, 4:8], tokens[1, 7:11]]), cache=cache)
     expected, _ = model(tokens)
     near(logits, torch.stack([expected[0, 4:8], expected[1, 7:11]]))
-    for wrong in ([9, 3], [4], [4, 4, 4]):
-        with pytest.raises(ValueError, match="cannot truncate"):
-            cache.truncate(wrong)
     assert cache.lengths == [8, 11]
 
 
 @torch.no_grad()
 def test_taken_rows_are_copies_that_branch() -> None:
     model, tokens = random_model(position="rope"), random_tokens(3, 24)
-    cache = KVCache(model.config, 2)
+    cache = model.make_cache(2)
     model(tokens[:2, :10], cache=cache)
-    cache.truncate([6, 10])
+    cache.lengths = [6, 10]
     kept = cache.memory.clone()
-    branches = cache.take_rows([1, 0, 1])
+    branches = take_rows(cache, [1, 0, 1])
     assert branches.lengths == [10, 6, 10] and branches.max_length == 24
     logits, _ = model(tokens[[2, 0, 1], 10:12], cache=branches)
     joined = [torch.cat([tokens[row, :length], tokens[then, 10:12]]) for row, length, then in
@@ -133,12 +132,12 @@ def test_taken_rows_are_copies_that_branch() -> None:
 @torch.no_grad()
 def test_put_rows_replaces_rows_and_no_others() -> None:
     model, tokens = random_model(position="rope"), random_tokens(3, 24)
-    cache, other = KVCache(model.config, 3), KVCache(model.config, 2, 12)
+    cache, other = model.make_cache(3), model.make_cache(2, 12)
     model(tokens[:, :14], cache=cache)
-    cache.truncate([14, 5, 9])
+    cache.lengths = [14, 5, 9]
     model(tokens[[1, 0], 10:20], cache=other)
-    other.truncate([10, 4])
-    cache.put_rows([2, 0], other)
+    other.lengths = [10, 4]
+    Rows.put_rows(SimpleNamespace(cache=cache, device=torch.device("cpu")), [2, 0], other)
     assert cache.lengths == [4, 5, 10]
     logits, _ = model(tokens[:, :1], cache=cache)
     texts = [tokens[0, 10:14], tokens[1, :5], tokens[1, 10:20]]
@@ -156,9 +155,9 @@ def test_mask_is_the_brute_force_mask(window: int, lengths: list[int] | None, ne
     model = random_model(window=window, n_layer=1)
     cache = None
     if lengths is not None:
-        cache = KVCache(model.config, 2)
+        cache = model.make_cache(2)
         cache.lengths = list(lengths)
-    context = model.context(torch.zeros(2, new, dtype=torch.int64), cache)
+    _, mask, _, _ = model.attention_inputs(torch.zeros(2, new, dtype=torch.int64), cache)
     starts = lengths or [0, 0]
     total = max(starts) + new
     expected = [
@@ -168,11 +167,11 @@ def test_mask_is_the_brute_force_mask(window: int, lengths: list[int] | None, ne
         ]
         for start in starts
     ]
-    if context.mask is None:  # then attention is told to be causal where T > 1, and T = 1 sees everything
+    if mask is None:  # then attention is told to be causal where T > 1, and T = 1 sees everything
         assert new == 1 or new == total
         mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)
     else:
-        mask = context.mask.squeeze(1) if context.mask.dim() == 4 else context.mask
+        mask = mask.squeeze(1) if mask.dim() == 4 else mask
     assert torch.equal(mask.expand(2, new, total), torch.tensor(expected))
 
 

@@ -257,7 +257,7 @@ def test_which_way_sampling_goes_is_said_unless_it_is_the_ordinary_one(
     model = random_model()
     pack_linears(model)
     monkeypatch.setattr(Attention, "forward", refuse)
-    assert fuse_blocks(model, KVCache).startswith("AssertionError (test_changed_model.py, line ")
+    assert fuse_blocks(model).startswith("AssertionError (test_changed_model.py, line ")
     monkeypatch.setattr("nib.cpu.fused_blocks.kernels", lambda: None)
     monkeypatch.setattr("nib.cpu.fused_blocks.made_kernels", lambda: (None, "no C compiler"))
-    assert kernels() is not None and fuse_blocks(model, KVCache) == "no C compiler"
+    assert kernels() is not None and fuse_blocks(model) == "no C compiler"

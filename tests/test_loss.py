@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_helpers import random_model, random_tokens
+from model_helpers import GPT2, random_model, random_tokens
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ def test_chunked_loss_is_the_plain_loss_under_autocast(rows: int, multiple: int)
 
 def test_chunked_loss_keeps_no_logits() -> None:
     """What is alive between forward and backward is the size of x and W, not of the logits."""
-    model = GPT(GPTConfig(vocab_size=5000, block_size=64, n_layer=1, n_head=2, n_embd=16))
+    model = GPT(GPTConfig(**GPT2, vocab_size=5000, block_size=64, n_layer=1, n_head=2, n_embd=16))
     model.max_logits = 4 * 5000
     tokens = random_tokens(4, 64, vocab_size=5000)
     saved = []

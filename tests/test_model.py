@@ -14,18 +14,19 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from model_helpers import LLAMA, random_model, random_tokens, tiny
+from model_helpers import GPT2_124M, LLAMA, MLPS, POSITIONS, random_model, random_tokens, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model as model_file
-from model import GPT, MLPS, POSITIONS, GPTConfig, KVCache
+from model import GPT, GPTConfig
+from nib.training.cost import flops_per_token, num_parameters
 
 # ---- positions -----------------------------------------------------------------------------------------------------
 
 
 def test_sinusoidal_positions_are_those_of_the_formula() -> None:
-    config = tiny(position="sinusoidal", norm="rmsnorm")
+    config = tiny(position="sinusoidal", norm="rmsnorm", init="modern")
     model = GPT(config).eval()
     table = [
         [(math.sin, math.cos)[i % 2](p / 10000 ** ((i - i % 2) / config.n_embd)) for i in range(config.n_embd)]
@@ -33,7 +34,7 @@ def test_sinusoidal_positions_are_those_of_the_formula() -> None:
     ]
     # The angle is rounded to float32 before the sine: half of 2^-23 of up to 24.
     torch.testing.assert_close(model.sinusoid, torch.tensor(table), rtol=0, atol=2e-6)
-    # With rmsnorm every block begins as the identity, so what the head sees is the embedding plus the table.
+    # With init=modern every block starts as the identity, so what the head sees is the embedding plus the table.
     tokens = random_tokens(2, 10)
     expected = model.norm(model.wte(tokens) * config.n_embd**0.5 + torch.tensor(table)[:10])
     torch.testing.assert_close(model.hidden(tokens), expected, rtol=0, atol=1e-5)
@@ -94,10 +95,10 @@ def test_parameters_and_flops_of_gpt2_shape(tied: bool) -> None:
     model = GPT(tiny(tie_weights=tied))
     block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
     total = V * C + T * C + L * block + 2 * C + (0 if tied else V * C)
-    assert model.num_parameters() == total
+    assert num_parameters(model) == total
     multiplying = total - T * C - (0 if tied else V * C)  # tables are looked up; a tied one is the head as well
-    assert model.flops_per_token() == 6 * multiplying + 12 * L * C * T
-    assert model.flops_per_token(10) == 6 * multiplying + 12 * L * C * 10
+    assert flops_per_token(model) == 6 * multiplying + 12 * L * C * T
+    assert flops_per_token(model, 10) == 6 * multiplying + 12 * L * C * 10
 
 
 def test_parameters_and_flops_of_llama_shape() -> None:
@@ -105,14 +106,14 @@ def test_parameters_and_flops_of_llama_shape() -> None:
     settings = dict(LLAMA, n_kv_head=K, head_size=D, mlp_hidden=M, qk_norm=True, window=6)
     model = GPT(tiny(**settings))
     block = 2 * C + 2 * D + C * (H + 2 * K) * D + H * D * C + 3 * C * M
-    assert model.num_parameters() == 2 * V * C + L * block + C
-    assert model.flops_per_token() == 6 * (V * C + L * block + C) + 12 * L * H * D * 6
-    assert model.flops_per_token(4) == 6 * (V * C + L * block + C) + 12 * L * H * D * 4
+    assert num_parameters(model) == 2 * V * C + L * block + C
+    assert flops_per_token(model) == 6 * (V * C + L * block + C) + 12 * L * H * D * 6
+    assert flops_per_token(model, 4) == 6 * (V * C + L * block + C) + 12 * L * H * D * 4
 
 
 def test_gpt2_has_124_million_parameters() -> None:
     with torch.device("meta"):
-        assert GPT(GPTConfig()).num_parameters() == 124_439_808
+        assert num_parameters(GPT(GPTConfig(**GPT2_124M))) == 124_439_808
 
 
 @pytest.mark.parametrize(("n_embd", "hidden"), [(32, 128), (96, 256), (384, 1024), (768, 2048)])
@@ -124,14 +125,14 @@ def test_swiglu_is_8_3_wide_in_multiples_of_64(n_embd: int, hidden: int) -> None
 # ---- how it begins -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
-def test_initialisation(norm: str) -> None:
+@pytest.mark.parametrize("init", ["gpt2", "modern"])
+def test_initialisation(init: str) -> None:
     torch.manual_seed(0)
     C, L = 192, 3
-    model = GPT(tiny(vocab_size=400, block_size=256, n_embd=C, n_layer=L, norm=norm, tie_weights=False, qk_norm=True))
-    written = 0.02 / math.sqrt(2 * L) if norm == "layernorm" else 0.0
-    read = 0.02 if norm == "layernorm" else C**-0.5
-    wte, head = (0.02, 0.02) if norm == "layernorm" else (0.3, 0.0)
+    model = GPT(tiny(vocab_size=400, block_size=256, n_embd=C, n_layer=L, tie_weights=False, qk_norm=True, init=init))
+    written = 0.02 / math.sqrt(2 * L) if init == "gpt2" else 0.0
+    read = 0.02 if init == "gpt2" else C**-0.5
+    wte, head = (0.02, 0.02) if init == "gpt2" else (0.3, 0.0)
     kinds = {"wte": wte, "wpe": wte, "qkv": read, "up": read, "head": head, "out": written, "down": written}
     for name, parameter in model.named_parameters():
         kind = name.split(".")[-2]
@@ -222,9 +223,9 @@ def test_bfloat16_autocast_follows_float32(changes: dict[str, Any]) -> None:
     _, expected = model(tokens, tokens)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         _, loss = model(tokens, tokens)
-        cache = KVCache(model.config, 2)
+        cache = model.make_cache(2)
         model(tokens[:, :5], cache=cache)
-        cache.truncate([5, 3])
+        cache.lengths = [5, 3]
         model(tokens[:, 5:6], cache=cache)
     loss.backward()
     assert loss.dtype == torch.float32 and abs((loss - expected).item()) < 0.02
@@ -240,7 +241,7 @@ def test_bfloat16_autocast_follows_float32(changes: dict[str, Any]) -> None:
         ({"n_embd": 30}, "n_embd 30 is not divisible by n_head 4. Use n_embd=32"),
         ({"n_kv_head": 3}, "n_head 4 is not divisible by n_kv_head 3"),
         ({"n_kv_head": 8}, "n_head 4 is not divisible by n_kv_head 8"),
-        ({"n_kv_head": -1}, "n_kv_head must be at least 1"),
+        ({"n_kv_head": -1}, "n_kv_head must be at least 0"),
         ({"position": "rope", "n_embd": 12}, "even head size, not 3"),
         ({"position": "sinusoidal", "n_head": 3, "n_embd": 27}, "even n_embd, not 27"),
         ({"position": "alibi"}, "position must be one of learned, sinusoidal, rope, none, not 'alibi'"),
@@ -249,11 +250,11 @@ def test_bfloat16_autocast_follows_float32(changes: dict[str, Any]) -> None:
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
         ({"block_size": -1}, "block_size must be at least 1"),
         ({"n_layer": 0}, "n_layer must be at least 1"),
-        ({"dropout": 1.0}, "dropout lies in"),
-        ({"dropout": math.nan}, "dropout lies in"),
-        ({"window": -1}, "cannot be negative"),
-        ({"mlp_hidden": -4}, "cannot be negative"),
-        ({"head_size": -2}, "cannot be negative"),
+        ({"dropout": 1.0}, "dropout must be below 1"),
+        ({"dropout": math.nan}, "dropout must be at least 0"),
+        ({"window": -1}, "must be at least 0"),
+        ({"mlp_hidden": -4}, "must be at least 0"),
+        ({"head_size": -2}, "must be at least 0"),
     ],
     ids=str,
 )
@@ -287,3 +288,34 @@ def test_model_file_works_alone(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split(" ", 1) == [str(tmp_path / "model.py"), "(1, 8, 9) True\n"]
+
+
+# ---- writing by itself ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("position", POSITIONS)
+def test_generate_writes_what_the_plain_loop_does_beyond_the_context_too(position: str) -> None:
+    model, tokens = random_model(position=position).train(), random_tokens(2, 5)
+    written = model.generate(tokens, 40, temperature=0)
+    assert written.shape == (2, 45) and model.training
+    model.eval()
+    seen = tokens
+    for step in range(40):
+        new = model(seen)[0][:, -1].argmax(-1, keepdim=True)
+        assert torch.equal(written[:, 5 + step, None], new), step
+        seen = torch.cat([seen, new], 1)
+        seen = seen[:, -12:] if seen.shape[1] > 24 else seen  # the newer half of a full context
+
+
+@torch.no_grad()
+def test_generate_draws_from_the_most_probable_by_the_seed_of_torch() -> None:
+    model, tokens = random_model(), random_tokens(200, 3)
+    best = model(tokens)[0][:, -1].topk(3).indices
+    for top_k, allowed in ((1, best[:, :1]), (3, best)):
+        torch.manual_seed(1)
+        drawn = model.generate(tokens, 1, temperature=2.0, top_k=top_k)[:, 3:]
+        assert (drawn == allowed).any(-1).all()
+        torch.manual_seed(1)
+        assert torch.equal(model.generate(tokens, 1, temperature=2.0, top_k=top_k)[:, 3:], drawn)
+    assert len({*(drawn == best).int().argmax(-1).tolist()}) == 3, "each of the three is drawn"

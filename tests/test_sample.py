@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run_script
+from model_helpers import GPT2
 
 import sample
 from model import GPT, GPTConfig
@@ -27,7 +28,8 @@ from nib.tokenizer.tokenizer import CharTokenizer
 def make_run(directory: Path, tokenizer, position: str = "learned", **changes) -> Path:
     """A run directory with one checkpoint of an untrained model of some contrast; `changes` falsify its settings."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16, position=position)
+    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    shape = GPT2 | sizes | dict(position=position)
     model = GPT(GPTConfig(**shape))
     with torch.no_grad():
         model.wte.weight.mul_(20)
@@ -288,7 +290,7 @@ def test_ctrl_c_prints_what_there_is_and_exits_130(place, arguments):
 
 
 def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monkeypatch):
-    def interrupted(model, make_cache, samples, options, make_rows):
+    def interrupted(model, samples, options, make_rows):
         for letter in "abc":
             yield samples[0], samples[0].append("\n abc".index(letter))
         raise KeyboardInterrupt

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from model_helpers import GPT2_124M
 from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -310,7 +311,7 @@ def test_a_compiler_that_fails_leaves_training_uncompiled(tmp_path: Path) -> Non
 
 
 def test_an_automatic_micro_batch_is_no_larger_than_pays() -> None:
-    shape, sizes = GPTConfig(), [480, 240, 160, 120, 96, 80, 60, 48, 1]
+    shape, sizes = GPTConfig(**GPT2_124M), [480, 240, 160, 120, 96, 80, 60, 48, 1]
     assert large_enough(sizes, 1024, shape, torch.device("cuda")) == [60, 48, 1]
     assert large_enough(sizes, 1024, shape, torch.device("cpu")) == [1]
     assert large_enough([3, 2], 2**20, shape, torch.device("cuda")) == [2], "the smallest where all are too large"

@@ -94,15 +94,15 @@ class FusedBlocks(nn.Module):
         self.kept.append(matrix)
         return matrix
 
-    def forward(self, x: Tensor, context: Any, layer: int) -> Tensor:
-        """Hidden states (B, T, C) through all blocks; `layer` is that of the first."""
-        if not self.fits(x, context):
-            for number, block in enumerate(self.blocks):
-                x = block(x, context, number)
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: Any) -> Tensor:
+        """Hidden states (B, T, C) through all blocks."""
+        if not self.fits(x, positions, mask, rotation, cache):
+            for block in self.blocks:
+                x = block(x, positions, mask, rotation, cache)
             return x
-        (B, T, _), cache = x.shape, context.cache
+        B, T, _ = x.shape
         x = x.clone(memory_format=torch.contiguous_format)
-        places = [context.positions, *(context.rotation or (None, None))]
+        places = [positions, *(rotation or (None, None))]
         places = [None if each is None else each.contiguous() for each in places]
         keys, values = cache.memory
         length = cache.memory.shape[-2]
@@ -112,9 +112,9 @@ class FusedBlocks(nn.Module):
         self.library.blocks(shape, self.parts, ctypes.byref(batch), address(x), address(between), threads)
         return x
 
-    def fits(self, x: Tensor, context: Any) -> bool:
+    def fits(self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: Any) -> bool:
         """Whether there are few rows, and the numbers lie as blocks.c reads and writes them."""
-        (B, T, C), cache, shape = x.shape, context.cache, self.shape
+        (B, T, C), shape = x.shape, self.shape
         memory = getattr(cache, "memory", None)
         if memory is None or self.most_rows < B * T or self.training:
             return False
@@ -124,30 +124,30 @@ class FusedBlocks(nn.Module):
             and memory.is_contiguous()
             and (C, D, outer) == (shape.width, shape.head_size, [2, shape.blocks, B, shape.kv_heads])
             and max(cache.lengths) + T <= length
-            and self.knows(context, B, T)
+            and self.follows(positions, mask, cache.lengths, B, T)
+            and all(
+                turn.dtype == torch.float32 and turn.numel() == positions.numel() * shape.head_size for turn in rotation
+            )
         )
 
-    def knows(self, context: Any, B: int, T: int) -> bool:
+    def follows(self, positions: Tensor, mask: Tensor | None, lengths: list[int], B: int, T: int) -> bool:
         """Whether the new positions follow the cached ones, and see all before them that the window leaves."""
-        positions, mask, window = context.positions, context.mask, self.shape.window
-        expected = [length + t for length in context.cache.lengths for t in range(T)]
+        window = self.shape.window
+        expected = [length + t for length in lengths for t in range(T)]
         if positions.dtype != torch.int64 or positions.expand(B, T).flatten().tolist() != expected:
             return False
         if mask is not None and mask.dtype != torch.bool:
             return False
         every = sum(expected) + B * T  # how many positions the new ones see together, without a window
         seen = every if mask is None else int(mask.sum()) * (B if mask.ndim == 2 else 1)
-        return seen == (sum(min(position + 1, window) for position in expected) if window else every) and all(
-            turn.dtype == torch.float32 and turn.numel() == positions.numel() * self.shape.head_size
-            for turn in context.rotation or ()
-        )
+        return seen == (sum(min(position + 1, window) for position in expected) if window else every)
 
 
 def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def fuse_blocks(model: Any, make_cache: Any) -> str:
+def fuse_blocks(model: Any) -> str:
     """Put one call in the place of the blocks of a packed model on the CPU.
 
     Returns why the model was left as it was, or "" where it was not.
@@ -159,7 +159,7 @@ def fuse_blocks(model: Any, make_cache: Any) -> str:
     model.eval()
     try:
         fused = nn.ModuleList([FusedBlocks(blocks, model.config)]).eval()
-        agreed = outputs_agree(model, fused, make_cache)
+        agreed = outputs_agree(model, fused)
     except Exception as error:  # a model that is built in another way, which may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1]
@@ -173,7 +173,7 @@ def fuse_blocks(model: Any, make_cache: Any) -> str:
 
 
 @torch.inference_mode()
-def outputs_agree(model: Any, fused: nn.ModuleList, make_cache: Any) -> bool:
+def outputs_agree(model: Any, fused: nn.ModuleList) -> bool:
     """Whether the model computes with `fused` what it does with its blocks, in hidden states and cache.
 
     Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
@@ -181,13 +181,13 @@ def outputs_agree(model: Any, fused: nn.ModuleList, make_cache: Any) -> bool:
     """
     few = min(model.config.block_size, CHECKED)
     T = min(2, few)
-    whole = min(model.config.block_size, MOST_NUMBERS // make_cache(model.config, 1, 1).memory.numel())
+    whole = min(model.config.block_size, MOST_NUMBERS // model.make_cache(1, 1).memory.numel())
     whole = max(few, whole)
     generator = torch.Generator().manual_seed(0)
     blocks = model.blocks
     for lengths, new, size in (([0, few - T], T, few), ([whole - 1], 1, whole)):
         tokens = torch.randint(model.config.vocab_size, (len(lengths), new), generator=generator)
-        cache = make_cache(model.config, len(lengths), size)
+        cache = model.make_cache(len(lengths), size)
         *outer, length, D = cache.memory.shape
         heads, positions = (torch.randn(shape, generator=generator) for shape in ((*outer, 1, D), (length, D)))
         torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers

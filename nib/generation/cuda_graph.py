@@ -143,10 +143,8 @@ class CompiledRows(Rows):
     compiling: ClassVar[dict[str, Any]] = dict(options={"coordinate_descent_tuning": True})
 
     @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart
-    def __init__(
-        self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
-    ) -> None:
-        super().__init__(model, make_cache, samples, settings)
+    def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
+        super().__init__(model, samples, settings)
         self.unread: deque[tuple[Tensor, Any]] = deque()  # tokens on their way to the host, and what says they are here
         length = static_length(self.cache.max_length, self.block_size)
         weight = next(iter(model.parameters()))
@@ -199,6 +197,9 @@ class CompiledRows(Rows):
 
     def keep(self, rows: list[int]) -> None:
         """All rows stay."""
+
+    def put_rows(self, rows: list[int], filled: Any) -> None:
+        self.cache.put_rows(rows, filled)
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -9,6 +9,7 @@ cost a refill at every token. With and without a cache, and for every kind of po
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -33,26 +34,27 @@ class LanguageModel(Protocol):
 
     def hidden(self, tokens: Tensor, cache: Any = None) -> Tensor: ...
     def logits(self, x: Tensor) -> Tensor: ...
+    def make_cache(self, batch_size: int, max_length: int = 0) -> Any: ...
     def parameters(self) -> Iterator[Any]: ...
     def train(self, mode: bool = True) -> Any: ...
 
 
 def generate_text(
-    model: LanguageModel, make_cache: Any, tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings
+    model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str], settings: SamplingSettings
 ) -> list[Sample]:
-    """The finished samples of all prompts, `num_samples` of each, prompt by prompt; `make_cache` is model.KVCache.
+    """The finished samples of all prompts, `num_samples` of each, prompt by prompt.
 
     Leaves torch's random state and the model's mode as they were. Raises InputError for a prompt that the
     tokenizer cannot encode and RunError for a model whose logits are not finite.
     """
     samples = make_samples(prompts, tokenizer, settings)
-    for _ in stream_text(model, make_cache, samples, settings):
+    for _ in stream_text(model, samples, settings):
         pass
     return samples
 
 
 def stream_text(
-    model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings, make_rows: Any = None
+    model: LanguageModel, samples: list[Sample], settings: SamplingSettings, make_rows: Any = None
 ) -> Iterator[tuple[Sample, str]]:
     """Write all samples at once, and yield each with its new text token by token, until all are finished.
 
@@ -64,7 +66,7 @@ def stream_text(
     was_training, written, seconds = model.training, 0, 0.0
     model.train(False)
     try:
-        rows: Rows = (make_rows or Rows)(model, make_cache, unfinished, settings)
+        rows: Rows = (make_rows or Rows)(model, unfinished, settings)
         tokens = rows.choose()
         began = time.perf_counter()
         while True:
@@ -94,10 +96,8 @@ class Rows:
     ahead = False  # whether the model works while what it wrote is read, so that this takes none of its time
 
     @torch.inference_mode()
-    def __init__(
-        self, model: LanguageModel, make_cache: Any, samples: list[Sample], settings: SamplingSettings
-    ) -> None:
-        self.model, self.make_cache, self.samples, self.settings = model, make_cache, samples, settings
+    def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
+        self.model, self.samples, self.settings = model, samples, settings
         self.block_size: int = model.config.block_size
         self.device = next(iter(model.parameters())).device
         # The model's vocabulary may be padded to a round number; what is beyond the tokenizer's is never written.
@@ -125,7 +125,7 @@ class Rows:
         self.drawn = 0  # how many of them every row has used
         self.new: list[int | None] = []  # each row's newest token; a row that is finished may have none
         if self.cache is not None and branch != list(range(len(contexts))):
-            self.cache = self.cache.take_rows(branch)
+            self.cache = take_rows(self.cache, branch)
         self.seen = None
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(len(samples), self.vocab_size, dtype=torch.bool, device=self.device)
@@ -134,8 +134,9 @@ class Rows:
 
     def new_cache(self, rows: int, room: int) -> Any:
         """A cache in the dtype that the model computes in: its weights', or with FSDP the one that place() chose."""
-        dtype = getattr(self.model, "compute_dtype", next(iter(self.model.parameters())).dtype)
-        return self.make_cache(self.model.config, rows, room, device=self.device, dtype=dtype)
+        cache = self.model.make_cache(rows, room)
+        cache.memory = cache.memory.to(getattr(self.model, "compute_dtype", cache.memory.dtype))
+        return cache
 
     def encode(self, contexts: list[list[int]], cache: Any) -> Tensor:
         """Hidden states (B, T, C) of contexts of different lengths, padded on the right; fills the empty `cache`."""
@@ -144,7 +145,7 @@ class Rows:
             tokens[row, : len(context)] = context
         x = self.model.hidden(torch.from_numpy(tokens).to(self.device), cache)
         if cache is not None:
-            cache.truncate([len(context) for context in contexts])
+            cache.lengths = [len(context) for context in contexts]
         return x
 
     def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
@@ -177,7 +178,7 @@ class Rows:
             setattr(self, name, [kept[row] for row in rows])
         self.uniforms = self.uniforms[rows]
         self.seen = None if self.seen is None else self.seen[rows]
-        self.cache = None if self.cache is None else self.cache.take_rows(rows)
+        self.cache = None if self.cache is None else take_rows(self.cache, rows)
 
     @torch.inference_mode()
     def advance(self) -> None:
@@ -211,4 +212,19 @@ class Rows:
         filled = self.new_cache(len(rows), len(contexts[0]))
         if contexts[0]:  # where block_size is 1 or 2 the newest token is all there is
             self.encode(contexts, filled)
-        self.cache.put_rows(rows, filled)
+        self.put_rows(rows, filled)
+
+    def put_rows(self, rows: list[int], filled: Any) -> None:
+        """Replace these rows of the cache by those of `filled`, in order."""
+        index, end = torch.tensor(rows, device=self.device), max(filled.lengths)
+        self.cache.memory[:, :, index, :, :end] = filled.memory[..., :end, :]
+        for row, length in zip(rows, filled.lengths, strict=True):
+            self.cache.lengths[row] = length
+
+
+def take_rows(cache: Any, rows: list[int]) -> Any:
+    """A new cache with copies of these rows; a row may be named several times, to branch from it."""
+    taken = copy.copy(cache)
+    taken.lengths = [cache.lengths[row] for row in rows]
+    taken.memory = cache.memory[:, :, torch.tensor(rows, device=cache.memory.device)]
+    return taken

@@ -13,7 +13,7 @@ SWITCH = ("auto", "true", "false")
 # The settings that shape the model; GPTConfig has fields of the same names.
 MODEL_KEYS = (
     "block_size n_layer n_head n_kv_head n_embd mlp_hidden dropout bias norm position rope_base mlp qk_norm window "
-    "tie_weights"
+    "init tie_weights"
 ).split()
 # What else decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
@@ -59,6 +59,8 @@ class TrainSettings:
                       group="model")
     qk_norm: bool = option(True, "normalise queries and keys", group="model")
     window: int = option(0, "positions each position attends to, itself included; 0: all", at_least=0, group="model")
+    init: str = option("modern", "how weights are drawn: modern, or as GPT-2's", choices=("modern", "gpt2"),
+                       group="model")
     tie_weights: bool = option(True, "the head that makes logits is the token embedding", group="model")
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",

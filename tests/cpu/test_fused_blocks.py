@@ -19,7 +19,7 @@ from nib.cpu.build import Kernels, compiled
 from nib.cpu.fused_blocks import FusedBlocks, fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
 from nib.cpu.linear import pack_linears
-from nib.generation.engine import generate_text
+from nib.generation.engine import generate_text, take_rows
 from nib.generation.request import SamplingSettings
 from nib.tokenizer.tokenizer import ByteTokenizer
 
@@ -47,19 +47,19 @@ def packed(joined: bool, int8: bool = False, **changes) -> GPT:
     if int8:
         quantize(model)
     (pack_int8 if int8 else pack_linears)(model)
-    assert not joined or not fuse_blocks(model, KVCache)
+    assert not joined or not fuse_blocks(model)
     return model
 
 
 def steps(model: GPT, cache: KVCache) -> list[Tensor]:
     """Rows of different lengths, one token each, several tokens each, rows that are taken, and no more room."""
     found = [model(random_tokens(3, 7), cache=cache)[0]]
-    cache.truncate([7, 1, 4])
+    cache.lengths = [7, 1, 4]
     for seed, width in ((1, 1), (2, 1), (3, 3), (4, 1)):
         found.append(model(random_tokens(3, width, seed=seed), cache=cache)[0])
-    cache = cache.take_rows([2, 0])
+    cache = take_rows(cache, [2, 0])
     found.append(model(random_tokens(2, 2, seed=5), cache=cache)[0])
-    alone = cache.take_rows([1])
+    alone = take_rows(cache, [1])
     while alone.lengths[0] < alone.max_length:
         found.append(model(random_tokens(1, 1, seed=alone.lengths[0]), cache=alone)[0])
     with pytest.raises(ValueError, match="the context is full"):
@@ -73,7 +73,7 @@ def steps(model: GPT, cache: KVCache) -> list[Tensor]:
 def test_logits_and_cache_are_those_of_the_blocks(name, int8):
     model, plain = (packed(joined, int8, **SHAPES[name]) for joined in (True, False))
     assert isinstance(model.blocks[0], FusedBlocks)
-    ours, theirs = KVCache(model.config, 3), KVCache(model.config, 3)
+    ours, theirs = model.make_cache(3), model.make_cache(3)
     for found, expected in zip(steps(model, ours), steps(plain, theirs), strict=True):
         # Float32 rounding of sums in another order, through two layers.
         assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -104,7 +104,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_batch_its_width_and_the_threa
     def logits(rows: list[int], widths: list[int], threads: int = 1) -> Tensor:
         torch.set_num_threads(threads)
         try:
-            cache, begin, found = KVCache(model.config, len(rows)), 0, []
+            cache, begin, found = model.make_cache(len(rows)), 0, []
             for width in widths:
                 found.append(model.hidden(tokens[rows, begin : begin + width], cache))
                 begin += width
@@ -126,7 +126,6 @@ def test_the_same_text_as_without(monkeypatch):
             sample.tokens
             for sample in generate_text(
                 packed(joined, vocab_size=ByteTokenizer().vocab_size, position="rope"),
-                KVCache,
                 ByteTokenizer(),
                 prompts,
                 settings,
@@ -137,8 +136,8 @@ def test_the_same_text_as_without(monkeypatch):
     assert written[0] == written[1]
 
 
-def changed_attention(self: Attention, x: Tensor, context, layer: int) -> Tensor:
-    return attention_as_it_is(self, x, context, layer) * (1 + 0.001 * layer)
+def changed_attention(self: Attention, x: Tensor, *inputs) -> Tensor:
+    return attention_as_it_is(self, x, *inputs) * (1 + 0.001 * self.layer)
 
 
 def changed_mlp(self: MLP, x: Tensor) -> Tensor:
@@ -155,13 +154,13 @@ def changed_memory(self: KVCache, layer: int, positions: Tensor, k: Tensor, v: T
     return keys, values
 
 
-def changed_far_on(self: Attention, x: Tensor, context, layer: int) -> Tensor:
+def changed_far_on(self: Attention, x: Tensor, *inputs) -> Tensor:
     """As a window that only some layers have, or a scale for long contexts."""
-    return attention_as_it_is(self, x, context, layer) * (1.01 if context.positions.max() > 80 else 1)
+    return attention_as_it_is(self, x, *inputs) * (1.01 if inputs[0].max() > 80 else 1)
 
 
-def changed_for_one_token(self: Attention, x: Tensor, context, layer: int) -> Tensor:
-    return attention_as_it_is(self, x, context, layer) * (1.01 if x.shape[1] == 1 else 1)
+def changed_for_one_token(self: Attention, x: Tensor, *inputs) -> Tensor:
+    return attention_as_it_is(self, x, *inputs) * (1.01 if x.shape[1] == 1 else 1)
 
 
 def refuse(self: KVCache, new: int) -> None:
@@ -169,7 +168,7 @@ def refuse(self: KVCache, new: int) -> None:
 
 
 attention_as_it_is, update_as_it_is = Attention.forward, KVCache.update
-context_as_it_is = GPT.context
+inputs_as_they_are = GPT.attention_inputs
 
 
 @pytest.mark.parametrize(
@@ -188,54 +187,54 @@ def test_a_changed_model_goes_its_own_way(monkeypatch, kind, change):
     monkeypatch.setattr(kind, *change)
     model = random_model(block_size=100)
     pack_linears(model)
-    expected = model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0]
-    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
-    assert torch.equal(model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0], expected)
+    expected = model(random_tokens(1, 1), cache=model.make_cache(1))[0]
+    assert fuse_blocks(model) and len(model.blocks) == 2
+    assert torch.equal(model(random_tokens(1, 1), cache=model.make_cache(1))[0], expected)
 
 
 def test_whatever_the_check_raises_the_model_is_left_as_it_was(monkeypatch):
     monkeypatch.setattr(KVCache, "advance", refuse)
     model = random_model().train()
     pack_linears(model)
-    assert fuse_blocks(model, KVCache)
+    assert fuse_blocks(model)
     assert len(model.blocks) == 2 and all(module.training for module in model.modules())
 
 
 def own_document(self: GPT, tokens: Tensor, cache: KVCache):
     """Nothing before a token 7 is seen again."""
-    context = context_as_it_is(self, tokens, cache)
+    positions, mask, rotation, cache = inputs_as_they_are(self, tokens, cache)
     if (tokens == 7).any():
-        context.mask = (torch.arange(cache.end) >= cache.end - 1)[None]
-    return context
+        mask = (torch.arange(cache.end) >= cache.end - 1)[None]
+    return positions, mask, rotation, cache
 
 
 def biased(self: GPT, tokens: Tensor, cache: KVCache):
-    context = context_as_it_is(self, tokens, cache)
+    positions, mask, rotation, cache = inputs_as_they_are(self, tokens, cache)
     if (tokens == 7).any():
-        context.mask = (torch.arange(cache.end) * 0.5).masked_fill(torch.arange(cache.end) == 0, -torch.inf)[None]
-    return context
+        mask = (torch.arange(cache.end) * 0.5).masked_fill(torch.arange(cache.end) == 0, -torch.inf)[None]
+    return positions, mask, rotation, cache
 
 
 def moved(self: GPT, tokens: Tensor, cache: KVCache):
     """A cache that begins again when it is full, say."""
-    context = context_as_it_is(self, tokens, cache)
+    positions, mask, rotation, cache = inputs_as_they_are(self, tokens, cache)
     if (tokens == 7).any():
-        context.positions = context.positions + 2**40
-    return context
+        positions = positions + 2**40
+    return positions, mask, rotation, cache
 
 
 def in_32_bits(self: GPT, tokens: Tensor, cache: KVCache):
-    context = context_as_it_is(self, tokens, cache)
-    context.positions = context.positions.int()
-    return context
+    positions, mask, rotation, cache = inputs_as_they_are(self, tokens, cache)
+    positions = positions.int()
+    return positions, mask, rotation, cache
 
 
 @pytest.mark.parametrize("change", [own_document, biased, moved, in_32_bits])
 @torch.inference_mode()
 def test_other_positions_and_masks_go_to_the_blocks(monkeypatch, change):
-    monkeypatch.setattr(GPT, "context", change)
+    monkeypatch.setattr(GPT, "attention_inputs", change)
     model, plain = (packed(joined, position="none") for joined in (True, False))
-    caches = [KVCache(model.config, 1) for _ in range(2)]
+    caches = [model.make_cache(1) for _ in range(2)]
     for tokens in ([[1, 2, 3]], [[7]]):
         ours, theirs = (
             network(torch.tensor(tokens), cache=cache)[0] for network, cache in zip((model, plain), caches, strict=True)
@@ -259,15 +258,14 @@ def test_rotations_of_another_kind_are_not_misread(monkeypatch, change):
         return torch.cat((turned, x[..., cos.shape[-1] :]), dim=-1)
 
     def changed(self: GPT, tokens: Tensor, cache: KVCache):
-        context = context_as_it_is(self, tokens, cache)
-        context.rotation = tuple(ROTATIONS[change](turn) for turn in context.rotation)
-        return context
+        positions, mask, rotation, cache = inputs_as_they_are(self, tokens, cache)
+        return positions, mask, [ROTATIONS[change](turn) for turn in rotation], cache
 
     rotate_as_it_is = model_module.rotate
     monkeypatch.setattr(model_module, "rotate", rotated)
-    monkeypatch.setattr(GPT, "context", changed)
+    monkeypatch.setattr(GPT, "attention_inputs", changed)
     model, plain = (packed(joined, position="rope") for joined in (True, False))
-    ours, theirs = (each(random_tokens(1, 3), cache=KVCache(each.config, 1))[0] for each in (model, plain))
+    ours, theirs = (each(random_tokens(1, 3), cache=each.make_cache(1))[0] for each in (model, plain))
     assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
@@ -276,17 +274,17 @@ def test_rotations_of_another_kind_are_not_misread(monkeypatch, change):
 def test_what_is_no_number_stays_none(mlp):
     model = packed(True, mlp=mlp)
     model.blocks[0].blocks[0].mlp.up.weight[:] = torch.nan
-    assert model(random_tokens(1, 1), cache=KVCache(model.config, 1))[0].isnan().all()
+    assert model(random_tokens(1, 1), cache=model.make_cache(1))[0].isnan().all()
 
 
 class Repeated(GPT):
-    """The stream as it was before the first block is added before each."""
+    """The input of the first block is added to the input of each."""
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        context = self.context(tokens, cache)
+        inputs = self.attention_inputs(tokens, cache)
         x = first = self.wte(tokens)
-        for layer, block in enumerate(self.blocks):
-            x = block(x + first, context, layer)
+        for block in self.blocks:
+            x = block(x + first, *inputs)
         cache.advance(tokens.shape[1])
         return self.norm(x)
 
@@ -295,10 +293,10 @@ class Numbered(GPT):
     """The blocks are called by their numbers."""
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        context = self.context(tokens, cache)
+        inputs = self.attention_inputs(tokens, cache)
         x = self.wte(tokens)
         for layer in range(self.config.n_layer):
-            x = self.blocks[layer](x, context, layer)
+            x = self.blocks[layer](x, *inputs)
         cache.advance(tokens.shape[1])
         return self.norm(x)
 
@@ -308,7 +306,7 @@ def test_blocks_that_are_called_in_another_way_stay(kind):
     model = random_model()
     model.__class__ = kind
     pack_linears(model)
-    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
+    assert fuse_blocks(model) and len(model.blocks) == 2
 
 
 CHANGES = [
@@ -342,18 +340,18 @@ def test_a_model_built_in_another_way_goes_its_own_way(change):
     if change in ("a norm without weights", "a smaller norm", "a wider matrix"):  # else the call might read beyond it
         with pytest.raises(ValueError, match="of another size"):
             FusedBlocks(model.blocks, model.config)
-    assert fuse_blocks(model, KVCache) and len(model.blocks) == 2
+    assert fuse_blocks(model) and len(model.blocks) == 2
 
 
 @torch.inference_mode()
 def test_whatever_the_call_cannot_do_the_blocks_do():
     model, plain = packed(True), packed(False)
     tokens = random_tokens(3, 24)  # more rows than the kernels are good for
-    ours, theirs = KVCache(model.config, 3), KVCache(model.config, 3)
+    ours, theirs = model.make_cache(3), model.make_cache(3)
     assert torch.equal(model(tokens, cache=ours)[0], plain(tokens, cache=theirs)[0])
     assert torch.equal(ours.memory, theirs.memory)
     assert torch.equal(model(tokens[:1, :3])[0], plain(tokens[:1, :3])[0]), "without a cache"
-    for cache in (ours := KVCache(model.config, 1), theirs := KVCache(model.config, 1)):
+    for cache in (ours := model.make_cache(1), theirs := model.make_cache(1)):
         cache.memory = cache.memory.transpose(-1, -2).contiguous().transpose(-1, -2)
     expected = plain(tokens[:1, :3], cache=theirs)[0]
     assert torch.equal(model(tokens[:1, :3], cache=ours)[0], expected), "a cache in another order"
@@ -362,16 +360,16 @@ def test_whatever_the_call_cannot_do_the_blocks_do():
 @torch.inference_mode()
 def test_the_call_takes_only_numbers_that_lie_as_it_reads_them():
     model = packed(True)
-    joined, cache = model.blocks[0], KVCache(model.config, 2)
-    context, x = model.context(random_tokens(2, 3), cache), torch.randn(2, 3, 32)
-    assert joined.fits(x, context)
-    assert torch.equal(joined(x.mT.contiguous().mT, context, 0), joined(x, context, 0)), "a stream in another order"
-    assert not joined.train().fits(x, context), "in training"
-    assert joined.eval().fits(x, context)
-    context.cache = KVCache(model.config, 2, dtype=torch.float64)
-    assert not joined.fits(x, context), "a cache of another dtype"
-    context.cache = cache
-    cache.lengths = [22, 22]
-    context.positions = torch.arange(22, 25)
-    context.mask = torch.arange(25) <= context.positions[:, None]
-    assert not joined.fits(x, context), "beyond the cache"
+    fused, cache = model.blocks[0], model.make_cache(2)
+    inputs, x = model.attention_inputs(random_tokens(2, 3), cache), torch.randn(2, 3, 32)
+    assert fused.fits(x, *inputs)
+    assert torch.equal(fused(x.mT.contiguous().mT, *inputs), fused(x, *inputs)), "hidden states in another order"
+    assert not fused.train().fits(x, *inputs), "in training"
+    assert fused.eval().fits(x, *inputs)
+    positions, mask, rotation, _ = inputs
+    other = model.make_cache(2)
+    other.memory = other.memory.double()
+    assert not fused.fits(x, positions, mask, rotation, other), "a cache of another dtype"
+    cache.lengths, positions = [22, 22], torch.arange(22, 25)
+    mask = torch.arange(25) <= positions[:, None]
+    assert not fused.fits(x, positions, mask, rotation, cache), "beyond the cache"

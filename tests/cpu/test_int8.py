@@ -10,7 +10,7 @@ import pytest
 import torch
 from model_helpers import LLAMA, random_model, random_tokens
 
-from model import GPT, KVCache
+from model import GPT
 from nib.common.exits import InputError
 from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows
 from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
@@ -30,7 +30,7 @@ def test_packed_weights_give_the_same_logits(shape):
         pytest.skip("this torch has no oneDNN")
     assert any(isinstance(module, PackedLinear | RowsLinear) for module in packed.modules())
     expected = model(tokens)[0]
-    cache = KVCache(packed.config, 3)
+    cache = packed.make_cache(3)
     steps = torch.cat([packed(tokens[:, i : i + 1], cache=cache)[0] for i in range(9)], dim=1)
     # Sums of some ten products in another order: a few units in the last place of the largest logit.
     for logits in (packed(tokens)[0], steps):

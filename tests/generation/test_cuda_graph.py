@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import run_script
-from model_helpers import LLAMA, random_tokens, randomise
+from model_helpers import GPT2, LLAMA, random_tokens, randomise
 from test_engine import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import sample as script
-from model import GPT, GPTConfig, KVCache
+from model import GPT, GPTConfig
 from nib.common.exits import RunError
 from nib.cpu.int8 import Int8Linear, quantize
 from nib.generation.cuda_graph import SHORTEST, CompiledRows, StaticCache, Step, static_length
@@ -38,7 +38,7 @@ def counter(monkeypatch):
 
 def written(model: GPT, prompts: list[str], settings: SamplingSettings, make_rows: Any = Rows) -> list[Sample]:
     samples = make_samples(prompts, BYTES, settings)
-    for _ in stream_text(model, KVCache, samples, settings, make_rows):
+    for _ in stream_text(model, samples, settings, make_rows):
         pass
     return samples
 
@@ -136,7 +136,7 @@ def test_one_step_is_queued_while_the_text_is_read_and_none_past_a_full_context(
         return rows[0]
 
     samples = make_samples(["nine byte"], BYTES, options)
-    ahead = [len(rows[0].unread) for _ in stream_text(model, KVCache, samples, options, make_rows)]
+    ahead = [len(rows[0].unread) for _ in stream_text(model, samples, options, make_rows)]
     # 9 of 16 positions are taken, so token 8 does not fit; the row goes on with 8, of which it is one. 30 is the last.
     assert [number for number, steps in enumerate(ahead, 1) if not steps] == [8, 17, 26, 30]
     assert set(ahead) == {0, 1}
@@ -145,7 +145,7 @@ def test_one_step_is_queued_while_the_text_is_read_and_none_past_a_full_context(
 def test_the_speed_that_is_told_holds_the_time_in_which_a_step_ran_unwatched(counter):
     model, options = make_model(vocab_size=256), make_settings(max_new_tokens=10)
     samples = make_samples(["x"], BYTES, options)
-    for _ in stream_text(model, KVCache, samples, options, CompiledRows):
+    for _ in stream_text(model, samples, options, CompiledRows):
         time.sleep(0.01)
     assert samples[0].tokens_per_second and samples[0].tokens_per_second <= 100
 
@@ -210,7 +210,7 @@ def test_the_real_compiler_writes_the_same_text(monkeypatch):
 @pytest.mark.parametrize("changes", [{}, LLAMA, dict(norm="rmsnorm", window=5, n_kv_head=2, qk_norm=True)], ids=str)
 def test_training_compiles_once_and_whole_to_the_same_gradients(changes, recompute, chunked):
     torch._dynamo.reset()
-    model = GPT(GPTConfig(**(dict(vocab_size=40, block_size=24, n_layer=2, n_head=4, n_embd=32) | changes)))
+    model = GPT(GPTConfig(**(GPT2 | dict(vocab_size=40, block_size=24, n_layer=2, n_head=4, n_embd=32) | changes)))
     randomise(model)
     model.activation_checkpointing = recompute
     if chunked:

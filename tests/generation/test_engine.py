@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from model_helpers import GPT2
 from torch import Tensor
 
 from model import GPT, GPTConfig, KVCache
@@ -27,7 +28,7 @@ def one_thread():
 
 def make_model(**changes) -> GPT:
     """A model of a few thousand parameters with weights large enough that what comes before matters."""
-    shape = dict(vocab_size=257, block_size=16, n_layer=2, n_head=4, n_embd=16) | changes
+    shape = GPT2 | dict(vocab_size=257, block_size=16, n_layer=2, n_head=4, n_embd=16) | changes
     model = GPT(GPTConfig(**shape)).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def test_cached_and_uncached_batches_write_what_the_plain_loop_writes(position, 
     prompts = PROMPTS[:4]
     expected = [plain_loop(model, prompt, make_settings(), number) for prompt in prompts for number in range(2)]
     for cache in (True, False):
-        samples = generate_text(model, KVCache, BYTES, prompts, make_settings(cache=cache, num_samples=2))
+        samples = generate_text(model, BYTES, prompts, make_settings(cache=cache, num_samples=2))
         assert [sample.tokens for sample in samples] == expected, f"cache={cache}"
 
 
@@ -94,7 +95,7 @@ def test_cached_and_uncached_batches_write_what_the_plain_loop_writes(position, 
 def test_contexts_of_a_few_tokens_slide_as_the_plain_loop_does(block_size):
     model = make_model(block_size=block_size, position="rope")
     for cache in (True, False):
-        samples = generate_text(model, KVCache, BYTES, PROMPTS[:3], make_settings(cache=cache))
+        samples = generate_text(model, BYTES, PROMPTS[:3], make_settings(cache=cache))
         assert [sample.tokens for sample in samples] == [plain_loop(model, p, make_settings()) for p in PROMPTS[:3]]
 
 
@@ -104,16 +105,16 @@ def test_contexts_of_a_few_tokens_slide_as_the_plain_loop_does(block_size):
 )
 def test_filters_act_alike_in_a_batch_and_in_the_plain_loop(filters):
     model, options = make_model(), make_settings(**filters)
-    samples = generate_text(model, KVCache, BYTES, PROMPTS[:4], options)
+    samples = generate_text(model, BYTES, PROMPTS[:4], options)
     assert [sample.tokens for sample in samples] == [plain_loop(model, prompt, options) for prompt in PROMPTS[:4]]
 
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch():
     model, options = make_model(position="rope"), make_settings(num_samples=3)
-    together = generate_text(model, KVCache, BYTES, PROMPTS, options)
-    backwards = generate_text(model, KVCache, BYTES, PROMPTS[::-1], options)
+    together = generate_text(model, BYTES, PROMPTS, options)
+    backwards = generate_text(model, BYTES, PROMPTS[::-1], options)
     for place, prompt in enumerate(PROMPTS):
-        alone = [sample.tokens for sample in generate_text(model, KVCache, BYTES, [prompt], options)]
+        alone = [sample.tokens for sample in generate_text(model, BYTES, [prompt], options)]
         assert [sample.tokens for sample in together[3 * place : 3 * place + 3]] == alone
         there = len(PROMPTS) - 1 - place
         assert [sample.tokens for sample in backwards[3 * there : 3 * there + 3]] == alone
@@ -121,15 +122,15 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch():
 
 def test_samples_differ_by_number_and_seed_and_a_longer_one_begins_with_the_shorter():
     model = make_model()
-    short = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=3))
+    short = generate_text(model, BYTES, ["x"], make_settings(num_samples=3))
     assert len({tuple(sample.tokens) for sample in short}) == 3
     for seed in (1338, 1337 + 2**32):
-        other = generate_text(model, KVCache, BYTES, ["x"], make_settings(seed=seed))
+        other = generate_text(model, BYTES, ["x"], make_settings(seed=seed))
         assert other[0].tokens != short[0].tokens, f"seed {seed}"
     # Without end-of-text in reach, past the first block of uniform numbers.
     model = make_model(vocab_size=256)
-    short = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=2))
-    long = generate_text(model, KVCache, BYTES, ["x"], make_settings(num_samples=2, max_new_tokens=DRAWN + 50))
+    short = generate_text(model, BYTES, ["x"], make_settings(num_samples=2))
+    long = generate_text(model, BYTES, ["x"], make_settings(num_samples=2, max_new_tokens=DRAWN + 50))
     assert [sample.tokens[:50] for sample in long] == [sample.tokens for sample in short]
     assert long[1].tokens == plain_loop(model, "x", make_settings(max_new_tokens=DRAWN + 50), 1)
 
@@ -137,10 +138,10 @@ def test_samples_differ_by_number_and_seed_and_a_longer_one_begins_with_the_shor
 def test_samples_of_a_prompt_share_one_prefill_and_finished_rows_leave_the_batch(monkeypatch):
     model = make_model(vocab_size=256, block_size=64)
     options = make_settings(num_samples=4, max_new_tokens=30)
-    free = generate_text(model, KVCache, BYTES, ["a prompt", "another one"], options)
+    free = generate_text(model, BYTES, ["a prompt", "another one"], options)
     options.stop = [free[2].text[10]]
     calls = watch_hidden(model, monkeypatch)
-    samples = generate_text(model, KVCache, BYTES, ["a prompt", "another one"], options)
+    samples = generate_text(model, BYTES, ["a prompt", "another one"], options)
     assert calls[0] == (2, 11), "one prefill with a row for each prompt"
     assert calls[1][1] == 1 and calls[1][0] <= 8
     assert [shape[0] for shape in calls[1:]] == [
@@ -159,7 +160,7 @@ def test_rows_that_stay_keep_their_own_numbers_and_penalties_when_others_leave()
     expected = [plain_loop(model, "y", options, row) for row in range(number)]
     lengths = [len(tokens) for tokens in expected]
     assert lengths[0] < DRAWN < max(lengths) and len(set(lengths)) > 2, "the first should leave and others stay"
-    samples = generate_text(model, KVCache, BYTES, ["y"], options)
+    samples = generate_text(model, BYTES, ["y"], options)
     assert [sample.tokens for sample in samples] == expected
 
 
@@ -168,14 +169,14 @@ def test_samples_of_different_prompts_draw_different_numbers():
     with torch.no_grad():
         model.norm.weight.zero_()  # no prompt makes a difference: all logits are equal
         model.norm.bias.zero_()
-    one, other, same = generate_text(model, KVCache, BYTES, ["a", "b", "a"], make_settings())
+    one, other, same = generate_text(model, BYTES, ["a", "b", "a"], make_settings())
     assert one.tokens != other.tokens and one.tokens == same.tokens
 
 
 def test_going_past_the_context_costs_about_one_more_token_a_token(monkeypatch):
     model = make_model(vocab_size=256, block_size=32)
     calls = watch_hidden(model, monkeypatch)
-    generate_text(model, KVCache, BYTES, ["x" * 32, "y"], make_settings(max_new_tokens=320))
+    generate_text(model, BYTES, ["x" * 32, "y"], make_settings(max_new_tokens=320))
     assert sum(rows * length for rows, length in calls) < 32 * 2 + 2.1 * 320 * 2
 
 
@@ -183,7 +184,7 @@ def test_the_last_positions_logits_are_the_only_ones_computed(monkeypatch):
     model, shapes = make_model(), []
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda x: shapes.append(tuple(x.shape)) or logits(x))
-    generate_text(model, KVCache, BYTES, PROMPTS[:3], make_settings(max_new_tokens=3))
+    generate_text(model, BYTES, PROMPTS[:3], make_settings(max_new_tokens=3))
     assert shapes[0] == (3, 16) and all(len(shape) == 2 for shape in shapes)
 
 
@@ -206,7 +207,7 @@ def test_greedy_is_argmax_and_equals_transformers_generate():
     reference.load_state_dict(weights | {"lm_head.weight": model.wte.weight})
     prompt = "def greedy"
     for options in (make_settings(temperature=0.0), make_settings(top_k=1, temperature=2.0)):
-        (sample,) = generate_text(model, KVCache, BYTES, [prompt], options)
+        (sample,) = generate_text(model, BYTES, [prompt], options)
         tokens = torch.tensor([BYTES.encode(prompt)])
         expected = reference.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=50, pad_token_id=0
@@ -217,15 +218,15 @@ def test_greedy_is_argmax_and_equals_transformers_generate():
 def test_generating_leaves_random_state_mode_and_training_as_they_were():
     model = make_model(dropout=0.5).train()
     state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    first = generate_text(model, KVCache, BYTES, ["x"], make_settings())
+    first = generate_text(model, BYTES, ["x"], make_settings())
     assert model.training and torch.equal(torch.get_rng_state(), state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     _, loss = model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))
     loss.backward()
-    assert generate_text(model.eval(), KVCache, BYTES, ["x"], make_settings())[0].tokens == first[0].tokens
+    assert generate_text(model.eval(), BYTES, ["x"], make_settings())[0].tokens == first[0].tokens
     assert not model.training
     model.train()
-    stream = stream_text(model, KVCache, make_samples(["x"], BYTES, make_settings()), make_settings())
+    stream = stream_text(model, make_samples(["x"], BYTES, make_settings()), make_settings())
     next(stream)
     stream.close()
     assert model.training, "the mode must come back when the reader goes away in the middle"
@@ -235,7 +236,7 @@ def test_ids_beyond_the_tokenizer_are_never_written():
     model = make_model(vocab_size=320, tie_weights=False)
     with torch.no_grad():
         model.head.weight[257:] = 100 * model.head.weight[:63]
-    samples = generate_text(model, KVCache, BYTES, PROMPTS, make_settings(repetition_penalty=1.1))
+    samples = generate_text(model, BYTES, PROMPTS, make_settings(repetition_penalty=1.1))
     assert max(max(sample.tokens, default=0) for sample in samples) < 257
 
 
@@ -244,12 +245,12 @@ def test_a_model_that_diverged_is_an_error():
     with torch.no_grad():
         model.norm.weight[3] = float("nan")
     with pytest.raises(RunError, match="not finite"):
-        generate_text(model, KVCache, BYTES, ["x"], make_settings())
+        generate_text(model, BYTES, ["x"], make_settings())
     assert not model.training
 
 
 def test_no_new_tokens_need_no_model():
-    samples = generate_text(None, None, BYTES, ["x"], make_settings(max_new_tokens=0))  # type: ignore[arg-type]
+    samples = generate_text(None, BYTES, ["x"], make_settings(max_new_tokens=0))  # type: ignore[arg-type]
     assert [(s.text, s.tokens, s.finish_reason, s.tokens_per_second) for s in samples] == [("", [], "length", None)]
 
 
@@ -260,7 +261,7 @@ def test_bfloat16_weights_make_a_bfloat16_cache(position, monkeypatch):
         parameter.data = parameter.data.to(torch.bfloat16)
     update = KVCache.update
     monkeypatch.setattr(KVCache, "update", lambda self, *rest: dtypes.append(self.memory.dtype) or update(self, *rest))
-    samples = generate_text(model, KVCache, BYTES, PROMPTS, make_settings())
+    samples = generate_text(model, BYTES, PROMPTS, make_settings())
     assert all(sample.finish_reason for sample in samples) and set(dtypes) == {torch.bfloat16}
 
 
@@ -271,7 +272,7 @@ def test_the_streamed_pieces_are_the_text_and_end_of_text_ends_it():
     options = make_settings(num_samples=8, max_new_tokens=200, stop=["a"])
     samples = make_samples(["x"], BYTES, options)
     pieces = {sample.number: "" for sample in samples}
-    for sample, text in stream_text(model, KVCache, samples, options):
+    for sample, text in stream_text(model, samples, options):
         pieces[sample.number] += text
         assert pieces[sample.number] == sample.text
     assert {sample.finish_reason for sample in samples} >= {"end_of_text"}

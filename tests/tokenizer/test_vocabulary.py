@@ -17,7 +17,6 @@ import export
 import prepare_data
 import sample
 import train
-from model import KVCache
 from nib.common.exits import InputError
 from nib.formats.checkpoint import open_checkpoint
 from nib.generation.engine import generate_text
@@ -131,7 +130,7 @@ def test_a_prompt_of_ids_beyond_the_model_is_one_line(call: Call, tmp_path: Path
     assert not done.stdout, "the prompt is not printed before it is refused"
     model, tokenizer, _ = sample.load_model([str(tmp_path / "hf")], "cpu", "float32")
     with pytest.raises(InputError, match="id 257"):
-        generate_text(model, KVCache, tokenizer, ["[PAD]"], SamplingSettings())
+        generate_text(model, tokenizer, ["[PAD]"], SamplingSettings())
     refused(call(sample.main, "hf", "--prompt=a", "--prompt=<think>", cwd=tmp_path), "'<think>', id 258")
     assert call(sample.main, "hf", *WRITE, cwd=tmp_path).returncode == 0
     # What ends a text, or begins one, stands before an empty prompt.

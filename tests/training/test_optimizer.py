@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
+from model_helpers import GPT2
 from torch import Tensor
 
 from model import GPT, GPTConfig
@@ -23,7 +24,7 @@ torch.set_num_threads(1)
 
 def make_model(**changes: Any) -> GPT:
     torch.manual_seed(0)
-    settings: dict[str, Any] = dict(vocab_size=40, block_size=16, n_layer=2, n_head=4, n_embd=32, bias=True)
+    settings: dict[str, Any] = GPT2 | dict(vocab_size=40, block_size=16, n_layer=2, n_head=4, n_embd=32)
     return GPT(GPTConfig(**{**settings, **changes}))
 
 
