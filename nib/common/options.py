@@ -164,7 +164,7 @@ class _Parser:
         try:
             with tokenize.open(path) as file:  # which heeds a byte order mark and a coding line
                 source = file.read()
-        except (OSError, SyntaxError, UnicodeDecodeError, LookupError) as error:
+        except (OSError, SyntaxError, UnicodeError, LookupError) as error:
             have = sorted(str(file) for file in Path("config").glob("*.py"))
             reason = (
                 error.strerror if isinstance(error, OSError) else "it is not UTF-8 text, or has a wrong coding line"

@@ -316,7 +316,7 @@ def chat_text(messages: list[Any]) -> str | None:
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts, of which pictures and sounds are left out
-            texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
             content = "".join(text for text in texts if isinstance(text, str))
         if not isinstance(role, str) or not isinstance(content, str):
             return None
