@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 class GPTConfig:
     """The shape of a model. Raises ValueError for a shape that cannot be built.
 
-    Each field is also a setting of train.py, with its comment as help. vocab_size alone comes from the dataset.
+    The defaults are those of train.py, whose settings of the same names are in nib/training/settings.py.
     """
 
     vocab_size: int = 50257

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.common.exits import InputError, RunError
+from nib.common.wording import counted, typed
 from nib.data.shards import FORMAT, META_FILE, REPLACEMENT
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
-from nib.common.wording import counted, typed
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
 # Of a split, at a time, and not above a quarter of the files that the process may hold open: each map is one of them.

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
-from nib.data.download import download
 from nib.common.exits import InputError
-from nib.tokenizer.chunking import read_pieces
+from nib.data.download import download
 from nib.data.paths import walk
+from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
 # By the ending of the name; anything else is text.

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nib.data.documents import MESSAGES, Part, row_text
 from nib.common.exits import InputError
+from nib.data.documents import MESSAGES, Part, row_text
+from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
-from nib.data.workers import map_in_order
 
 BATCH_BYTES = 1 << 20
 BATCH_PARTS = 4096

@@ -17,15 +17,15 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+from nib.common.exits import InputError, RunError
+from nib.common.wording import counted
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.encode import EncoderSettings, encode_all, part_text
-from nib.common.exits import InputError, RunError
-from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
+from nib.data.workers import Worker
+from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
-from nib.common.wording import counted
-from nib.data.workers import Worker
 
 # A dataset that can be made from its name: the source and how it is prepared.
 BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
