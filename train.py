@@ -272,10 +272,12 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
     source = checkpoint or open_source(settings.init_from)
     config = read_config(source, GPTConfig, dropout=settings.dropout)
     take_vocabulary(source, dataset, settings.init_from)
-    for name, wanted in settings.model_settings().items():
+    if "init" in parsed.given and checkpoint is None:
+        raise InputError(f"init is {settings.init!r}, but the weights come from {settings.init_from}. Leave init out")
+    for name, wanted in (settings.model_settings() | {"init": config.init}).items():
         has = getattr(config, name)
         if (
-            name in parsed.given - {"block_size", "init"}
+            name in parsed.given - {"block_size"}
             and wanted != has
             and (wanted or name not in ("n_kv_head", "mlp_hidden"))
         ):

@@ -279,6 +279,8 @@ def test_fine_tuning_starts_from_the_weights_of_a_run() -> None:
     assert losses("out/tuned")[0] == pytest.approx(losses("out/base")[-1], abs=0.3)
     train("--init_from=out/base", "--max_iters=6", "--learning_rate=1e-4", "--out_dir=out/tuned", "--warmup_iters=0")
     assert len(losses("out/tuned")) == 6, "resumed"
+    with pytest.raises(InputError, match="init is 'gpt2', but the weights come from out/base"):
+        train("--init_from=out/base", "--init=gpt2", "--out_dir=out/other")
     with pytest.raises(InputError, match="n_layer is 3 but out/base has 2"):
         train("--init_from=out/base", "--n_layer=3", "--out_dir=out/other")
 

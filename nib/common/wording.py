@@ -15,3 +15,8 @@ def typed(path: Path | str) -> str:
     """`path` as an argument in a shell, which no script takes for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def printable(text: object) -> str:
+    """`text` on one line, with escapes for what a terminal would take as a command."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))

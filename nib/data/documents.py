@@ -284,6 +284,8 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
                         value = cell.as_py()
                     except UnicodeDecodeError as error:  # a text's own bytes are looked at later
                         value = [b"not UTF-8"] if isinstance(cell, pyarrow.ListScalar) else error.object
+                    except (ValueError, OverflowError):  # a time that Python's own types cannot hold
+                        value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
     except pyarrow.ArrowException as error:
         raise InputError(f"{source.name} is no valid Parquet file: {str(error)[:120]}. Give a whole file") from None
@@ -316,12 +318,17 @@ def chat_text(messages: list[Any]) -> str | None:
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts, of which pictures and sounds are left out
-            texts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "".join(text for text in texts if isinstance(text, str))
+            texts = [part["text"] if isinstance(part, dict) else part for part in content if not is_media(part)]
+            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(role, str) or not isinstance(content, str):
             return None
         paragraphs.append(f"{role}: {content}\n")
     return "\n".join(paragraphs)
+
+
+def is_media(part: Any) -> bool:
+    """Whether a part of a message's content is one without a text, such as a picture or a sound."""
+    return isinstance(part, dict) and "text" not in part
 
 
 def row_text(value: Any, where: str) -> tuple[str, str]:

@@ -8,17 +8,21 @@ import sys
 from collections.abc import Set
 from pathlib import Path
 
-from nib.data.shards import dataset_files
+from nib.common.wording import printable
+from nib.data.shards import META_FILE, dataset_files
 
 
 def find_dataset(name: str) -> Path:
     """The prepared directory NAME or data/NAME; where there is none, the place that a message should name.
 
-    A directory without a meta.json does not hide data/NAME: mostly it holds the texts that were prepared.
+    A directory that nib did not prepare does not hide data/NAME: mostly it holds the texts that were prepared.
     """
     path, below = Path(name), Path("data") / name
     for directory in (path, below):
-        if (directory / "meta.json").exists():
+        if dataset_files(directory):
+            return directory
+    for directory in (path, below):  # damaged, perhaps
+        if (directory / META_FILE).exists():
             return directory
     return path if path.is_dir() and "/" in name else below
 
@@ -61,7 +65,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
                 if path.is_file():
                     files.append(path)
                 elif path.is_symlink():
-                    print(f"passed over {path}: a link to nothing", file=sys.stderr)
+                    print(f"passed over {printable(path)}: it is no file that can be read", file=sys.stderr)
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     linked = {path for path in files if path.is_symlink()}
     known = {identity(path) for path in files if path not in linked} if linked else set()

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from nib.common.exits import InputError, RunError
-from nib.common.wording import counted
+from nib.common.wording import counted, printable
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
@@ -203,7 +203,7 @@ def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writ
                     if writer.document is not None:
                         left_out += 1
                         if left_out <= 10:
-                            _say(f"left out: {result.invalid}")
+                            _say(f"left out: {printable(result.invalid)}")
                     writer.take_back()
                 elif writer.document is not None:
                     writer.append(tokens[position : position + result.tokens], result.bytes, result.replaced)

@@ -102,10 +102,11 @@ def check_output(out: Path, overwrite: bool) -> None:
     """Raises InputError when `out` may not be written."""
     if not out.exists() and not out.is_symlink():
         return
-    if not overwrite:
-        raise InputError(f"{out} exists. Give --overwrite to replace it, or another --out")
     own = dataset_files(out)
     names = {path.name for path in out.iterdir()} - {staging_path(out).name} if out.is_dir() else {out.name}
+    if not overwrite:
+        how = "Give another --out" if names and not own else "Give --overwrite to replace it, or another --out"
+        raise InputError(f"{out} exists. {how}")
     if names and not own:
         raise InputError(f"{out} is not prepared data, so --overwrite does not replace it. Give another --out")
     for name in sorted(filter(OWN_NAME.fullmatch, names)):

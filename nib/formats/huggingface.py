@@ -24,6 +24,7 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
+MAY_BE_TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # then one of them is stored
 # Buffers that older versions stored with the weights.
 NOT_WEIGHTS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
 
@@ -98,7 +99,10 @@ class HuggingFaceModel:
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"cannot read {name}: {str(error)[:120]}. Download the model again") from None
         for tensor in expected or ():
-            if found.get(plain_name(tensor), (Path(),))[0].name != expected[tensor]:  # type: ignore[index]
+            plain = plain_name(tensor)
+            if plain not in found and plain.endswith(MAY_BE_TIED):  # one of two names; _match sees what is needed
+                continue
+            if found.get(plain, (Path(),))[0].name != expected[tensor]:  # type: ignore[index]
                 raise InputError(f"{tensor[:80]} is not in the shard that {INDEX_FILE} names. Download it again")
         return found
 

@@ -56,7 +56,8 @@ def open_source(target: str | None, root: Path = Path("out")) -> Source:
 def is_model(path: Path) -> bool:
     """Whether there is something of a model: a directory of another kind does not hide a run of its name."""
     pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
-    return pickled.is_file() or is_checkpoint(path) or is_hugging_face(path)
+    weights = path.is_dir() and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir())
+    return pickled.is_file() or is_checkpoint(path) or (weights and is_hugging_face(path))
 
 
 def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:

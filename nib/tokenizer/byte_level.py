@@ -62,9 +62,11 @@ class HuggingFaceTokenizer(Tokenizer):
             re.escape(token.content)
             for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
         )  # fmt: skip
-        # Of a tokenizer that lacks some bytes only texts without them can be asked for.
-        known = set(token_bytes)
-        self._encode_piece("".join(c for c in _PROBE if all(bytes([byte]) in known for byte in c.encode())))
+        # Of a tokenizer that lacks some bytes only texts without them can be asked for, and none with its end of text,
+        # which is the end also where tokenizer.json does not call it special.
+        known, end = set(token_bytes), self.tokenizer.id_to_token(end_of_text) if end_of_text is not None else None
+        probe = _PROBE.replace(end, "") if end else _PROBE
+        self._encode_piece("".join(c for c in probe if all(bytes([byte]) in known for byte in c.encode())))
 
     def _token_bytes(self) -> list[bytes]:
         added = self.tokenizer.get_added_tokens_decoder()

@@ -62,7 +62,7 @@ def test_a_config_file_is_decoded_as_python_does(content: bytes, tmp_path: Path)
     assert read(str(tmp_path / "my.py"), config_file=True).settings.out_dir == namespace["out_dir"] == "café"
 
 
-@pytest.mark.parametrize("coding", ["no-such-coding", "hex", "ascii"])
+@pytest.mark.parametrize("coding", ["no-such-coding", "hex", "ascii", "utf-16", "punycode", "undefined"])
 def test_a_coding_line_that_is_wrong_is_said(coding: str, tmp_path: Path) -> None:
     (tmp_path / "my.py").write_bytes(f"# coding: {coding}\nout_dir = 'café'\n".encode())
     assert "or has a wrong coding line" in refused(str(tmp_path / "my.py"), config_file=True)

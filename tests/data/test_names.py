@@ -31,6 +31,7 @@ def test_a_directory_of_something_else_does_not_hide_a_dataset(call: Call, tmp_p
     for name in ("words", "poems"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("a text\n" * 99)
+    (tmp_path / "words/meta.json").write_text('{"title": "my words"}')
     assert open_dataset("words").directory == Path("data/words")
     save_run(tmp_path / "out/a", random_model(vocab_size=257), settings={"dataset": "words"})
     done = call(evaluate_script.main, "a", "--max-tokens=9", cwd=tmp_path)
@@ -50,6 +51,7 @@ def test_a_directory_of_something_else_does_not_hide_a_run(tmp_path: Path) -> No
         run = save_run(tmp_path / "out" / name, model)
         (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (tmp_path / "a/checkpoints").mkdir(parents=True)
+    (tmp_path / "a/config.json").write_text('{"model_type": "of my own"}')
     (tmp_path / "b").write_text("a file")
     for name in ("a", "b"):
         assert open_source(name).directory == Path(f"out/{name}/checkpoints/step-00000003")

@@ -191,3 +191,14 @@ def test_a_mount_point_is_written_in_place(work: Path) -> None:
     assert done.returncode == 0, done.stderr
     names = ["meta.json", "mine.txt", "nib_tokenizer.json", "train-00000.bin", "val-00000.bin"]
     assert sorted(done.stdout.split()[-5:]) == names
+
+
+def test_overwrite_is_advised_only_where_it_is_taken(tmp_path: Path) -> None:
+    make(Path("made"), OLD)
+    Path("mine").mkdir()
+    Path("mine/file").write_text("mine")
+    Path("file").write_text("mine")
+    for out, advised in (("made", True), ("mine", False), ("file", False)):
+        with pytest.raises(InputError, match=f"{out} exists") as refused:
+            make(Path(out), NEW, overwrite=False)
+        assert ("--overwrite" in str(refused.value)) == advised

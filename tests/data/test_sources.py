@@ -80,7 +80,7 @@ def test_linked_directories_are_read_once_each(work: Path, capsys: pytest.Captur
         Path(link).symlink_to(target)
     found = [source.name for source in find_sources(["d"], "auto", "*.txt", Path(), spool=False)]
     assert found == ["d/0-linked/x.txt", "d/0-linked/y.txt", "d/a.txt", "d/sub/b.txt", "d/sub/deep/c.txt"]
-    assert capsys.readouterr().err == "passed over d/nothing.txt: a link to nothing\n"
+    assert capsys.readouterr().err == "passed over d/nothing.txt: it is no file that can be read\n"
     os.link("d/a.txt", "d/hard.txt")  # a file like any other
     assert texts("d", glob="*.txt").count("d/a.txt") == 2
 
@@ -236,3 +236,36 @@ def test_rows_of_parquet_without_a_text_are_left_out() -> None:
 def test_a_message_that_calls_tools_needs_no_content(call: dict[str, Any], content: dict[str, Any]) -> None:
     assert chat_text([{"role": "assistant", **content, **call}]) == "assistant: \n"
     assert chat_text([{"role": "assistant", **content}]) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([{"type": "text", "text": "a"}, {"type": "output_text", "text": "b"}, {"text": "c"}, "d"], "abcd"),
+        ([{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_text", "text": "a"}], "a"),
+        ([{"type": "text", "text": None}], None),
+        ([7], None),
+    ],
+)
+def test_no_text_in_the_parts_of_a_message_is_lost(parts: list[Any], text: str | None) -> None:
+    expected = None if text is None else f"user: {text}\n"
+    assert chat_text([{"role": "user", "content": parts}]) == expected
+
+
+@pytest.mark.parametrize(("kind", "value"), [("timestamp", 1), ("time64", 1), ("duration", 1), ("date32", 2**31 - 1)])
+def test_times_that_python_cannot_hold_are_rows_without_a_text(kind: str, value: int) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    made = pyarrow.date32() if kind == "date32" else getattr(pyarrow, kind)("ns")
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([value, None], made)}), "t.parquet")
+    with pytest.raises(InputError, match=r"t\.parquet, row 1: column 'text' holds .*, not text.*--invalid=skip"):
+        texts("t.parquet")
+    assert texts("t.parquet", invalid="skip") == []
+
+
+def test_what_is_left_out_is_said_on_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("t.jsonl").write_text('{"text": "good"}\n' + json.dumps({"a\n\x1b[31m": 1}) + "\n")
+    prepare(["t.jsonl"], work / "out", tokenizer="byte", val_fraction=0.0, workers=1, invalid="skip")
+    said = capsys.readouterr().out
+    assert "no field 'text' among a\\n\\x1b[31m\n" in said and "\x1b" not in said

@@ -104,6 +104,13 @@ def test_a_tied_model_that_was_saved_with_its_head_only_is_read(kind: str, tmp_p
     tokens = random_tokens(1, 20)
     with torch.no_grad():
         assert (load_ours(tmp_path)(tokens)[0] - theirs(tokens).logits).abs().max() < 1e-4
+    shutil.copytree(tmp_path, tmp_path / "sharded")  # with both names in the index
+    (tmp_path / "sharded/model.safetensors").rename(tmp_path / "sharded/a.safetensors")
+    names = [*load_file(tmp_path / "sharded/a.safetensors"), embedding]
+    listed = json.dumps({"weight_map": dict.fromkeys(names, "a.safetensors")})
+    (tmp_path / "sharded/model.safetensors.index.json").write_text(listed)
+    with torch.no_grad():
+        assert (load_ours(tmp_path / "sharded")(tokens)[0] - theirs(tokens).logits).abs().max() < 1e-4
     change_tensors(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(41, 32)}))
     refused(tmp_path, r"has the shape \[41, 32\]")
     change_config(tmp_path, tie_word_embeddings=False)

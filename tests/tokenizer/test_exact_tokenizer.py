@@ -224,3 +224,15 @@ def test_a_token_that_begins_a_text_is_put_there_where_transformers_does(tmp_pat
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
     assert ours.encode_prompt("ab") == theirs("ab").input_ids
+
+
+def test_an_end_of_text_that_is_not_called_special_is_still_the_end(tmp_path: Path) -> None:
+    made = content(lambda made: None)
+    end = next(token for token in made["added_tokens"] if token["content"] == "<|endoftext|>")
+    end["special"] = False
+    tokenizer = HuggingFaceTokenizer("t", made, {}, end["id"])
+    tokenizer.save(tmp_path)
+    for loaded in (tokenizer, load_tokenizer(tmp_path)):
+        assert loaded.decode(loaded.encode("a text é")) == "a text é" and loaded.token_bytes[end["id"]] == b""
+        with pytest.raises(InputError, match="loses text"):
+            loaded.encode("in data <|endoftext|> is text")
