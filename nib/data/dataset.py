@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -160,10 +161,12 @@ class MappedShards(Sequence[NDArray[Any]]):
             mapped = np.memmap(shard.path, dtype=self.dtype, mode="r")
             if Shard(shard.path).identity == shard.identity:
                 return mapped
-            reason = "it was replaced meanwhile"
+            reason, how = "it was replaced meanwhile", "Give the same command again"
         except (OSError, ValueError) as error:
+            full = getattr(error, "errno", None) == errno.EMFILE
+            how = "Raise the limit of open files (ulimit -n)" if full else "Give the same command again"
             reason = str(getattr(error, "strerror", None) or error)
-        raise RunError(f"cannot read {shard.path}: {reason}. Give the same command again")
+        raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 
 
 class TokenStream:

@@ -28,7 +28,9 @@ def find_dataset(name: str) -> Path:
 
 
 def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool = True) -> list[Path]:
-    """The files below `root` that match, sorted by their path; nothing hidden, and nothing of a prepared dataset.
+    """The files below `root` that match, sorted by path: none of a prepared dataset, none hidden.
+
+    A glob with a part that begins with a dot matches hidden ones too.
 
     Links are followed (`follow`: to directories too). What is there without the link, or was reached by another, is
     not read again, and a link to a directory that it lies in is not followed.
@@ -41,6 +43,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
         status = os.stat(path)
         return status.st_dev, status.st_ino
 
+    hidden = any(part.startswith(".") for part in glob.split("/"))
     files, links, seen = [], [root], set()
     while links:
         links.sort(reverse=True)
@@ -51,7 +54,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
                 names.clear()
                 continue
             seen.add(identity(here))
-            names[:] = [name for name in names if not name.startswith(".") and name not in leave_out]
+            names[:] = [name for name in names if (hidden or not name.startswith(".")) and name not in leave_out]
             for link in (here / name for name in names if follow and (here / name).is_symlink()):
                 if not Path(os.path.realpath(here)).is_relative_to(os.path.realpath(link)):
                     links.append(link)
@@ -60,7 +63,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
             for name in file_names:
                 path = here / name
                 parts = path.relative_to(root).parts if "/" in glob else (name,)
-                if name.startswith(".") or name in own or not _matches(parts, glob):
+                if (name.startswith(".") and not hidden) or name in own or not _matches(parts, glob):
                     continue
                 if path.is_file():
                     files.append(path)

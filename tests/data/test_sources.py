@@ -269,3 +269,11 @@ def test_what_is_left_out_is_said_on_one_line(work: Path, capsys: pytest.Capture
     prepare(["t.jsonl"], work / "out", tokenizer="byte", val_fraction=0.0, workers=1, invalid="skip")
     said = capsys.readouterr().out
     assert "no field 'text' among a\\n\\x1b[31m\n" in said and "\x1b" not in said
+
+
+def test_hidden_files_are_read_only_by_a_glob_that_names_them(work: Path) -> None:
+    for name in ("a.md", ".b.md", ".c/d.md", "e/.f"):
+        Path("d", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("d", name).write_text(name)
+    for glob, names in (("*.md", ["a.md"]), (".*.md", [".b.md"]), (".c/*.md", [".c/d.md"]), ("**/.f", ["e/.f"])):
+        assert texts("d", glob=glob) == names
