@@ -91,10 +91,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     with memory_errors("Lower --num-samples or --max-new-tokens, or give fewer or shorter prompts"):
         reserve(model, len(prompts) * options.num_samples, options)
+        size = model.config.vocab_size
         if options.interactive:
             status(origin)
-            return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
-        samples = make_samples(prompts, tokenizer, options)
+            return converse(lambda line: write(make_samples([line], tokenizer, options, size), model, options))
+        samples = make_samples(prompts, tokenizer, options, size)
         status(origin)
         return write(samples, model, options)
 
@@ -196,8 +197,6 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
     from nib.generation.engine import Rows, stream_text
 
     make_rows = CompiledRows if options.compile else Rows
-    for sample in samples:  # before any of it is printed
-        sample.tokenizer.check_ids(sample.prompt_tokens, model.config.vocab_size, "the prompt")
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False
