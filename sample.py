@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
+from nib.common.wording import printable
 from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
 
 if TYPE_CHECKING:
@@ -288,7 +289,7 @@ def converse(answer: Callable[[str], int]) -> int:
         try:
             answer(line.removeprefix(BYTE_ORDER_MARK))
         except InputError as error:
-            status(f"error: {error}")
+            status(f"error: {printable(error)}")
 
 
 def status(message: str) -> None:

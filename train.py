@@ -42,7 +42,7 @@ import hashlib
 import json
 import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 
 import torch
@@ -75,6 +75,12 @@ def train(parsed: Parsed[TrainSettings]) -> int:
 
     Raises InputError, and RunError for a run that failed or whose end is not saved.
     """
+    with ExitStack() as held:
+        return train_holding(parsed, held)
+
+
+def train_holding(parsed: Parsed[TrainSettings], held: ExitStack) -> int:
+    """The run, which puts what it holds of the process into `held`: the lock of its directory, the signals."""
     settings, out_dir = parsed.settings, Path(parsed.settings.out_dir)
     dataset = open_dataset(settings.dataset)
     cluster = start_cluster(settings.device)
@@ -91,9 +97,13 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         raise InputError(f"there is no checkpoint in {out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint)
     order = WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
-    lock = lock_run(out_dir) if cluster.first and not settings.eval_only else None  # held until the process ends
+    if cluster.first and not settings.eval_only:
+        held.enter_context(lock_run(out_dir))
+    held.callback(run.saver.wait)  # until then the directory is written to
     report = Reporter(out_dir, cluster.first, record=not settings.eval_only)
     stop = StopSignal(at_once=settings.eval_only)  # a validation has nothing to save
+    if cluster.world == 1:  # torchrun's SIGTERM must not cut the traceback of one of several
+        held.callback(stop.restore)
     place(model, settings, precision, cluster)
     optimizers = make_optimizers(
         model, kind=settings.optimizer, learning_rate=settings.learning_rate, betas=(settings.beta1, settings.beta2),
@@ -115,14 +125,13 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     if settings.eval_only:
         report.say(f"step {progress.step}: {describe(validate())}")
         cluster.stop()
-        stop.restore()
         return 0
     announce(report, run, model)
     report.resume_metrics(progress.step)
     if settings.wandb_log:
         shape = {"model_config": asdict(model.config), "parameters": num_parameters(model)}
         report.start_wandb(
-            settings.wandb_project, settings.wandb_run_name or out_dir.name, as_dict(settings) | shape
+            settings.wandb_project, settings.wandb_run_name or out_dir.resolve().name, as_dict(settings) | shape
         )  # fmt: skip
 
     # the loop
@@ -188,9 +197,6 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     report.close()
     farewell(report, run, stopped_by)
     cluster.stop()
-    stop.restore()
-    if lock:
-        lock.close()
     if stopped_by:
         return 128 + stopped_by
     if run.saved_step == progress.step:

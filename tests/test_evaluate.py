@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import evaluate as script
 from nib.common.exits import InputError
-from nib.generation.scoring import Window, ending_window, read_choices, score_texts, windows
+from nib.generation.scoring import Window, ending_window, read_choices, score_choices, score_texts, windows
 from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer, train_bpe
 
@@ -220,6 +220,12 @@ def test_lm_evaluation_harness_finds_the_same_through_the_exported_directory(
     )["results"]["mine"]  # fmt: skip
     ours = json.loads(run_script("evaluate.py", "hf", "--data=task.jsonl", "--json", cwd=tmp_path).stdout)
     assert (found["acc,none"], found["acc_norm,none"]) == (ours["accuracy"], ours["accuracy_norm"])
+
+
+def test_of_an_ending_of_one_token_after_nothing_nothing_is_predicted() -> None:
+    question = {"context": "", "endings": ["a", "b"], "label": 0}
+    found = score_choices(random_model(vocab_size=3), CharTokenizer("abc"), [question], 8)
+    assert (found.questions, found.accuracy) == (1, 1), "both have probability 1, and the first is taken"
 
 
 def test_the_token_that_begins_an_ending_is_the_endings() -> None:

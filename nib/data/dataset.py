@@ -112,7 +112,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         counts = [*splits, meta["vocab_size"], meta["shard_tokens"]]
         sound = all(type(count) is int and 0 <= count < 2**48 for count in counts) and meta["shard_tokens"] > 0
         sound = sound and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["sha256"], dict)
-        sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
+        sound = sound and meta["format"] == FORMAT and meta["tokenizer"].isprintable()
     except FileNotFoundError:
         if (directory / REPLACEMENT).exists():
             how = "Give the same prepare_data.py command again to finish it"
@@ -122,7 +122,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise InputError(f"{path} is not what prepare_data.py writes. {HOW}")

@@ -71,7 +71,7 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
 def log_likelihoods(model: Any, group: list[Window]) -> Tensor:
     """The log-probability of the predicted ids of each window, summed, in nats: float64 (B,)."""
     device = next(model.parameters()).device
-    width = max(len(window.ids) for window in group) - 1
+    width = max(2, *(len(window.ids) for window in group)) - 1  # of a single id nothing is predicted
     inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
     for number, window in enumerate(group):
         size = len(window.ids) - 1

@@ -180,8 +180,9 @@ class Run:
         last_update = self.progress.step - self.progress.skipped_in_a_row
         older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
         source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
+        named = self.out_dir if self.out_dir.name not in ("", "..") else self.out_dir.resolve()  # . has no name
         changes: dict[str, Any] = {"out_dir": next(
-            place for number in itertools.count(2) if not Path(place := f"{self.out_dir}-{number}").exists()
+            place for number in itertools.count(2) if not Path(place := f"{named}-{number}").exists()
         )}  # fmt: skip
         if source:
             changes["init_from"] = checkpoints / source
