@@ -124,9 +124,9 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime and driver, NCCL, mmap, cuBLAS and
-# cuDNN put it, whole: a model.py may write of memory in an error of its own. cuBLAS calls itself not initialised where
-# its own workspace found no room.
+# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime and driver, NCCL, mmap, cuBLAS
+# and cuDNN put it, whole: a model.py may write of memory in an error of its own. cuBLAS calls itself not initialised
+# where its own workspace found no room.
 OUT_OF_MEMORY = re.compile(
     r"\b(CUDA|HIP|XPU) out of memory\. |MPS backend out of memory \(MPS allocated: |(CUDA|HIP)( driver)? error: out of "
     r"memory\b|Triton Error \[\w+\]: out of memory|Cuda failure (\d+ )?'out of memory'"

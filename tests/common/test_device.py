@@ -89,9 +89,9 @@ def test_memory_that_is_full_is_known_however_it_is_said(error: Exception) -> No
 @pytest.mark.parametrize(
     "message",
     [
-        "my cache ran out of memory slots", "out of memory", "Out of memory cells: 4 are not enough memory", "bad_alloc",
+        "my cache ran out of memory slots", "out of memory", "Out of memory cells: 4 are not enough memory",
         "the memory bank cannot allocate memory for 3 items", "slot allocation failed", "CUDA is out of memory tokens",
-        "the status is CUBLAS_STATUS_NOT_INITIALIZED", "an allocator like std::bad_alloc",
+        "the status is CUBLAS_STATUS_NOT_INITIALIZED", "an allocator like std::bad_alloc", "bad_alloc",
     ],
 )  # fmt: skip
 def test_an_error_of_the_users_own_about_memory_is_none_of_a_full_one(message: str) -> None:

@@ -120,7 +120,9 @@ def test_a_tuned_model_ends_its_texts_as_the_one_it_came_from(in_corpus: None, c
 
 def refused(done: Any, what: str) -> None:
     assert (done.returncode, done.stderr.count("error:")) == (2, 1), done.stderr
-    assert what in done.stderr and "the model has only the ids 0 to 256" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        what in done.stderr and "the model has only the ids 0 to 256" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_a_prompt_of_ids_beyond_the_model_is_one_line(call: Call, tmp_path: Path) -> None:
