@@ -276,13 +276,17 @@ with script_errors():
     kind, path = sys.argv[1], Path(sys.argv[2])
     dataset = Dataset(path)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    held = []
     try:
         while True:
-            os.open(os.devnull, os.O_RDONLY)
+            held.append(os.open(os.devnull, os.O_RDONLY))
     except OSError:
         pass
-    {"meta": lambda: Dataset(path), "opening": lambda: dataset.open_split("val"),
-     "training": lambda: dataset.train.read(0, 9999)}[kind]()
+    try:
+        {"meta": lambda: Dataset(path), "opening": lambda: dataset.open_split("val"),
+         "training": lambda: dataset.train.read(0, 9999)}[kind]()
+    finally:
+        list(map(os.close, held))  # Python may need one at its end
 """
 
 
