@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
+from nib.common.wording import printable
 from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
 
 if TYPE_CHECKING:
@@ -91,10 +92,11 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     with memory_errors("Lower --num-samples or --max-new-tokens, or give fewer or shorter prompts"):
         reserve(model, len(prompts) * options.num_samples, options)
+        size = model.config.vocab_size
         if options.interactive:
             status(origin)
-            return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
-        samples = make_samples(prompts, tokenizer, options)
+            return converse(lambda line: write(make_samples([line], tokenizer, options, size), model, options))
+        samples = make_samples(prompts, tokenizer, options, size)
         status(origin)
         return write(samples, model, options)
 
@@ -196,8 +198,6 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
     from nib.generation.engine import Rows, stream_text
 
     make_rows = CompiledRows if options.compile else Rows
-    for sample in samples:  # before any of it is printed
-        sample.tokenizer.check_ids(sample.prompt_tokens, model.config.vocab_size, "the prompt")
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False
@@ -289,7 +289,7 @@ def converse(answer: Callable[[str], int]) -> int:
         try:
             answer(line.removeprefix(BYTE_ORDER_MARK))
         except InputError as error:
-            status(f"error: {error}")
+            status(f"error: {printable(error)}")
 
 
 def status(message: str) -> None:

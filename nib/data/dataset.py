@@ -63,7 +63,7 @@ class Dataset:
                 self.check_content(path, np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
-                raise InputError(f"cannot read {path}: {error.strerror}. {how}") from None
+                raise InputError(f"cannot read {path}: {error.strerror}. {advice(error, how)}") from None
             shards.append(shard)
         return TokenStream(MappedShards(shards, dtype), size)
 
@@ -101,6 +101,12 @@ class Dataset:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def advice(error: Exception, otherwise: str) -> str:
+    """What to do about a file that cannot be read."""
+    full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return "Raise the limit of open files (ulimit -n)" if full else otherwise
+
+
 def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json with its types checked. Raises InputError."""
     path = directory / META_FILE
@@ -112,7 +118,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         counts = [*splits, meta["vocab_size"], meta["shard_tokens"]]
         sound = all(type(count) is int and 0 <= count < 2**48 for count in counts) and meta["shard_tokens"] > 0
         sound = sound and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["sha256"], dict)
-        sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
+        sound = sound and meta["format"] == FORMAT and meta["tokenizer"].isprintable()
     except FileNotFoundError:
         if (directory / REPLACEMENT).exists():
             how = "Give the same prepare_data.py command again to finish it"
@@ -121,8 +127,8 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"cannot read {path}: {error.strerror}. {advice(error, HOW)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
         raise InputError(f"{path} is not what prepare_data.py writes. {HOW}")
@@ -163,8 +169,7 @@ class MappedShards(Sequence[NDArray[Any]]):
                 return mapped
             reason, how = "it was replaced meanwhile", "Give the same command again"
         except (OSError, ValueError) as error:
-            full = getattr(error, "errno", None) == errno.EMFILE
-            how = "Raise the limit of open files (ulimit -n)" if full else "Give the same command again"
+            how = advice(error, "Give the same command again")
             reason = str(getattr(error, "strerror", None) or error)
         raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nib.common.exits import InputError
+from nib.common.wording import printable
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -243,7 +244,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
         except BrokenCheckpoint as error:
             if not path.exists():
                 return newest_good(checkpoints, optimizer)
-            print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
+            print(f"warning: {path.name} is passed over: {printable(error)}", file=sys.stderr)
     if paths:
         raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
     return None

@@ -104,7 +104,12 @@ class HuggingFaceModel:
                 continue
             if found.get(plain, (Path(),))[0].name != expected[tensor]:  # type: ignore[index]
                 raise InputError(f"{tensor[:80]} is not in the shard that {INDEX_FILE} names. Download it again")
-        return found
+        # A model that was saved inside another module, as model.model.layers...: the first part goes if all have it.
+        inner = (self.architecture.names["wte"][0] + ".weight", "lm_head.weight")
+        outer = {name.removesuffix(end) for name in found for end in inner if name.endswith("." + end)}
+        prefix = outer.pop() if len(outer) == 1 else ""
+        wrapped = all(name.startswith(prefix) for name in found)
+        return {name.removeprefix(prefix): place for name, place in found.items()} if wrapped else found
 
     def _match(self, config: dict[str, Any], without_bias: set[str]) -> list[Any]:
         """The places of our parameters, all of their tensors being there, of the right shape, and accounted for."""

@@ -183,6 +183,7 @@ def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
         for split in (dataset.train, dataset.val):
             for begin in range(0, split.tokens, 1 << 22):
                 largest = split.read(begin, begin + (1 << 22)).max()
-                tokenizer.check_ids([int(largest)], size, str(dataset.directory))
+                put = [dataset.tokenizer.end_of_text]
+                tokenizer.check_ids([int(largest)], size, f"a text in {dataset.directory}", put)
     ends = {tokenizer.end_of_text, *tokenizer.stop_ids} - {dataset.tokenizer.end_of_text}
     dataset.tokenizer.stop_ids |= {end for end in ends if end is not None}

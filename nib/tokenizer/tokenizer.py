@@ -91,13 +91,20 @@ class Tokenizer:
         """How many bytes each id stands for, int64 (V,): turns a loss per token into bits per byte."""
         return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
 
-    def check_ids(self, ids: Iterable[int], known: int, what: str) -> None:
-        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for."""
+    def check_ids(self, ids: Iterable[int], known: int, what: str, put: Iterable[int | None] = ()) -> None:
+        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for.
+
+        Those in `put` were not in the text: nib or the tokenizer has put them before or after it.
+        """
         largest = max(ids, default=-1)
         if largest >= known:
+            token = f"the token {self.token_name(largest)!r}, id {largest}"
+            has, how = f"{what} has {token}", "Leave it out, or add"
+            if largest in put:
+                has, how = f"{token}, is put before or after {what}", "Add"
             raise InputError(
-                f"{what} has the token {self.token_name(largest)!r}, id {largest}, but the model only the ids 0 to "
-                f"{known - 1}. Leave it out, or add embeddings with transformers' resize_token_embeddings"
+                f"{has}, but the model has only the ids 0 to {known - 1}. {how} embeddings with transformers' "
+                "resize_token_embeddings"
             )
 
     def token_name(self, id: int) -> str:

@@ -80,11 +80,15 @@ class Saver:
         except Exception as error:  # raised again in `finish`, in the thread that trains
             self.error = error
 
-    def finish(self) -> None:
-        """Wait for the write under way. Raises RunError when it failed."""
+    def wait(self) -> None:
+        """Wait for the write under way, whether it fails or not."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def finish(self) -> None:
+        """Wait for the write under way. Raises RunError when it failed."""
+        self.wait()
         if self.error is not None:
             error, self.error = self.error, None
             if not isinstance(error, OSError):

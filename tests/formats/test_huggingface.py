@@ -126,6 +126,8 @@ WRAPPED: dict[str, Callable[[str], str]] = {
     "checkpointed blocks of FSDP": lambda name: re.sub(
         r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", name
     ),
+    "inside a module": lambda name: f"model.{name}",
+    "inside modules": lambda name: f"module.base_model.model.{name}",
 }
 
 
@@ -141,8 +143,37 @@ def test_names_of_a_model_that_was_saved_in_a_wrapper_are_read(how: str, copy: P
     after = HuggingFaceModel(copy).weights()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     change_tensors(copy, lambda tensors: tensors.update({"model.norm.weight": torch.ones(32)}))
-    if "blocks" not in how:
+    if "inside" in how:
+        refused(copy, "is missing|has no place")
+    elif "blocks" not in how:
         refused(copy, "model.norm.weight is there twice")
+
+
+@pytest.mark.parametrize("left_out", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2"])
+def test_a_tied_model_that_was_saved_inside_a_module_is_read(kind: str, left_out: str, tmp_path: Path) -> None:
+    copy = save_model(tmp_path, kind, tie_word_embeddings=True)
+    before = HuggingFaceModel(copy).weights()
+    embedding = "transformer.wte.weight" if kind == "GPT2" else "model.embed_tokens.weight"
+
+    def rename(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors[embedding].clone()
+        tensors.pop(embedding if "embed" in left_out else left_out)
+        for name in list(tensors):
+            tensors[f"model.{name}"] = tensors.pop(name)
+
+    change_tensors(copy, rename)
+    after = HuggingFaceModel(copy).weights()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_two_models_in_one_file_are_refused(copy: Path) -> None:
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"student.{name}"], tensors[f"teacher.{name}"] = tensors[name].clone(), tensors.pop(name)
+
+    change_tensors(copy, twice)
+    refused(copy, "the tensor embed_tokens.weight is missing")
 
 
 def test_a_config_of_transformers_4_is_read(tmp_path: Path) -> None:
