@@ -22,11 +22,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from nib.common.exits import InputError
 from nib.common.wording import counted, printable, way_out
-from nib.data.download import download
+from nib.data.download import download, url_path
 from nib.data.paths import walk
 from nib.tokenizer.chunking import read_pieces
 
@@ -122,7 +121,7 @@ def _downloaded(name: str, format: str, path: Path) -> Source:
     if name == "shakespeare":
         size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
         return Source(name, "text", path, size)
-    shown = Path(urlsplit(name).path)
+    shown = url_path(name)
     format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
     download(name, path)
     return Source(name, format, path, _text_size(path))
@@ -179,7 +178,7 @@ def _format_of(path: Path, format: str) -> str:
         return found
     raise InputError(
         f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
-        "pipe what is in it to prepare_data.py -, or leave it out by --glob"
+        "pipe what is in it to prepare_data.py -, or leave it out (of a directory by --glob)"
     )
 
 
@@ -338,7 +337,9 @@ def chat_text(messages: list[Any]) -> str | None:
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts, of which pictures and sounds are left out
-            texts = [part["text"] if isinstance(part, dict) else part for part in content if not is_media(part)]
+            texts: list[Any] = [
+                part.get("text") if isinstance(part, dict) else part for part in content if not is_media(part)
+            ]
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(role, str) or not isinstance(content, str):
             return None
@@ -347,8 +348,13 @@ def chat_text(messages: list[Any]) -> str | None:
 
 
 def is_media(part: Any) -> bool:
-    """Whether a part of a message's content is one without a text, such as a picture or a sound."""
-    return isinstance(part, dict) and "text" not in part
+    """Whether a part of a message's content is one without a text, such as a picture or a sound.
+
+    A row of Parquet has null for what it lacks and other rows have.
+    """
+    if not isinstance(part, dict) or part.get("text") is not None:
+        return False
+    return "text" not in part or not str(part.get("type") or "text").endswith("text")
 
 
 def row_text(value: Any, where: str) -> tuple[str, str]:

@@ -94,7 +94,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         where = part.where.partition(", line ")[0] if part.is_json else part.where
         reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
         if invalid == "error":
-            raise InputError(f"{reason}. Is it text? --invalid=replace or skip go on") from None
+            raise InputError(f"{reason}. Make it UTF-8 with iconv, or go on with --invalid=replace or skip") from None
         if invalid == "skip":
             return "", 0, reason
         text = data.decode("utf-8", errors="replace")
