@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nib.common.exits import InputError
-from nib.data.documents import MESSAGES, Part, row_text
+from nib.data.documents import Part
+from nib.data.rows import MESSAGES, row_text
 from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer

@@ -14,9 +14,10 @@ import pytest
 
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
-from nib.data.documents import HEAD_BYTES, chat_text, find_sources, read_parts
+from nib.data.documents import HEAD_BYTES, find_sources, read_parts
 from nib.data.encode import part_text
 from nib.data.prepare import prepare
+from nib.data.rows import chat_text
 
 
 @pytest.fixture(autouse=True)
