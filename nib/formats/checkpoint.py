@@ -64,19 +64,12 @@ class Checkpoint:
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
         self.model_config: dict[str, Any] = self.state["model_config"]
 
-    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
-        """The weights by name. Raises InputError for those of 8 bits where the caller cannot use them."""
-        if self.quantized and not quantized:
-            raise InputError(f"{self.directory} is quantised: it can only be sampled from. Use the one it was made of")
+    def weights(self) -> dict[str, Tensor]:
         return self._tensors(MODEL_FILE)
 
     def release(self) -> None:
         if self.held:
             self.held.close()
-
-    @property
-    def quantized(self) -> bool:
-        return self.state.get("quantize") == "int8"
 
     def optimizer(self) -> dict[str, Tensor]:
         return self._tensors(OPTIMIZER_FILE)
@@ -152,16 +145,7 @@ def write_checkpoint(
 
     Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
     """
-    name = f"step-{state['step']:08d}"
-    write_directory(checkpoints / name, weights, optimizer, state, tokenizer)
-    name_checkpoint(checkpoints, "latest", name)
-    return checkpoints / name
-
-
-def write_directory(
-    place: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer
-) -> None:
-    """Write a checkpoint's files aside, flush them to the disk, and put them in place. Raises OSError."""
+    place = checkpoints / f"step-{state['step']:08d}"
     aside = place.with_name(f".{place.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -184,6 +168,8 @@ def write_directory(
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    name_checkpoint(checkpoints, "latest", place.name)
+    return place
 
 
 def name_restored(checkpoints: Path, name: str, best: bool) -> None:

@@ -46,8 +46,6 @@ class HuggingFaceModel:
     Opening it checks everything but the values of the weights. Raises InputError.
     """
 
-    quantized = False
-
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         config = read_object(directory / CONFIG_FILE)
@@ -180,7 +178,7 @@ class HuggingFaceModel:
 
         return read
 
-    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Our parameters, in the dtype of the file. Raises InputError for a file that has changed under way."""
         read, weights = self._reader(), {}
         for place in self.places:

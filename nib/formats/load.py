@@ -14,11 +14,10 @@ import torch
 from torch import nn
 
 from nib.common.device import is_out_of_memory
-from nib.common.exits import InputError, RunError
+from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
-from nib.common.signals import stop_signals_raise
 from nib.common.wording import counted
-from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint, write_directory
+from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
 
@@ -85,10 +84,10 @@ def does_not_fit(source: Source, error: Exception) -> InputError:
 def build(source: Source, make_model: Callable[[], Model], sampling: bool = False) -> Model:
     """A model of the source's settings, which `make_model` makes, with the source's weights.
 
-    For `sampling` weights may be of 8 bits, and stay in their file until they are quantised or copied. Raises
-    InputError for weights of another model.
+    For `sampling` they stay in their file until they are quantised or copied. Raises InputError for weights of
+    another model.
     """
-    weights = source.weights(quantized=sampling)
+    weights = source.weights()
     model = without_drawing(make_model)
     assign = sampling or model is not None
     if model is None:
@@ -148,18 +147,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter, nn.init.normal_ = register, normal  # type: ignore[method-assign]
-
-
-def save_quantized(model: Any, source: Source, directory: Path) -> None:
-    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
-    if directory.exists():
-        raise InputError(f"{directory} exists already. Name a new directory")
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with stop_signals_raise():
-            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
-    except OSError as error:
-        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
 
 
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:

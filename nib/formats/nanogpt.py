@@ -33,8 +33,6 @@ class NanoGPTCheckpoint:
     not tell.
     """
 
-    quantized = False
-
     def __init__(self, path: Path) -> None:
         import torch
 
@@ -80,7 +78,7 @@ class NanoGPTCheckpoint:
         except InputError as error:
             raise InputError(f"{path}: {error}. Give an unchanged nanoGPT's ckpt.pt") from None
 
-    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         return self.tensors
 
     def tokenizer(self) -> Tokenizer:

@@ -51,17 +51,6 @@ def test_sample_writes_what_transformers_writes(tmp_path: Path) -> None:
     assert len(tokens) > 20 and sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
-def test_an_imported_model_is_quantised_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hf_bytes(tmp_path / "hf")
-    options = ["--prompt=abc", "--temperature=0", "--max-new-tokens=8"]
-    quantised = str(tmp_path / "int8")
-    assert sample.main([str(tmp_path / "hf"), *options, "--quantize=int8", f"--save-quantized={quantised}"]) == 0
-    first = capsys.readouterr().out
-    assert sample.main([quantised, *options]) == 0 and capsys.readouterr().out == first
-    with pytest.raises(InputError, match="it can only be sampled from"):
-        export(open_source(quantised), tmp_path / "out")
-
-
 def tiny_train(*arguments: str) -> int:
     options = [option for option in TINY if not option.startswith(("--n_", "--block_size"))]
     return train_script.train(train_script.read_settings([*options, *arguments]))
