@@ -21,9 +21,9 @@ from nib.common.exits import InputError, RunError
 from nib.common.wording import counted, printable
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.encode import EncoderSettings, encode_all, part_text
+from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
 from nib.data.workers import Worker
-from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 

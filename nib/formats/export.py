@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +18,11 @@ from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted
 from nib.data.shards import staging_directory, sync
-from nib.formats.architectures import LINEAR, XIELU, Architecture, choose_architecture, write_config
+from nib.formats.architectures import Architecture, choose_architecture, write_config_json
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
-from nib.formats.places import places
+from nib.formats.places import Shapes, has_bias, places
 from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
 
 if TYPE_CHECKING:
@@ -34,30 +35,37 @@ CARD_KEYS = (
 )
 
 
-def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf") -> str:
+def export(
+    source: Source, config: Any, weights: dict[str, Tensor], out: Path,
+    dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf",
+) -> str:  # fmt: skip
     """Write the model into the new directory `out`, whole or not at all; returns the name of its architecture.
 
-    `kind` is hf or gguf. Raises InputError for a model that no architecture expresses, RunError for a full disk.
+    `config` is the GPTConfig of the source's model, `kind` hf or gguf. Raises InputError for a model that no
+    architecture expresses, RunError for a full disk.
     """
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists. Give a new directory")
-    architecture, tokenizer = choose_architecture(source.model_config), source.tokenizer()
-    weights = source.weights()
+    model = vars(config)
+    architecture, tokenizer = choose_architecture(model), source.tokenizer()
     content = as_tokenizer_json(tokenizer)
     if kind == "gguf":
-        check_gguf(architecture, source.model_config, tokenizer, content)
+        check_gguf(architecture, model, tokenizer, content)
     stored = weights["wte.weight"].dtype if dtype == "auto" else DTYPES[dtype]
-    tensors = list(their_tensors(architecture, source.model_config, weights, stored))
+    shapes = their_shapes(architecture, model, weights)
+    tensors = list(their_tensors(architecture, model, shapes, weights, stored))
     try:
         with staging_directory(out, overwrite=False) as staging:
             if kind == "gguf":
                 path = staging / f"{out.name}.gguf"
-                write_gguf(path, architecture, source.model_config, tensors, stored, tokenizer, content)
+                write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
             else:
                 write_weights(tensors, staging, max_shard_bytes)
-                write_settings(architecture, source, tokenizer, stored, staging)
-                (staging / "README.md").write_text(model_card(source, architecture, tokenizer, out.name), "utf-8")
-                HuggingFaceModel(staging)  # what was written has everything in its place
+                write_settings(architecture, source, model, tokenizer, stored, staging)
+                size = sum(tensor.numel() for tensor in weights.values())
+                card = model_card(source, architecture, model, size, tokenizer, out.name)
+                (staging / "README.md").write_text(card, "utf-8")
+                HuggingFaceModel(staging).match(shapes)  # what was written has everything in its place
             for path in staging.iterdir():
                 sync(path)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
@@ -68,12 +76,23 @@ def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: i
     return architecture.name
 
 
+def their_shapes(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> Shapes:
+    """The shapes of the weights, and of the biases that theirs has and ours lacks."""
+    shapes: Shapes = {}
+    for name, tensor in weights.items():
+        shapes[name] = tuple(tensor.shape)
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and has_bias(architecture, model, re.sub(r"^blocks\.\d+\.", "", module)):
+            shapes.setdefault(f"{module}.bias", shapes[name][:1])
+    return shapes
+
+
 def their_tensors(
-    architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
+    architecture: Architecture, model: dict[str, Any], shapes: Shapes, weights: dict[str, Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Name, size in bytes, and a function that makes it, of each tensor of theirs.
 
-    Biases that theirs always has and ours lacks are zero.
+    Biases that theirs has and ours lacks are zero.
     """
 
     def part(ours: str, shape: tuple[int, ...], first: int, transposed: bool) -> Callable[[], Tensor]:
@@ -85,22 +104,11 @@ def their_tensors(
 
         return make
 
-    has_bias = model["bias"] or bool(architecture.always_bias) or model["norm"] == "layernorm"
-    for place in places(architecture, model | {"bias": has_bias}):
-        if place.ours not in weights and not architecture.always_bias and place.ours.endswith(
-            tuple(f"{name}.bias" for name in LINEAR)
-        ):  # fmt: skip
-            continue
+    for place in places(architecture, model, shapes):
         first = 0
         for name, shape in place.parts:
             yield name, torch.Size(shape).numel() * dtype.itemsize, part(place.ours, shape, first, place.transposed)
             first += shape[0]
-    if architecture.model_type == "apertus":
-        for layer in range(model["n_layer"]):
-            for key, value in XIELU.items():
-                number = torch.tensor(value, dtype=dtype)
-                name = f"model.layers.{layer}.mlp.act_fn.{key}"
-                yield name, dtype.itemsize, lambda number=number: number.clone()  # type: ignore[misc]
 
 
 def write_weights(tensors: list[tuple[str, int, Callable[[], Tensor]]], directory: Path, max_bytes: int) -> None:
@@ -124,26 +132,27 @@ def write_weights(tensors: list[tuple[str, int, Callable[[], Tensor]]], director
 
 
 def write_settings(
-    architecture: Architecture, source: Source, tokenizer: Tokenizer, dtype: torch.dtype, directory: Path
-) -> None:
+    architecture: Architecture, source: Source, model: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype,
+    directory: Path,
+) -> None:  # fmt: skip
     """config.json, generation_config.json and the files of the tokenizer."""
     ends = [tokenizer.end_of_text, *sorted(tokenizer.stop_ids)]
     ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends if tokenizer.stop_ids else ends[0]}
     kind = str(dtype).removeprefix("torch.")
-    config = write_config(architecture, source.model_config) | ids | {"pad_token_id": None, "dtype": kind}
+    config = write_config_json(architecture, model) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation: dict[str, Any] = dict(ids)
     given = source.directory / GENERATION_JSON
     if isinstance(source, HuggingFaceModel) and given.is_file():
         generation = read_object(given)
     (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(tokenizer, directory, source.model_config["block_size"])
+    write_tokenizer(tokenizer, directory, model["block_size"])
 
 
-def model_card(source: Source, architecture: Architecture, tokenizer: Tokenizer, name: str) -> str:
+def model_card(
+    source: Source, architecture: Architecture, model: dict[str, Any], size: int, tokenizer: Tokenizer, name: str
+) -> str:
     """README.md: what the model is, what it was trained on and how well it does, as far as the source knows."""
-    model = source.model_config
-    size = sum(tensor.numel() for tensor in source.weights().values())
     shape = ", ".join(f"{key} {model[key]}" for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"))
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nib", "---", "", f"# {name}",

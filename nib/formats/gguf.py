@@ -19,7 +19,7 @@ from nib.tokenizer.huggingface import begin_of_text
 from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
 # llama.cpp has one activation an architecture, and no window in these.
-ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2", "apertus": "relu2"}
+ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2"}
 INTERLEAVED = ("llama", "arcee")  # rotate neighbouring channels, so that rows of queries and keys change places
 PRE_TOKENIZERS = {  # split patterns, without possessive signs: llama.cpp's name
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s": "gpt-2",
@@ -67,14 +67,8 @@ def write_gguf(
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(arch, model["n_layer"])
-    xielu: dict[str, list[float]] = {}
-    if kind == "apertus" and model["tie_weights"]:  # the one that does not look for its head in the embedding
-        tensors = [*tensors, ("lm_head.weight", 0, tensors[0][2])]
     for theirs, _, make in tensors:
         tensor = make()
-        if ".act_fn." in theirs:
-            xielu.setdefault(theirs.rpartition(".")[2], []).append(float(tensor.reshape(())))
-            continue
         if architecture.transposed and tensor.ndim == 2 and ".h." in theirs:
             tensor = tensor.T
         if kind in INTERLEAVED and (part := re.search(r"\.([qk])_proj\.", theirs)):
@@ -85,8 +79,6 @@ def write_gguf(
         data = tensor.float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType[types[dtype] if tensor.ndim > 1 else "F32"]
         writer.add_tensor(ours, gguf.quants.quantize(data, stored), raw_dtype=stored)
-    for key, values in xielu.items():
-        getattr(writer, f"add_xielu_{key}")(values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

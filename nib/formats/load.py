@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nib.common.device import is_out_of_memory
 from nib.common.exits import InputError
@@ -20,6 +20,7 @@ from nib.common.wording import counted
 from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+from nib.formats.places import Shapes
 
 if TYPE_CHECKING:
     from nib.data.dataset import Dataset
@@ -33,8 +34,7 @@ KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  
 def open_source(target: str | None, root: Path = Path("out")) -> Source:
     """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
 
-    All have `directory`, `model_config` (the fields of model.GPTConfig), `state`, `weights()` and `tokenizer()`.
-    Raises InputError.
+    All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if target is None:
         return open_checkpoint(find_checkpoint(None, root))
@@ -87,7 +87,7 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
     For `sampling` they stay in their file until they are quantised or copied. Raises InputError for weights of
     another model.
     """
-    weights = source.weights()
+    weights = read_weights(source, make_model)
     model = without_drawing(make_model)
     assign = sampling or model is not None
     if model is None:
@@ -105,6 +105,22 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
             raise
         raise does_not_fit(source, error) from None
     return model
+
+
+def read_weights(source: Source, make_model: Callable[[], Model]) -> dict[str, Tensor]:
+    """The source's weights by their names in the model that `make_model` makes. Raises InputError."""
+    return source.weights() if isinstance(source, Checkpoint) else source.weights(parameter_shapes(make_model))
+
+
+def parameter_shapes(make_model: Callable[[], Model]) -> Shapes:
+    """What is loaded into such a model, which is made without memory, unless its constructor computes with values."""
+    model = None
+    with torch.random.fork_rng([]):
+        for buffers in ("cpu", "meta"):  # the second only for sizes beyond memory: torch imports for a second for it
+            with contextlib.suppress(Exception), torch.device(buffers), parameters_on_meta():
+                model = model or make_model()
+        model = model or make_model()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def without_drawing(make_model: Callable[[], Model]) -> Model | None:
