@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nib.common.exits import InputError
+from nib.common.files import plain_file
 from nib.common.wording import counted
 from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer
@@ -32,9 +33,7 @@ class _PlainUnpickler(pickle.Unpickler):
 def read_meta(path: Path) -> CharTokenizer:
     """The character tokenizer in a meta.pkl. Raises InputError."""
     try:
-        if path.stat().st_size > MAX_META_BYTES:
-            raise ValueError("it is too large")
-        letters = _PlainUnpickler(io.BytesIO(path.read_bytes())).load()["itos"]
+        letters = _PlainUnpickler(io.BytesIO(plain_file(path, MAX_META_BYTES).read_bytes())).load()["itos"]
         characters = [letters[id] for id in range(len(letters))]
         if not all(isinstance(each, str) and len(each) == 1 for each in characters):
             raise ValueError("its tokens are not characters")

@@ -11,14 +11,10 @@ out/RUN/checkpoints/latest, best     text files that name one of them
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-import stat
 import sys
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nib.common.exits import InputError
+from nib.common.files import file_sha256, fsync, new_directory, plain_file, read_object
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -80,16 +77,11 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
         try:
-            if plain_file(path).stat().st_size > 1 << 24:
-                raise ValueError("too large")
-            content = json.loads(path.read_bytes())
+            return read_object(path, 1 << 24)
         except OSError as error:
             raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint")
-        return content
+        except ValueError:
+            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint") from None
 
     def _check(self, name: str) -> None:
         path = self.directory / name
@@ -108,13 +100,6 @@ class Checkpoint:
             raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
 
 
-def plain_file(path: Path) -> Path:
-    """`path` as it is. Raises OSError for anything but a file: a pipe or a device may have no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
-    return path
-
-
 def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
     """Lock a checkpoint, shared to read it or alone to remove it, until the returned file is closed. Raises OSError."""
     file: IO[Any] = plain_file(directory / SUMS_FILE).open(mode)
@@ -124,14 +109,6 @@ def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
         file.close()
         raise
     return file
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with plain_file(path).open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def write_checkpoint(
@@ -146,10 +123,7 @@ def write_checkpoint(
     Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
     """
     place = checkpoints / f"step-{state['step']:08d}"
-    aside = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_directory(place, replace=True) as aside:
         try:
             save_file(weights, aside / MODEL_FILE)
             save_file(optimizer, aside / OPTIMIZER_FILE)
@@ -157,17 +131,7 @@ def write_checkpoint(
             raise OSError(str(error)) from None
         tokenizer.save(aside)
         (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-        sums = {file: file_sha256(aside / file) for file in FILES}
-        (aside / SUMS_FILE).write_text(json.dumps(sums, indent=1))
-        for file in (*FILES, SUMS_FILE):
-            flush(aside / file)
-        flush(aside)
-        shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
-        flush(place.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        (aside / SUMS_FILE).write_text(json.dumps({file: file_sha256(aside / file) for file in FILES}, indent=1))
     name_checkpoint(checkpoints, "latest", place.name)
     return place
 
@@ -182,20 +146,11 @@ def name_restored(checkpoints: Path, name: str, best: bool) -> None:
             name_checkpoint(checkpoints, label, name)
 
 
-def flush(path: Path) -> None:
-    """Wait until the file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
     """Make checkpoints/`label` say `name`, in one step."""
     aside = checkpoints / f".{label}.partial"
     aside.write_text(name + "\n")
-    flush(aside)
+    fsync(aside)
     aside.replace(checkpoints / label)
 
 

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
+from nib.common.files import new_directory
 from nib.common.wording import counted
-from nib.data.shards import staging_directory, sync
 from nib.formats.architectures import Architecture, choose_architecture, write_config_json
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.formats.places import Shapes, has_bias, places
-from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
+from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_settings, write_tokenizer
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -55,7 +55,7 @@ def export(
     shapes = their_shapes(architecture, model, weights)
     tensors = list(their_tensors(architecture, model, shapes, weights, stored))
     try:
-        with staging_directory(out, overwrite=False) as staging:
+        with new_directory(out) as staging:
             if kind == "gguf":
                 path = staging / f"{out.name}.gguf"
                 write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
@@ -66,8 +66,6 @@ def export(
                 card = model_card(source, architecture, model, size, tokenizer, out.name)
                 (staging / "README.md").write_text(card, "utf-8")
                 HuggingFaceModel(staging).match(shapes)  # what was written has everything in its place
-            for path in staging.iterdir():
-                sync(path)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {out}: {error.strerror}. Give another directory") from None
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
@@ -144,7 +142,7 @@ def write_settings(
     generation: dict[str, Any] = dict(ids)
     given = source.directory / GENERATION_JSON
     if isinstance(source, HuggingFaceModel) and given.is_file():
-        generation = read_object(given)
+        generation = read_settings(given)
     (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     write_tokenizer(tokenizer, directory, model["block_size"])
 

@@ -17,7 +17,7 @@ from nib.common.exits import InputError
 from nib.common.wording import counted
 from nib.formats.architectures import read_config_json
 from nib.formats.places import NOT_WEIGHTS, ImportedModel, Stored, plain_name
-from nib.tokenizer.huggingface import read_object, read_tokenizer
+from nib.tokenizer.huggingface import read_settings, read_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -30,7 +30,7 @@ def is_hugging_face(path: Path) -> bool:
     if not (path / CONFIG_FILE).is_file():
         return False
     try:
-        config = read_object(path / CONFIG_FILE)
+        config = read_settings(path / CONFIG_FILE)
     except InputError:
         return False
     return "architectures" in config or "model_type" in config
@@ -41,7 +41,7 @@ class HuggingFaceModel(ImportedModel):
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        config = read_object(directory / CONFIG_FILE)
+        config = read_settings(directory / CONFIG_FILE)
         try:
             self.architecture, self.model_config, self.without_bias = read_config_json(config)
             self.tensors = self._find_tensors()
@@ -56,7 +56,7 @@ class HuggingFaceModel(ImportedModel):
         if (self.directory / WEIGHTS_FILE).is_file():
             names = [WEIGHTS_FILE]
         elif (self.directory / INDEX_FILE).is_file():
-            expected = read_object(self.directory / INDEX_FILE).get("weight_map")
+            expected = read_settings(self.directory / INDEX_FILE).get("weight_map")
             if not isinstance(expected, dict) or not expected:
                 raise InputError(f"{INDEX_FILE} has no weight_map. Give a whole model directory")
             names = sorted(set(map(str, expected.values())))

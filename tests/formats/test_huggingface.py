@@ -290,10 +290,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "q_proj.bias has no place",
     ),
     "whole numbers": (lambda path: change_tensors(path, to_int), "lm_head.weight is of type I8"),
-    "config that is none": (lambda path: (path / "config.json").write_bytes(b"\x80\x04"), "cannot read"),
+    "config that is none": (lambda path: (path / "config.json").write_bytes(b"\x80\x04"), "not a JSON object"),
     "config too deep": (lambda path: (path / "config.json").write_text("[" * 10**5), "not a JSON object"),
     "config is a pipe": (
-        lambda path: ((path / "config.json").unlink(), os.mkfifo(path / "config.json")), "not a file of at most",
+        lambda path: ((path / "config.json").unlink(), os.mkfifo(path / "config.json")), "it is no file",
     ),
     "weights are a pipe": (
         lambda path: ((path / "model.safetensors").unlink(), os.mkfifo(path / "model.safetensors")), "there is no",
