@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.common.exits import InputError, RunError
-from nib.common.wording import counted, typed
+from nib.common.wording import counted, typed, way_out
 from nib.data.shards import FORMAT, META_FILE, REPLACEMENT
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
@@ -63,7 +62,7 @@ class Dataset:
                 self.check_content(path, np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
-                raise InputError(f"cannot read {path}: {error.strerror}. {how}") from None
+                raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, how)}") from None
             shards.append(shard)
         return TokenStream(MappedShards(shards, dtype), size)
 
@@ -121,7 +120,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
+        raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, HOW)}") from None
     except (ValueError, KeyError, TypeError, RecursionError):
         sound = False
     if not sound:
@@ -163,8 +162,8 @@ class MappedShards(Sequence[NDArray[Any]]):
                 return mapped
             reason, how = "it was replaced meanwhile", "Give the same command again"
         except (OSError, ValueError) as error:
-            full = getattr(error, "errno", None) == errno.EMFILE
-            how = "Raise the limit of open files (ulimit -n)" if full else "Give the same command again"
+            how = "Give the same command again"
+            how = way_out(error, how) if isinstance(error, OSError) else how
             reason = str(getattr(error, "strerror", None) or error)
         raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 

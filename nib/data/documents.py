@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 from nib.common.exits import InputError
+from nib.common.wording import counted, printable, way_out
 from nib.data.download import download
 from nib.data.paths import walk
 from nib.tokenizer.chunking import read_pieces
@@ -136,6 +137,13 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
                 files = tables
             if not files:
                 raise InputError(f"no file in {path} matches {glob or '*'}. Give another directory or --glob")
+            readable = [file for file in files if _content_of(file, format)]
+            if len(files) <= 2 * len(readable) < 2 * len(files):  # where most are packed, these are the corpus
+                packed = sorted(set(files) - set(readable))
+                shown = ", ".join(map(printable, packed[:3])) + ", ..." * (len(packed) > 3)
+                how = "Unpack what belongs to the corpus"
+                print(f"passed over {counted(len(packed), 'packed file')}: {shown}. {how}", file=sys.stderr)
+                files = readable
         elif path.exists():
             files = [path]
         else:
@@ -144,7 +152,8 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
             file.open("rb").close()  # before hours of work, not after
         return [Source(str(file), _format_of(file, format), file, _text_size(file)) for file in files]
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or path}: {error.strerror}. Leave it out or mend it") from None
+        how = way_out(error, "Leave it out or mend it")
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror}. {how}") from None
 
 
 def _compression(path: Path) -> str:
@@ -156,17 +165,22 @@ def _text_size(path: Path) -> int | None:
     return None if _compression(path) else path.stat().st_size
 
 
-def _format_of(path: Path, format: str) -> str:
-    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+def _content_of(path: Path, format: str) -> str:
+    """What a file of that name holds; "" where it is packed in a way that is not read here."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
     found = FORMATS.get(ending, "text") if format == "auto" else format
-    if ending in PACKED or (found == "parquet" and last in COMPRESSED):
-        raise InputError(
-            f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
-            "pipe what is in it to prepare_data.py -, or leave it out by --glob"
-        )
-    return found
+    return "" if ending in PACKED or (found == "parquet" and last in COMPRESSED) else found
+
+
+def _format_of(path: Path, format: str) -> str:
+    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+    if found := _content_of(path, format):
+        return found
+    raise InputError(
+        f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
+        "pipe what is in it to prepare_data.py -, or leave it out by --glob"
+    )
 
 
 def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
@@ -187,7 +201,8 @@ def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
                     yield from _stream(source, stream)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             error = error if isinstance(error, OSError) else OSError(f"it is packed, and damaged: {error}")
-            raise InputError(f"cannot read {source.name}: {error.strerror or error}. Leave it out or mend it") from None
+            how = way_out(error, "Leave it out or mend it")
+            raise InputError(f"cannot read {source.name}: {error.strerror or error}. {how}") from None
 
 
 class StandardInput(io.RawIOBase):
@@ -283,7 +298,11 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
                     try:
                         value = cell.as_py()
                     except UnicodeDecodeError as error:  # a text's own bytes are looked at later
-                        value = [b"not UTF-8"] if isinstance(cell, pyarrow.ListScalar) else error.object
+                        if not isinstance(getattr(cell, "value", cell), pyarrow.BinaryScalar):
+                            fault = f"column {field!r} holds {cell.type} with text that is not UTF-8"
+                            yield Part(f"{source.name}, row {row}", b"", fault=fault)
+                            continue
+                        value = error.object
                     except (ValueError, OverflowError):  # a time that Python's own types cannot hold
                         value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
@@ -314,7 +333,8 @@ def chat_text(messages: list[Any]) -> str | None:
     for message in messages:
         if not isinstance(message, dict):
             return None
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        found = {key: value for key, value in message.items() if value is not None}
+        role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts, of which pictures and sounds are left out

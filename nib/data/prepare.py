@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from nib.common.exits import InputError, RunError
-from nib.common.wording import counted, printable
+from nib.common.wording import counted, printable, way_out
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
@@ -117,6 +117,8 @@ def prepare(
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise RunError(f"{error.strerror}. {way_out(error, '')}, or lower --workers") from None
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
             raise InputError(f"cannot write {out}: {error.strerror}. Give another --out") from None
         raise

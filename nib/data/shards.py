@@ -24,14 +24,16 @@ FORMAT = "nib-data-1"
 META_FILE = "meta.json"
 # Every name that a file of a dataset can have.
 OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.bin|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
+# What is prepared, below `staging_path`: a name that only nib gives, since all that is there may be removed.
+UNFINISHED = "nib-unfinished"
 # In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
-REPLACEMENT, REPLACED = ".nib-replacement", "replaced.json"
+REPLACEMENT, REPLACED = ".nib-staging/nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
 SPLITS = ("train", "val")
 
 
 def staging_path(out: Path) -> Path:
-    """Where the content of `out` is prepared. Inside `out` where that exists: it may be a mount point, or a link."""
+    """The directory for preparing the content of `out`. Inside `out` where that exists: it may be a mount or a link."""
     return out / ".nib-staging" if out.is_dir() else out.parent / f".{out.name}.staging"
 
 
@@ -44,6 +46,7 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     `out` right now, and when `out` exists: without `overwrite` always, with it where a file of the user's is in danger.
     """
     inside, staging = out.is_dir(), staging_path(out)
+    new = staging / UNFINISHED
     if not inside:
         check_output(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,26 +54,32 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     with stop_signals_raise(), _locked(out if inside else staging) as locked:
         if not locked:
             raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
+        known = {UNFINISHED, Path(REPLACEMENT).name}
+        if staging.is_symlink() or (staging.exists() and not known.issuperset(os.listdir(staging))):
+            raise InputError(
+                f"{staging}, where nib would work, holds what nib did not write. Move it, or give another --out"
+            )
         try:
             _finish_replacement(out)
             check_output(out, overwrite)  # here too: another run may have ended just now
-            staging.mkdir(exist_ok=True)
-            for left in staging.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield staging
-            sync(staging)
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            yield new
+            sync(new)
             if inside:
-                staging.rename(out / REPLACEMENT)
+                new.rename(out / REPLACEMENT)
+                sync(staging)
                 sync(out)
                 _finish_replacement(out)
             elif out.exists():
                 raise InputError(f"{out} was made by something else meanwhile. Move it away, and run again")
             else:
-                staging.rename(out)
+                new.rename(out)
                 sync(out.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staging.rmdir()
 
 
 def _finish_replacement(out: Path) -> None:

@@ -15,7 +15,7 @@ import nib.training.start
 import train
 from nib.common.exits import InputError, RunError
 from nib.data.prepare import BUILTIN_DATASETS, prepare
-from nib.data.shards import staging_path
+from nib.data.shards import UNFINISHED, staging_path
 from nib.training.distributed import own_place, start_cluster
 from nib.training.start import open_dataset
 
@@ -98,7 +98,7 @@ def test_a_first_process_that_is_not_at_work_is_not_waited_for(left: str, capsys
 @pytest.mark.usefixtures("second")
 def test_a_first_process_that_is_at_work_is_waited_for() -> None:
     def work() -> None:
-        staging = staging_path(Path("data/tiny"))
+        staging = staging_path(Path("data/tiny")) / UNFINISHED
         staging.mkdir(parents=True)
         for number in range(12):  # longer than either patience
             (staging / "train.tokens").write_bytes(bytes(number))

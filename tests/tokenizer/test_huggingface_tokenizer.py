@@ -220,7 +220,7 @@ BROKEN: dict[str, tuple[dict, str]] = {
     "no decoder": (dict(decoder=None), "BPE decoded by nothing"),
     "huge ids": (dict(model={"type": "BPE", "vocab": {"a": 2**31}, "merges": []}), "ids up to"),
     "merges of nothing": (dict(model={"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}), "tokenizer"),
-    "letters of no byte": (dict(model={"type": "BPE", "vocab": {"中": 0}, "merges": []}), "tokenizer"),
+    "letters of no byte": (dict(model={"type": "BPE", "vocab": {"中": 0}, "merges": []}), "has no tokens of bytes"),
     "a list": (dict(added_tokens="x"), "tokenizer"),
     "a pattern that does not compile": (
         dict(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}),
