@@ -14,7 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nib.common.exits import InputError
 from nib.common.signals import stop_signals_raise
+
+UNFINISHED = "nib-unfinished"  # a name that only nib gives, since all that is there may be removed
 
 
 def plain_file(path: Path, most: int = 1 << 62) -> Path:
@@ -55,9 +58,15 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_files(directory: Path) -> None:
+    """Wait until a directory's files and their names are on the disk."""
+    for path in (*directory.iterdir(), directory):
+        fsync(path)
+
+
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory for this process; False when another holds it, or renamed it just now.
+    """Lock a directory for this process; False when another holds it, or renamed or removed it just now.
 
     The lock goes with the process, so a killed run leaves none behind.
     """
@@ -73,30 +82,49 @@ def locked(directory: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def staging_path(place: Path) -> Path:
+    """Where a new `place` is prepared, in the directory UNFINISHED."""
+    return place.with_name(f".{place.name}.staging")
+
+
+@contextlib.contextmanager
+def workplace(place: Path, staging: Path, lock: Path, known: tuple[str, ...] = ()) -> Iterator[Path]:
+    """An empty directory below `staging` to prepare the content of `place` in, which is removed if it is not renamed.
+
+    One process at a time has it, by a lock on the directory `lock`; what a killed one left in it is removed. Raises
+    InputError when another is at work there, and when `staging` holds anything but it and what is `known`.
+    """
+    staging.mkdir(parents=True, exist_ok=True)
+    new = staging / UNFINISHED
+    with stop_signals_raise(), locked(lock) as mine:
+        if not mine:
+            raise InputError(f"another run is preparing {place} right now. Wait for it, or give another name")
+        if staging.is_symlink() or not {UNFINISHED, *known}.issuperset(os.listdir(staging)):
+            what = "where nib would work, holds what nib did not write"
+            raise InputError(f"{staging}, {what}. Move it, or give another name")
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir()
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                staging.rmdir()
+
+
 @contextlib.contextmanager
 def new_directory(place: Path, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory beside `place` that takes its name when the body ends well, and vanishes when it does not.
+    """A hidden directory that takes the name `place` when the body ends well, and vanishes when it does not.
 
-    Its files are on the disk by then. What a killed process left in it is removed. Raises FileExistsError when another
-    process is writing `place`, and when there is something of that name, unless that is to be replaced.
+    Its files are on the disk by then. Raises InputError as `workplace` does, and when something else has the name by
+    then, unless that is to be replaced.
     """
-    aside = place.with_name(f".{place.name}.partial")
-    aside.mkdir(parents=True, exist_ok=True)
-    with stop_signals_raise(), locked(aside) as mine:
-        if not mine:
-            raise FileExistsError(errno.EEXIST, "another process is writing it")
-        try:
-            for left in aside.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield aside
-            for path in (*aside.iterdir(), aside):
-                fsync(path)
-            if replace:
-                shutil.rmtree(place, ignore_errors=True)
-            elif place.exists():
-                raise FileExistsError(errno.EEXIST, "something else made it meanwhile")
-            aside.rename(place)
-            fsync(place.parent)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+    with workplace(place, staging_path(place), staging_path(place)) as new:
+        yield new
+        fsync_files(new)
+        if replace:
+            shutil.rmtree(place, ignore_errors=True)
+        elif place.exists():
+            raise InputError(f"{place} was made by something else meanwhile. Move it away, and run again")
+        new.rename(place)
+        fsync(place.parent)

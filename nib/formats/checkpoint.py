@@ -16,6 +16,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,42 +63,38 @@ class Checkpoint:
         self.model_config: dict[str, Any] = self.state["model_config"]
 
     def weights(self) -> dict[str, Tensor]:
-        return self._tensors(MODEL_FILE)
+        with self._reading(MODEL_FILE) as path:
+            return load_file(path)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        with self._reading(OPTIMIZER_FILE) as path:
+            return load_file(path)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
 
     def release(self) -> None:
         if self.held:
             self.held.close()
 
-    def optimizer(self) -> dict[str, Tensor]:
-        return self._tensors(OPTIMIZER_FILE)
-
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
-
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.directory / name
-        try:
+        with self._reading(name) as path:
             return read_object(path, 1 << 24)
-        except OSError as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
-        except ValueError:
-            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint") from None
 
     def _check(self, name: str) -> None:
-        path = self.directory / name
-        try:
-            digest = file_sha256(path)
-        except OSError as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
-        if digest != self.sums.get(name):
-            raise BrokenCheckpoint(f"{path} is damaged: its sha256 is not the recorded one. Use another checkpoint")
+        with self._reading(name) as path:
+            if file_sha256(path) != self.sums.get(name):
+                what = f"{path} is damaged: its sha256 is not the recorded one"
+                raise BrokenCheckpoint(f"{what}. Use another checkpoint")
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
         path = self.directory / name
         try:
-            return load_file(path)
+            yield path
         except (OSError, SafetensorError, ValueError) as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
+            reason = getattr(error, "strerror", None) or error
+            raise BrokenCheckpoint(f"cannot read {path}: {reason}. Use another checkpoint") from None
 
 
 def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
@@ -165,9 +162,7 @@ def named_checkpoint(checkpoints: Path, label: str) -> str:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Every checkpoint in place, newest first."""
-    found = (
-        [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)] if checkpoints.is_dir() else []
-    )
+    found = [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from nib.formats.architectures import Architecture, choose_architecture, write_c
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
-from nib.formats.places import Shapes, has_bias, places
+from nib.formats.places import Place, has_bias, places
 from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_settings, write_tokenizer
 
 if TYPE_CHECKING:
@@ -44,25 +44,23 @@ def export(
     `config` is the GPTConfig of the source's model, `kind` hf or gguf. Raises InputError for a model that no
     architecture expresses, RunError for a full disk.
     """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists. Give a new directory")
-    model = vars(config)
+    model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
     architecture, tokenizer = choose_architecture(model), source.tokenizer()
     content = as_tokenizer_json(tokenizer)
     if kind == "gguf":
         check_gguf(architecture, model, tokenizer, content)
     stored = weights["wte.weight"].dtype if dtype == "auto" else DTYPES[dtype]
-    shapes = their_shapes(architecture, model, weights)
-    tensors = list(their_tensors(architecture, model, shapes, weights, stored))
+    weights = with_biases(architecture, model, weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    tensors = their_tensors(places(architecture, model, shapes), weights)
     try:
         with new_directory(out) as staging:
             if kind == "gguf":
                 path = staging / f"{out.name}.gguf"
                 write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
             else:
-                write_weights(tensors, staging, max_shard_bytes)
+                write_weights(tensors, stored, staging, max_shard_bytes)
                 write_settings(architecture, source, model, tokenizer, stored, staging)
-                size = sum(tensor.numel() for tensor in weights.values())
                 card = model_card(source, architecture, model, size, tokenizer, out.name)
                 (staging / "README.md").write_text(card, "utf-8")
                 HuggingFaceModel(staging).match(shapes)  # what was written has everything in its place
@@ -74,58 +72,46 @@ def export(
     return architecture.name
 
 
-def their_shapes(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> Shapes:
-    """The shapes of the weights, and of the biases that theirs has and ours lacks."""
-    shapes: Shapes = {}
+def with_biases(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, and zeros for the biases that theirs has and ours lacks."""
+    whole: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        shapes[name] = tuple(tensor.shape)
         module, _, kind = name.rpartition(".")
+        whole[name] = tensor
         if kind == "weight" and has_bias(architecture, model, re.sub(r"^blocks\.\d+\.", "", module)):
-            shapes.setdefault(f"{module}.bias", shapes[name][:1])
-    return shapes
+            whole[f"{module}.bias"] = weights.get(f"{module}.bias", torch.zeros(len(tensor)))
+    return whole
 
 
-def their_tensors(
-    architecture: Architecture, model: dict[str, Any], shapes: Shapes, weights: dict[str, Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name, size in bytes, and a function that makes it, of each tensor of theirs.
-
-    Biases that theirs has and ours lacks are zero.
-    """
-
-    def part(ours: str, shape: tuple[int, ...], first: int, transposed: bool) -> Callable[[], Tensor]:
-        def make() -> Tensor:
-            if ours not in weights:
-                return torch.zeros(shape, dtype=dtype)
-            rows = weights[ours][first : first + shape[-1 if transposed else 0]]
-            return (rows.T if transposed else rows).to(dtype).contiguous()
-
-        return make
-
-    for place in places(architecture, model, shapes):
-        first = 0
-        for name, shape in place.parts:
-            yield name, torch.Size(shape).numel() * dtype.itemsize, part(place.ours, shape, first, place.transposed)
-            first += shape[0]
+def their_tensors(places: Iterable[Place], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under their names, as views."""
+    found: dict[str, Tensor] = {}
+    for place in places:
+        whole = weights[place.ours]
+        parts = [whole.T] if place.transposed else whole.split([shape[0] for _, shape in place.parts])
+        found |= {name: part for (name, _), part in zip(place.parts, parts, strict=True)}
+    return found
 
 
-def write_weights(tensors: list[tuple[str, int, Callable[[], Tensor]]], directory: Path, max_bytes: int) -> None:
+def write_weights(tensors: dict[str, Tensor], dtype: torch.dtype, directory: Path, max_bytes: int) -> None:
     """One safetensors file, or several of at most `max_bytes` (a larger tensor has one of its own) and their index."""
-    shards: list[list[tuple[str, int, Callable[[], Tensor]]]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor[1] > max_bytes:
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(tensor)
-        filled += tensor[1]
+        shards[-1].append(name)
+        filled += size
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     names = [WEIGHTS_FILE] if len(shards) == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        save_file({name: make() for name, _, make in shard}, directory / file, {"format": "pt"})
+        save_file({name: tensors[name].to(dtype).contiguous() for name in shard}, directory / file, {"format": "pt"})
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-        index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": where}
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,6 @@ llama.cpp's own converter knows a tokenizer by a hash of what it does, and so re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,7 @@ def check_gguf(
 
 def write_gguf(
     path: Path, architecture: Architecture, model: dict[str, Any],
-    tensors: list[tuple[str, int, Callable[[], Tensor]]], dtype: torch.dtype, tokenizer: Tokenizer,
+    tensors: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer,
     content: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the tensors under their names in transformers, the settings and the tokenizer; `check_gguf` comes first."""
@@ -67,8 +66,7 @@ def write_gguf(
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(arch, model["n_layer"])
-    for theirs, _, make in tensors:
-        tensor = make()
+    for theirs, tensor in tensors.items():
         if architecture.transposed and tensor.ndim == 2 and ".h." in theirs:
             tensor = tensor.T
         if kind in INTERLEAVED and (part := re.search(r"\.([qk])_proj\.", theirs)):
@@ -76,7 +74,7 @@ def write_gguf(
             halves = tensor.reshape(heads, 2, model["head_size"] // 2, *tensor.shape[1:])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
         ours = str(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
-        data = tensor.float().contiguous().numpy()
+        data = tensor.to(dtype).float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType[types[dtype] if tensor.ndim > 1 else "F32"]
         writer.add_tensor(ours, gguf.quants.quantize(data, stored), raw_dtype=stored)
     writer.write_header_to_file()

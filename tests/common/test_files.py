@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from nib.common.exits import InputError
 from nib.common.files import new_directory, plain_file, read_object
 
 
 def test_a_directory_appears_whole_and_its_leftovers_are_removed(tmp_path: Path) -> None:
-    (tmp_path / ".out.partial/deep").mkdir(parents=True)  # as a killed process leaves it
+    (tmp_path / ".out.staging/nib-unfinished/deep").mkdir(parents=True)  # as a killed process leaves it
     with new_directory(tmp_path / "out") as aside:
         assert list(aside.iterdir()) == []
         (aside / "a").write_text("1")
@@ -26,7 +27,7 @@ def test_a_directory_appears_whole_and_its_leftovers_are_removed(tmp_path: Path)
 def test_a_directory_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("")
-    with pytest.raises(FileExistsError), new_directory(tmp_path / "out"):
+    with pytest.raises(InputError, match="was made by something else"), new_directory(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
     with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out", replace=True) as aside:
@@ -41,6 +42,7 @@ def test_a_directory_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_
 WRITER = """
 import sys, time
 from pathlib import Path
+from nib.common.exits import InputError
 from nib.common.files import new_directory
 with new_directory(Path("out")) as aside:
     (aside / "a").write_text("1")
@@ -54,7 +56,7 @@ def test_one_process_at_a_time_and_none_after_a_signal(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "writing\n"
-        with pytest.raises(FileExistsError, match="another process"), new_directory(tmp_path / "out"):
+        with pytest.raises(InputError, match="another run is preparing"), new_directory(tmp_path / "out"):
             pass
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 128 + signal.SIGTERM
