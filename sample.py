@@ -69,7 +69,6 @@ class Options(SamplingSettings):
         False, "record a step of all texts as one CUDA graph; compiling takes a while before the first. Only for CUDA, "
         "where it has not been run yet", group="system",
     )  # fmt: skip
-    save_quantized: str = option("", "also write the quantised model to this new directory", group="system")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,15 +77,13 @@ def main(argv: list[str] | None = None) -> int:
     options = parsed.settings
     prompts = read_prompts(options)
     TextStream(options.stop)  # says now what is wrong with them
-    if options.save_quantized and options.quantize == "none":
-        raise InputError("--save-quantized needs --quantize int8. Add it")
     if options.compile and not options.cache:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
     from nib.common.memory import memory_errors
 
     with memory_errors("Use a smaller model, or --quantize int8"):
         model, tokenizer, origin = load_model(
-            parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
+            parsed.arguments, options.device, options.dtype, options.quantize, options.compile
         )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
@@ -126,9 +123,8 @@ def read_prompt(source: str) -> str:
 
 
 def load_model(
-    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = "",
-    compiled: bool = False,
-) -> tuple[GPT, Tokenizer, str]:  # fmt: skip
+    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", compiled: bool = False
+) -> tuple[GPT, Tokenizer, str]:
     """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
 
     Raises InputError.
@@ -139,10 +135,10 @@ def load_model(
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.cpu.fused_blocks import fuse_blocks
-    from nib.cpu.int8 import pack_int8, quantize, quantize_empty
+    from nib.cpu.int8 import pack_int8, quantize
     from nib.cpu.linear import pack_linears
     from nib.cpu.process import keep_freed_memory
-    from nib.formats.load import build, open_source, read_config, save_quantized
+    from nib.formats.load import build, open_source, read_config
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
@@ -151,22 +147,12 @@ def load_model(
     if compiled and device.type != "cuda":
         raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)
-
     config = read_config(source, GPTConfig)
-
-    def make_model() -> GPT:
-        model = GPT(config)
-        if source.quantized:
-            quantize_empty(model, dtype)
-        return model
-
-    model = build(source, make_model, sampling=True)
+    model = build(source, lambda: GPT(config), sampling=True)
     model.to(device)
-    int8 = source.quantized or quantized == "int8"
-    if int8 and not source.quantized:
+    int8 = quantized == "int8"
+    if int8:
         quantize(model, dtype)
-    if save_quantized_to:
-        save_quantized(model, source, Path(save_quantized_to))
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nib.common.files import fsync
 from nib.common.signals import stop_signals_raise
 
 SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
@@ -146,8 +147,7 @@ def compiled(directory: Path) -> Path:
             [compiler, "-shared", str(code), "-o", str(library), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        with library.open("rb") as file:
-            os.fsync(file.fileno())  # a power cut must not leave a part of it under its name
+        fsync(library)  # a power cut must not leave a part of it under its name
         os.replace(library, path)
     return path
 

@@ -39,7 +39,7 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """What was an nn.Linear: `weight` (N, K) int8 and `weight_scale` (N,), which a checkpoint holds by these names."""
+    """What was an nn.Linear: `weight` (N, K) int8 and `weight_scale` (N,)."""
 
     weight: Tensor | None
     weight_scale: Tensor
@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
         self.offset = ZERO
 
     def pack(self) -> None:
-        """Make ready for products on the CPU, if it lies there; after this it can no longer be moved or saved."""
+        """Make ready for products on the CPU, if it lies there; after this it can no longer be moved."""
         if self.weight is None or self.weight.device.type != "cpu":
             return
         if native := kernels():
@@ -155,18 +155,8 @@ def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
     model.wte = Int8Embedding(*quantize_rows(model.wte.weight), dtype)
 
 
-def quantize_empty(model: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Give a model the modules of a quantised one, whose weights are still to be loaded."""
-
-    def empty(shape: torch.Size) -> tuple[Tensor, Tensor]:
-        return torch.empty(shape, dtype=torch.int8), torch.empty(shape[0])
-
-    replace_linears(model, lambda layer: Int8Linear(*empty(layer.weight.shape), layer.bias))
-    model.wte = Int8Embedding(*empty(model.wte.weight.shape), dtype)
-
-
 def pack_int8(model: Any) -> None:
-    """Make a quantised model ready to run: a tied head gets its matrix, and all are packed. No saving after this."""
+    """Make a quantised model ready to run: a tied head gets its matrix, and all are packed."""
     if model.head is None:
         model.head = Int8Linear(model.wte.weight, model.wte.weight_scale, None)
     for module in model.modules():

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.common.exits import InputError, RunError
+from nib.common.files import read_object
 from nib.common.wording import counted, typed, way_out
-from nib.data.shards import FORMAT, META_FILE, REPLACEMENT
+from nib.data.shards import FORMAT, MAX_META_BYTES, META_FILE, REPLACEMENT
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -104,9 +105,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json with its types checked. Raises InputError."""
     path = directory / META_FILE
     try:
-        if path.stat().st_size > 1 << 26:
-            raise InputError(f"{path} is too large to be a data directory's meta.json. {HOW}")
-        meta = json.loads(path.read_bytes())
+        meta = read_object(path, MAX_META_BYTES)
         splits = [meta[key][split] for key in ("tokens", "bytes", "documents") for split in ("train", "val")]
         counts = [*splits, meta["vocab_size"], meta["shard_tokens"]]
         sound = all(type(count) is int and 0 <= count < 2**48 for count in counts) and meta["shard_tokens"] > 0
@@ -121,7 +120,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, HOW)}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise InputError(f"{path} is not what prepare_data.py writes. {HOW}")

@@ -21,9 +21,9 @@ from nib.common.wording import counted, printable, way_out
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.download import url_path
 from nib.data.encode import EncoderSettings, encode_all, part_text
-from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
+from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
+from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
 from nib.data.workers import Worker
-from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -112,8 +112,6 @@ def prepare(
             }
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
-            for name in (META_FILE, settings.tokenizer_file.name):
-                sync(staging / name)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nib.common.device import is_out_of_memory
-from nib.common.exits import InputError, RunError
+from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
-from nib.common.signals import stop_signals_raise
 from nib.common.wording import counted
-from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint, write_directory
+from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+from nib.formats.places import Shapes
 
 if TYPE_CHECKING:
     from nib.data.dataset import Dataset
@@ -34,8 +34,7 @@ KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  
 def open_source(target: str | None, root: Path = Path("out")) -> Source:
     """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
 
-    All have `directory`, `model_config` (the fields of model.GPTConfig), `state`, `weights()` and `tokenizer()`.
-    Raises InputError.
+    All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if target is None:
         return open_checkpoint(find_checkpoint(None, root))
@@ -85,10 +84,10 @@ def does_not_fit(source: Source, error: Exception) -> InputError:
 def build(source: Source, make_model: Callable[[], Model], sampling: bool = False) -> Model:
     """A model of the source's settings, which `make_model` makes, with the source's weights.
 
-    For `sampling` weights may be of 8 bits, and stay in their file until they are quantised or copied. Raises
-    InputError for weights of another model.
+    For `sampling` they stay in their file until they are quantised or copied. Raises InputError for weights of
+    another model.
     """
-    weights = source.weights(quantized=sampling)
+    weights = read_weights(source, make_model)
     model = without_drawing(make_model)
     assign = sampling or model is not None
     if model is None:
@@ -106,6 +105,22 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
             raise
         raise does_not_fit(source, error) from None
     return model
+
+
+def read_weights(source: Source, make_model: Callable[[], Model]) -> dict[str, Tensor]:
+    """The source's weights by their names in the model that `make_model` makes. Raises InputError."""
+    return source.weights() if isinstance(source, Checkpoint) else source.weights(parameter_shapes(make_model))
+
+
+def parameter_shapes(make_model: Callable[[], Model]) -> Shapes:
+    """What is loaded into such a model, which is made without memory, unless its constructor computes with values."""
+    model = None
+    with torch.random.fork_rng([]):
+        for buffers in ("cpu", "meta"):  # the second only for sizes beyond memory: torch imports for a second for it
+            with contextlib.suppress(Exception), torch.device(buffers), parameters_on_meta():
+                model = model or make_model()
+        model = model or make_model()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def without_drawing(make_model: Callable[[], Model]) -> Model | None:
@@ -148,18 +163,6 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter, nn.init.normal_ = register, normal  # type: ignore[method-assign]
-
-
-def save_quantized(model: Any, source: Source, directory: Path) -> None:
-    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
-    if directory.exists():
-        raise InputError(f"{directory} exists already. Name a new directory")
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with stop_signals_raise():
-            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
-    except OSError as error:
-        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
 
 
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:

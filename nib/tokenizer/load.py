@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nib.common.exits import InputError
+from nib.common.files import plain_file
 from nib.common.hub import TOKENIZER_FILES, download, is_hub_name
 from nib.common.wording import way_out
 from nib.tokenizer.tokenizer import (
@@ -71,9 +72,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 return read_tokenizer(path)
         path = found
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is no tokenizer: it is over {MAX_FILE_BYTES >> 20} MB. Give a {TOKENIZER_FILE}")
-        data = path.read_bytes()
+        data = plain_file(path, MAX_FILE_BYTES).read_bytes()
     except OSError as error:
         how = way_out(error, f"Give a {TOKENIZER_FILE}")
         raise InputError(f"cannot read tokenizer {path}: {error.strerror}. {how}") from None

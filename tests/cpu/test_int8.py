@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from model_helpers import LLAMA, random_model, random_tokens
 
-from model import GPT
-from nib.common.exits import InputError
-from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows
+from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_rows
 from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
-from nib.formats.checkpoint import Checkpoint, write_directory
-from nib.formats.load import save_quantized
-from nib.tokenizer.load import make_tokenizer
-from sample import main as sample
 
 SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 
@@ -123,54 +115,6 @@ def test_8_bits_hardly_change_a_prediction():
     found = model(tokens)[0].log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert 0 < divergence < 0.02  # nats; these weights are larger than any trained model's
-
-
-def checkpoint_of(model: GPT, directory: Path) -> Checkpoint:
-    state = {"step": 1, "model_config": vars(model.config)}
-    write_directory(directory, model.state_dict(), {}, state, make_tokenizer("byte"))
-    return Checkpoint(directory)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_a_saved_quantised_model_is_the_same_to_the_bit_and_smaller(tmp_path, tie):
-    model, tokens = random_model(vocab_size=256, n_embd=128, tie_weights=tie), random_tokens(2, 9)
-    source = checkpoint_of(model, tmp_path / "whole")
-    quantize(model)
-    save_quantized(model, source, tmp_path / "small")
-    pack_int8(model)
-    loaded = random_model(vocab_size=256, n_embd=128, tie_weights=tie)
-    quantize_empty(loaded)
-    loaded.load_state_dict(Checkpoint(tmp_path / "small").weights(quantized=True), assign=True)
-    pack_int8(loaded)
-    with torch.inference_mode():
-        assert torch.equal(model(tokens)[0], loaded(tokens)[0])
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
-    assert sizes[1] < 0.3 * sizes[0]
-
-
-def test_sample_py_writes_the_same_from_a_checkpoint_quantised_now_or_before(tmp_path, capsys):
-    checkpoint_of(random_model(vocab_size=257, block_size=32), tmp_path / "whole")
-    common = ["--prompt", "ab", "--max-new-tokens", "12", "--temperature", "2", "--device", "cpu"]
-    whole, small = str(tmp_path / "whole"), str(tmp_path / "small")
-    assert sample([whole, *common, "--quantize", "int8", "--save-quantized", small]) == 0
-    now = capsys.readouterr()
-    assert sample([small, *common]) == 0
-    before = capsys.readouterr()
-    assert now.out == before.out and "int8" in now.err and "int8" in before.err
-    assert json.loads((tmp_path / "small" / "state.json").read_text())["quantize"] == "int8"
-
-
-def test_what_cannot_be_done_with_a_quantised_model_is_said_in_one_line(tmp_path):
-    model = random_model(vocab_size=257)
-    source = checkpoint_of(model, tmp_path / "whole")
-    quantize(model)
-    save_quantized(model, source, tmp_path / "small")
-    with pytest.raises(InputError, match="exists already"):
-        save_quantized(model, source, tmp_path / "small")
-    with pytest.raises(InputError, match="can only be sampled from"):
-        Checkpoint(tmp_path / "small").weights()
-    with pytest.raises(InputError, match="needs --quantize int8"):
-        sample([str(tmp_path / "whole"), "--save-quantized", str(tmp_path / "other")])
 
 
 def test_a_diverged_model_stays_visible_in_8_bits():

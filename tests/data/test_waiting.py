@@ -14,8 +14,9 @@ import nib.training.distributed
 import nib.training.start
 import train
 from nib.common.exits import InputError, RunError
+from nib.common.files import UNFINISHED
 from nib.data.prepare import BUILTIN_DATASETS, prepare
-from nib.data.shards import UNFINISHED, staging_path
+from nib.data.shards import staging_path
 from nib.training.distributed import own_place, start_cluster
 from nib.training.start import open_dataset
 
