@@ -8,8 +8,8 @@ import pytest
 import torch
 from model_helpers import LLAMA, random_model, random_tokens
 
-from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_rows
-from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
+from nib.cpu.int8 import Int8Linear, pack_int8, quantize, quantize_rows
+from nib.cpu.linear import RowsLinear, pack_linears
 
 SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 
@@ -19,22 +19,14 @@ SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 def test_packed_weights_give_the_same_logits(shape):
     model, packed, tokens = random_model(**shape), random_model(**shape), random_tokens(3, 9)
     if not pack_linears(packed):
-        pytest.skip("this torch has no oneDNN")
-    assert any(isinstance(module, PackedLinear | RowsLinear) for module in packed.modules())
+        pytest.skip("there are no kernels")
+    assert any(isinstance(module, RowsLinear) for module in packed.modules())
     expected = model(tokens)[0]
     cache = packed.make_cache(3)
     steps = torch.cat([packed(tokens[:, i : i + 1], cache=cache)[0] for i in range(9)], dim=1)
     # Sums of some ten products in another order: a few units in the last place of the largest logit.
     for logits in (packed(tokens)[0], steps):
         assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
-
-
-def test_packed_layers_still_show_their_weight():
-    layer = torch.nn.Linear(5, 7)
-    try:
-        assert torch.equal(PackedLinear(layer.weight, layer.bias).weight, layer.weight)
-    except (RuntimeError, AttributeError):
-        pytest.skip("this torch has no oneDNN")
 
 
 def test_a_row_of_integers_is_within_half_a_step_of_the_weights():
@@ -46,34 +38,13 @@ def test_a_row_of_integers_is_within_half_a_step_of_the_weights():
     assert (integers[2] == 0).all()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@torch.inference_mode()
-def test_activations_lose_almost_nothing_to_the_8_bit_product(monkeypatch, bias):
-    monkeypatch.setattr("nib.cpu.int8.kernels", lambda: None)
-    if not has_kernel():
-        pytest.skip("this processor has no 8-bit product")
-    torch.manual_seed(0)
-    integers, scale = quantize_rows(torch.randn(40, 96))
-    offset = torch.randn(40) if bias else None
-    layer = Int8Linear(integers, scale, offset)
-    layer.pack()
-    x = torch.randn(2, 5, 96)
-    x[0, 0, 3] = 1000.0  # an outlier, as GPT-2 has them, leaves the rest of its row 1/1000 of the range
-    x[0, 1] = 0
-    exact = x.double() @ (integers * scale[:, None]).double().T + (0 if offset is None else offset)
-    # Half a unit in 32512 of the row's largest activation, for each of 96 terms: their root sum of squares, times 5.
-    size = x.abs().amax(-1, keepdim=True)
-    bound = 5 * 0.3 * size / 32512 * (integers * scale[:, None]).float().norm(dim=-1) + 1e-5 * exact.abs().max()
-    assert ((layer(x) - exact).abs() <= bound).all()
-
-
 @torch.inference_mode()
 def test_an_8_bit_row_does_not_depend_on_its_batch():
     model, tokens = random_model(**LLAMA), random_tokens(8, 6)
     quantize(model)
     pack_int8(model)
     layer, x = model.blocks[0].mlp.up, model.wte(tokens)
-    assert torch.equal(layer(x)[3, 2], layer(x[3, 2]))  # to the bit: sums of integers have no order
+    assert torch.equal(layer(x)[3, 2], layer(x[3, 2]))  # to the bit
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -85,7 +56,7 @@ def test_the_kernel_and_the_plain_product_agree(shape):
     pack_int8(packed)
     plain.head = plain.head or Int8Linear(plain.wte.weight, plain.wte.weight_scale, None)  # what pack_int8 adds
     a, b = packed(tokens)[0], plain(tokens)[0]
-    assert (a - b).abs().max() < 2e-3 * b.abs().max()  # 16-bit activations through two layers
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("bias", [True, False])
