@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 class GPTConfig:
     """The shape of a model. Raises ValueError for a shape that cannot be built.
 
-    The defaults are those of train.py, whose settings of the same names are in nib/training/settings.py.
+    Each field but vocab_size, which the dataset decides, is a setting of train.py, with its comment as help.
     """
 
     vocab_size: int = 50257

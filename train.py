@@ -264,23 +264,19 @@ def build_model(parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Che
     if settings.init_from == "scratch":
         # Before a model with a table of that many positions is built.
         WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
-        try:
-            config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_settings())
-        except ValueError as error:  # any other is a bug in model.py
-            raise InputError(str(error)) from None
+        config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
         return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
     source = checkpoint or open_source(settings.init_from)
-    config = read_config(source, GPTConfig, dropout=settings.dropout)
+    options = settings.model_options()
+    added = {name: options[name] for name in parsed.given & {*options} - {*source.model_config}}  # to model.py since
+    config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     take_vocabulary(source, dataset, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
-        raise InputError(f"init is {settings.init!r}, but the weights come from {settings.init_from}. Leave init out")
-    for name, wanted in (settings.model_settings() | {"init": config.init}).items():
+        raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
+    for name, wanted in options.items():
         has = getattr(config, name)
-        if (
-            name in parsed.given - {"block_size"}
-            and wanted != has
-            and (wanted or name not in ("n_kv_head", "mlp_hidden"))
-        ):
+        automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # as mlp_hidden=0
+        if name in parsed.given - {"block_size", "init"} and wanted != has and not automatic:
             raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
     if "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size

@@ -266,7 +266,7 @@ class _Parser:
             value = "|".join(choices) or {bool: "", int: "int", float: "float"}.get(kind, "TEXT")
             default = "" if kind == list[str] or field.default == "" else f" [{_literal(field.default)}]"
             head = f"  {self.shown(name)}{'=' if value else ''}{value}"
-            body = textwrap.wrap(field.metadata["help"] + default, width - 34)
+            body = textwrap.wrap((field.metadata["help"] + default).strip(), width - 34) or [""]
             if len(head) > 32:
                 lines.append(head)
                 head = ""

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError
 from nib.common.options import option
+from nib.training.model_options import load_config, model_settings
 
 SWITCH = ("auto", "true", "false")
-# The settings that shape the model; GPTConfig has fields of the same names.
-MODEL_KEYS = (
-    "block_size n_layer n_head n_kv_head n_embd mlp_hidden dropout bias norm position rope_base mlp qk_norm window "
-    "init tie_weights"
-).split()
-# What else decides which model comes out. A resumed run must agree in all of these; the rest may change.
+GPTConfig, COMMENTS = load_config()
+
+if TYPE_CHECKING:
+
+    @dataclass
+    class ModelSettings:
+        """The options of the model, of which the training itself uses two."""
+
+        block_size: int = 256
+        dropout: float = 0.0
+else:
+    ModelSettings = model_settings(GPTConfig, COMMENTS)
+
+MODEL_KEYS = [field.name for field in fields(ModelSettings)]
+# What decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
     *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
@@ -25,7 +35,7 @@ IDENTITY_KEYS = [
 
 
 @dataclass
-class TrainSettings:
+class TrainSettings(ModelSettings):
     """Names as in nanoGPT wherever the meaning is the same. `nib.common.options.parse` fills and checks it."""
 
     # fmt: off
@@ -37,31 +47,10 @@ class TrainSettings:
                          choices=("auto", "never", "must"), group="run")
 
     dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
-    block_size: int = option(256, "tokens in a sequence: the context of the model", at_least=1, group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
                              group="data")
     micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0 finds one that fits",
                                    at_least=0, group="data")
-
-    n_layer: int = option(6, "blocks", at_least=1, group="model")
-    n_head: int = option(6, "attention heads", at_least=1, group="model")
-    n_kv_head: int = option(0, "key/value heads, each shared by several heads; 0: n_head", at_least=0, group="model")
-    n_embd: int = option(384, "width: channels of the residual stream", at_least=1, group="model")
-    mlp_hidden: int = option(0, "width of the feed-forward layer; 0: 4 n_embd, with swiglu 8/3 of it",
-                             at_least=0, group="model")
-    dropout: float = option(0.0, "share of activations dropped while training", at_least=0, below=1, group="model")
-    bias: bool = option(False, "biases in linear layers and LayerNorm", group="model")
-    norm: str = option("rmsnorm", "normalisation", choices=("layernorm", "rmsnorm"), group="model")
-    position: str = option("rope", "how the model knows positions",
-                           choices=("learned", "sinusoidal", "rope", "none"), group="model")
-    rope_base: float = option(10000.0, "base of the rotary frequencies", above=1, group="model")
-    mlp: str = option("swiglu", "feed-forward layer", choices=("gelu", "gelu_tanh", "relu", "relu2", "swiglu"),
-                      group="model")
-    qk_norm: bool = option(True, "normalise queries and keys", group="model")
-    window: int = option(0, "positions each position attends to, itself included; 0: all", at_least=0, group="model")
-    init: str = option("modern", "how weights are drawn: modern, or as GPT-2's", choices=("modern", "gpt2"),
-                       group="model")
-    tie_weights: bool = option(True, "the head that makes logits is the token embedding", group="model")
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                             choices=("adamw", "muon"), group="optimizer")
@@ -115,11 +104,17 @@ class TrainSettings:
     wandb_run_name: str = option("", "its run; empty: the name of out_dir", group="logging")
     # fmt: on
 
-    def model_settings(self) -> dict[str, Any]:
+    def model_options(self) -> dict[str, Any]:
+        """What model.GPTConfig takes, without the vocab_size, which the dataset decides."""
         return {name: getattr(self, name) for name in MODEL_KEYS}
 
     def check(self) -> None:
         """Raise InputError for settings that are each fine but not together."""
+        own = {"block_size": self.block_size, "dropout": self.dropout}  # the rest is the shape of init_from's model
+        try:
+            GPTConfig(**(self.model_options() if self.init_from == "scratch" else own))
+        except ValueError as error:  # any other is a bug in model.py
+            raise InputError(str(error)) from None
         if not (self.max_iters or self.max_tokens or self.max_seconds):
             raise InputError("max_iters, max_tokens and max_seconds are all 0: the run has no end. Set one of them")
         if self.min_lr > self.learning_rate:
@@ -139,11 +134,12 @@ class TrainSettings:
 
 def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
     """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
-    known = {field.name for field in fields(TrainSettings)}
-    for name in IDENTITY_KEYS:
-        if name in saved and name in known and saved[name] != getattr(settings, name):
+    # What a run's checkpoint lacks was added to GPTConfig later; init was in every model before it was an option.
+    added = {name: getattr(TrainSettings, name) for name in MODEL_KEYS if name != "init"}
+    for name, before in {**added, **saved}.items():
+        if name in IDENTITY_KEYS and before != getattr(settings, name):
             raise InputError(
-                f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {saved[name]!r}. "
+                f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {before!r}. "
                 f"Set {name} back to go on, or give another --out_dir to start a new run"
             )
 

@@ -1,0 +1,64 @@
+"""The model's options as settings: read from GPTConfig in model.py, without importing torch.
+
+A field of GPTConfig is a setting of the same name and default; the comment at the end of its line is the help.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+import tokenize
+import types
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from nib.common.options import option
+
+MODEL_FILE = Path(__file__).resolve().parents[2] / "model.py"
+FROM_DATASET = "vocab_size"  # the only field that is no setting
+
+
+def imports_torch(node: ast.stmt) -> bool:
+    modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+    modules += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+    return any(module.split(".")[0] == "torch" for module in modules)
+
+
+def load_config(path: Path = MODEL_FILE) -> tuple[type, dict[str, str]]:
+    """GPTConfig, and the comment of each of its fields.
+
+    model.py is executed up to the end of that class, without the imports of torch, which take a second; the whole of
+    it, where what stands before the class needs them.
+    """
+    with tokenize.open(path) as file:
+        source = file.read()
+    whole = ast.parse(source, filename=str(path))
+    config = next(node for node in whole.body if isinstance(node, ast.ClassDef) and node.name == "GPTConfig")
+    above = whole.body[: whole.body.index(config) + 1]
+    beginning = ast.Module([node for node in above if not imports_torch(node)], type_ignores=[])
+    module = types.ModuleType("model_config")
+    sys.modules[module.__name__] = module  # where dataclass and typing look up the names in annotations
+    try:
+        exec(compile(beginning, str(path), "exec"), module.__dict__)
+    except Exception:  # it needs torch, or has a bug, which is met again
+        exec(compile(whole, str(path), "exec"), module.__dict__)
+    tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
+    comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
+    lines = {node.target.id: node.end_lineno for node in config.body if isinstance(node, ast.AnnAssign)}  # type: ignore[union-attr]
+    return module.GPTConfig, {name: comments.get(line or 0, "") for name, line in lines.items()}
+
+
+def model_settings(config: type, comments: dict[str, str]) -> type:
+    """A dataclass of options: one for each field of `config`, in the same order."""
+    types, made = get_type_hints(config), []
+    for field in dataclasses.fields(config):
+        if field.name == FROM_DATASET:
+            continue
+        kind: Any = types[field.name]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        kind = type(choices[0]) if choices else kind
+        if kind not in (int, float, bool, str) or field.default is dataclasses.MISSING:
+            raise TypeError(f"GPTConfig.{field.name} needs a default, and a type of int, float, bool, str or Literal")
+        made.append((field.name, kind, option(field.default, comments[field.name], choices=choices, group="model")))
+    return dataclasses.make_dataclass("ModelSettings", made)
