@@ -80,7 +80,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import build, read_config
     from nib.generation.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
-    from nib.training.run import open_dataset
+    from nib.training.start import open_dataset
 
     own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
     wanted = settings.data or ([str(own)] if own else [])

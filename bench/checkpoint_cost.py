@@ -24,8 +24,7 @@ from common import GPT2
 from model import GPT, GPTConfig
 from nib.tokenizer.load import make_tokenizer
 from nib.training.optimizer import make_optimizers
-from nib.training.run import parameter_names, snapshot
-from nib.training.state import Saver, optimizer_tensors
+from nib.training.state import Saver, optimizer_tensors, parameter_names, snapshot
 
 
 def main() -> None:

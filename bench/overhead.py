@@ -25,7 +25,7 @@ START_SECONDS, SHARE = 5.0, 0.02
 def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
     """Train in this process with a clock around the parts; seconds by part."""
     import train
-    from nib.training.run import Run
+    from nib.training import run, step
 
     spent = dict.fromkeys(("step", "validation", "batch", "checkpoint", "metrics", "progress"), 0.0)
     ends: list[float] = []
@@ -41,12 +41,12 @@ def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
 
         return inner
 
-    train.optimizer_step = clocked("step", train.optimizer_step)
-    train.training_batch = clocked("batch", train.training_batch)
-    train.evaluate = clocked("validation", train.evaluate)
-    Run.save = clocked("checkpoint", Run.save)  # type: ignore[method-assign]
-    train.Reporter.metrics = clocked("metrics", train.Reporter.metrics)  # type: ignore[method-assign]
-    train.Reporter.progress = clocked("progress", train.Reporter.progress)  # type: ignore[method-assign]
+    step.optimizer_step = clocked("step", step.optimizer_step)
+    run.training_batch = clocked("batch", run.training_batch)
+    run.validate = clocked("validation", run.validate)
+    run.Run.save = clocked("checkpoint", run.Run.save)  # type: ignore[method-assign]
+    run.Reporter.metrics = clocked("metrics", run.Reporter.metrics)  # type: ignore[method-assign]
+    run.Reporter.progress = clocked("progress", run.Reporter.progress)  # type: ignore[method-assign]
     arguments = [config, f"--max_iters={steps}", f"--checkpoint_interval={max(1, steps // 4)}", f"--out_dir={out_dir}"]
     settings = train.read_settings([*arguments, "--eval_tokens=20000", "--device=cpu"])
     train.train(settings)

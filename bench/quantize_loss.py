@@ -22,7 +22,7 @@ from nib.cpu.int8 import pack_int8, quantize
 from nib.data.dataset import Dataset
 from nib.formats.checkpoint import find_checkpoint, open_checkpoint
 from nib.training.distributed import Cluster
-from nib.training.validation import evaluate
+from nib.training.validation import validate
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         if kind == "int8":
             quantize(model)
             pack_int8(model)
-        losses[kind] = evaluate(
+        losses[kind] = validate(
             model, dataset.val, dataset.tokenizer.byte_lengths(), block_size=model.config.block_size, batch=8,
             cluster=Cluster(0, 1, torch.device("cpu")), autocast=nullcontext(), limit=arguments.tokens,
         ).loss  # fmt: skip

@@ -27,45 +27,29 @@ CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
 def make_step(world: int, layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
     """What does one optimizer step of this process's share of `batch` sequences, and the model."""
     from model import GPT, GPTConfig
-    from nib.common.device import Precision
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
-    from nib.training.optimizer import make_optimizers
-    from nib.training.placement import fit_to_device, place
     from nib.training.report import Reporter
+    from nib.training.run import Run
     from nib.training.settings import TrainSettings
-    from train import optimizer_step
+    from nib.training.step import optimizer_step
 
-    settings = TrainSettings(batch_size=batch, block_size=context, device="cpu")
+    settings = TrainSettings(batch_size=batch, block_size=context, device="cpu", dtype="float32", optimizer="adamw")
     cluster = start_cluster("cpu")
     tune_for_training(cluster.device)
-    precision = Precision("float32", cluster.device)
     torch.manual_seed(1)
-    model = GPT(
-        GPTConfig(**GPT2 | dict(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512))
-    )
-    place(model, settings, precision, cluster)
-    optimizers = make_optimizers(
-        model, kind="adamw", learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
-    )
-    micro, ready = fit_to_device(model, settings, precision, cluster, Reporter(Path(), active=False))
+    shape = dict(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512)
+    no_dataset: Any = None
+    run = Run(settings, no_dataset, cluster)
+    run.report = Reporter(Path(), active=False)
+    run.take(GPT(GPTConfig(**GPT2 | shape)))
     tokens = torch.randint(512, (batch // world, context + 1))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
 
     def step() -> None:
-        optimizer_step(
-            ready,
-            optimizers,
-            precision,
-            cluster,
-            inputs,
-            targets,
-            micro=micro,
-            draw=(1, 1),
-            grad_clip=1.0,
-        )
+        optimizer_step(run, inputs, targets)
 
-    return step, model
+    return step, run.model
 
 
 def process(shape: list[int], steps: int) -> None:

@@ -53,38 +53,34 @@ def make_nib(
     size: str, clock: str = "wall", micro: int = 0, device: str = "cpu", batch: int = 0
 ) -> Callable[[], tuple[float, float]]:
     from model import GPT, GPTConfig
-    from nib.common.device import Precision
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
-    from nib.training.optimizer import make_optimizers
-    from nib.training.placement import fit_to_device, place
     from nib.training.report import Reporter
+    from nib.training.run import Run
     from nib.training.settings import TrainSettings
-    from train import optimizer_step
+    from nib.training.step import optimizer_step
 
     layers, heads, width, context, vocab, sequences, steps = SIZES[size]
-    settings = TrainSettings(batch_size=batch or sequences, micro_batch_size=micro, block_size=context, device=device)
+    settings = TrainSettings(
+        batch_size=batch or sequences, micro_batch_size=micro, block_size=context, device=device, optimizer="adamw",
+        learning_rate=6e-4,
+    )  # fmt: skip
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
     shape = GPT2 | shape | dict(mlp="gelu")
     cluster = start_cluster(device)
     tune_for_training(cluster.device)
-    precision = Precision("auto", cluster.device)
-    model = GPT(GPTConfig(**shape))
-    place(model, settings, precision, cluster)
-    optimizers = make_optimizers(
-        model, kind="adamw", learning_rate=6e-4, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
-    )
-    fitted, ready = fit_to_device(model, settings, precision, cluster, Reporter(Path(), active=False))
+    no_dataset: Any = None
+    run = Run(settings, no_dataset, cluster)
+    run.report = Reporter(Path(), active=False)
+    run.take(GPT(GPTConfig(**shape)))
     inputs, targets = random_batch(vocab, settings.batch_size, context)
-    count = iter(range(2**62))
 
     def step() -> None:
-        optimizer_step(
-            ready, optimizers, precision, cluster, inputs, targets, micro=fitted, draw=(1, next(count)), grad_clip=1.0
-        )
+        optimizer_step(run, inputs, targets)
+        run.progress.step += 1
 
     turn: Any = timed(step, steps, clock)
-    turn.micro, turn.model = fitted, model
+    turn.micro, turn.model = run.micro_batch_size, run.model
     return turn
 
 

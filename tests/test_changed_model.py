@@ -15,6 +15,7 @@ from test_export import save_run
 from torch import nn
 
 import evaluate as evaluate_script
+import model
 import sample as sample_script
 import train as train_script
 from model import GPT, MLP, Attention, GPTConfig, KVCache
@@ -225,7 +226,7 @@ def test_a_resumed_run_has_the_random_numbers_that_its_model_keeps_for_itself(mo
         def hidden(self, tokens: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
             return super().hidden(tokens, cache) + self.noise
 
-    monkeypatch.setattr(train_script, "GPT", Noisy)
+    monkeypatch.setattr(model, "GPT", Noisy)
     for settings in (["whole", "--max_iters=4"], ["parts", "--max_iters=2"], ["parts", "--max_iters=4"]):
         train(f"--out_dir=out/{settings[0]}", settings[1], "--schedule=constant", "--checkpoint_interval=2")
     whole, parts = (open_source(name).weights() for name in ("whole", "parts"))

@@ -29,8 +29,10 @@ import train as train_script
 from model import GPT, GPTConfig
 from nib.common.exits import InputError, RunError
 from nib.data.dataset import Dataset
+from nib.training import step
 from nib.training.placement import large_enough
 from nib.training.report import command_line
+from nib.training.run import Run
 
 TINY = (
     "--dataset=words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=8 --max_iters=20 "
@@ -249,7 +251,7 @@ def test_numbers_that_are_not_finite_are_skipped_and_end_the_run(monkeypatch: py
     train("--max_iters=3", "--out_dir=out/sane")
     good = tensors("out/sane")
     with pytest.raises(RunError, match=r"4 steps in a row, the last of them step 7\..*step-00000003"):
-        monkeypatch.setattr(train_script.GPT, "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
+        monkeypatch.setattr(GPT, "loss", lambda *_: torch.tensor(float("nan"), requires_grad=True))
         train("--max_iters=50", "--max_skipped_steps=4", "--out_dir=out/sane")
     assert all(torch.equal(good[name], value) for name, value in tensors("out/sane").items())
     assert metrics("out/sane")[-1]["loss"] is None
@@ -258,15 +260,15 @@ def test_numbers_that_are_not_finite_are_skipped_and_end_the_run(monkeypatch: py
 def test_a_poisoned_model_is_not_saved(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights that overflow in the very update that the checkpoint would hold: loss and gradient were still finite."""
     train("--max_iters=4", "--schedule=constant")
-    real = train_script.optimizer_step
+    real = step.optimizer_step
 
-    def poison(ready: torch.nn.Module, *rest: Any, **more: Any) -> tuple[float, float]:
-        result = real(ready, *rest, **more)
+    def poison(run: Run, *batch: torch.Tensor) -> tuple[float, float]:
+        result = real(run, *batch)
         with torch.no_grad():
-            next(ready.parameters())[0, 0] = float("inf")
+            next(run.ready.parameters())[0, 0] = float("inf")
         return result
 
-    monkeypatch.setattr(train_script, "optimizer_step", poison)
+    monkeypatch.setattr(step, "optimizer_step", poison)
     with pytest.raises(RunError, match="the run's end, step 5, is not saved"):
         train("--max_iters=5", "--schedule=constant")
     assert "step 5 is not saved: its numbers are not finite" in capsys.readouterr().out

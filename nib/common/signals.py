@@ -57,3 +57,25 @@ def stop_signals_raise() -> Iterator[None]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+class StopSignal:
+    """Remembers that SIGINT, SIGTERM or SIGHUP came, so that the step can end and be saved.
+
+    A second SIGINT or SIGTERM stops at once. A second SIGHUP does not: the kernel, the shell and torchrun each send
+    one when a terminal is closed. Where SIGHUP is ignored, as under nohup, it stays so. With `at_once` the first stops.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.number, self.at_once = 0, at_once
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
+        self.before = {number: signal.signal(number, self._arrived) for number in {*STOP_SIGNALS} - ignored}
+
+    def _arrived(self, number: int, frame: object) -> None:
+        if self.at_once or self.number == number != signal.SIGHUP:
+            os._exit(128 + number)
+        self.number = number
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import itertools
 import json
 import math
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +21,9 @@ from tqdm import tqdm
 
 from nib.common.exits import RunError
 from nib.common.wording import typed
+from nib.formats.checkpoint import list_checkpoints, named_checkpoint
+from nib.training.settings import TrainSettings
+from nib.training.state import Progress
 
 BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
 QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
@@ -178,8 +183,6 @@ def logged_in(wandb: Any) -> bool:
 
 def command_line() -> str:
     """The command this process was started by, as a person would type it again."""
-    import shlex
-
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
@@ -187,3 +190,31 @@ def command_line() -> str:
         if nodes > 1:
             launcher = f"torchrun --nnodes={nodes} --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', '1')} ..."
     return " ".join([launcher, *map(shlex.quote, sys.argv)])
+
+
+def way_back(settings: TrainSettings, progress: Progress) -> str:
+    """For a run that diverged: its newest checkpoint, and the command that starts anew with lower rates.
+
+    It starts from the best checkpoint, else from the newest from which an update was made: later weights are
+    those that gave no finite number. Where there is neither, it starts where this run did.
+    """
+    checkpoints = Path(settings.out_dir) / "checkpoints"
+    last_update = progress.step - progress.skipped_in_a_row
+    older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
+    source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
+    changes: dict[str, Any] = {"out_dir": next(
+        place for number in itertools.count(2) if not Path(place := f"{settings.out_dir}-{number}").exists()
+    )}  # fmt: skip
+    if source:
+        changes["init_from"] = checkpoints / source
+    if settings.resume == "must":
+        changes["resume"] = "auto"
+    for name in ("learning_rate", "muon_learning_rate")[: 2 if settings.optimizer == "muon" else 1]:
+        changes[name] = f"{min(getattr(settings, name) / 10, getattr(TrainSettings, name)):g}"
+    if settings.min_lr:
+        changes["min_lr"] = f"{settings.min_lr / settings.learning_rate * float(changes['learning_rate']):g}"
+    command = " ".join([command_line(), *(shlex.quote(f"--{name}={value}") for name, value in changes.items())])
+    latest = named_checkpoint(checkpoints, "latest")
+    newest = f"The newest checkpoint is {checkpoints / latest}" if latest else "There is no checkpoint"
+    start = f"go back to {source}" if source else "start again"
+    return f"{newest}; {start} with a lower learning rate: {command}"

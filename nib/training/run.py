@@ -1,133 +1,293 @@
-"""What a training run is besides its loop: where it stands, what it resumes from, when it is asked to stop."""
+"""A training run: what it is made of, and what its loop does besides the optimizer step."""
 
 from __future__ import annotations
 
-import itertools
+import json
 import math
-import os
 import platform
-import shlex
-import signal
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nib.common.device import Precision, is_out_of_memory
-from nib.common.exits import InputError, RunError
-from nib.common.signals import STOP_SIGNALS
-from nib.common.wording import counted
-from nib.data.dataset import Dataset
-from nib.data.paths import find_dataset
-from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
-from nib.data.shards import staging_path
-from nib.formats.checkpoint import (
-    BrokenCheckpoint,
-    Checkpoint,
-    list_checkpoints,
-    name_restored,
-    named_checkpoint,
-    newest_good,
-)
-from nib.training.distributed import Cluster, own_place, reshard, whole
-from nib.training.report import Reporter, command_line
-from nib.training.settings import TrainSettings, as_dict, same_run
-from nib.training.state import Saver, load_optimizer_tensors, optimizer_tensors
-
-# How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
-# its files stay as they are. A network file system shows a new name after up to a minute.
-ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
-
-
-@dataclass
-class Progress:
-    """How far the run is: what a checkpoint remembers besides tensors."""
-
-    step: int = 0  # optimizer steps done
-    tokens: int = 0
-    seconds: float = 0.0  # of training, without validation and saving
-    best_val_loss: float = 1e30  # JSON has no infinity
-    skipped_steps: int = 0  # because the loss or the gradient was not finite
-    skipped_in_a_row: int = 0
-
-
-class StopSignal:
-    """Remembers that SIGINT, SIGTERM or SIGHUP came, so that the step can end and be saved.
-
-    A second SIGINT or SIGTERM stops at once. A second SIGHUP does not: the kernel, the shell and torchrun each send
-    one when a terminal is closed. Where SIGHUP is ignored, as under nohup, it stays so. With `at_once` the first stops.
-    """
-
-    def __init__(self, at_once: bool = False) -> None:
-        self.number, self.at_once = 0, at_once
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()
-        self.before = {number: signal.signal(number, self._arrived) for number in {*STOP_SIGNALS} - ignored}
-
-    def _arrived(self, number: int, frame: object) -> None:
-        if self.at_once or self.number == number != signal.SIGHUP:
-            os._exit(128 + number)
-        self.number = number
-
-    def restore(self) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+from nib.common.device import Precision, device_name, is_out_of_memory, peak_flops, peak_memory
+from nib.common.exits import RunError
+from nib.common.signals import StopSignal
+from nib.common.wording import counted, typed
+from nib.data.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, name_restored
+from nib.generation.engine import generate_text
+from nib.generation.request import SamplingSettings
+from nib.training.cost import flops_per_token, num_parameters
+from nib.training.distributed import Cluster
+from nib.training.optimizer import make_optimizers, set_learning_rate
+from nib.training.placement import fit_to_device, place
+from nib.training.report import Reporter, command_line, way_back
+from nib.training.schedule import finished, rate_factor
+from nib.training.settings import TrainSettings, as_dict
+from nib.training.state import Progress, Saver, load_optimizer_tensors, lock_run, parameter_names, snapshot
+from nib.training.validation import Validation, validate
 
 
 class Run:
-    """One run directory while it is trained: resuming from it and saving to it."""
+    """One run while it is trained. `start` in nib/training/start.py makes it; train.py's loop calls its methods."""
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset, cluster: Cluster, precision: Precision) -> None:
-        self.settings, self.dataset, self.cluster, self.precision = settings, dataset, cluster, precision
-        self.out_dir = Path(settings.out_dir)
+    lock: IO[str] | None = None
+    stop: StopSignal | None = None
+    model: Any  # model.GPT
+    ready: nn.Module  # the same, compiled where asked, and wrapped in DDP
+    optimizers: list[torch.optim.Optimizer]
+    micro_batch_size: int
+
+    def __init__(self, settings: TrainSettings, dataset: Dataset, cluster: Cluster) -> None:
+        self.settings, self.dataset, self.cluster = settings, dataset, cluster
+        self.precision = Precision(settings.dtype, cluster.device)
+        self.out_dir, self.steps = Path(settings.out_dir), settings.steps()
+        self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
-        self.saver = Saver(self.out_dir, settings.keep_checkpoints, dataset.tokenizer)
-        self.saved_step = -1
-        self.saved_at = time.monotonic()
-        self.micro_batch_size = 0
+        self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
+        self.rate_factor = 1.0  # of the peak learning rates
+        self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
+        self.tokens_per_step = settings.batch_size * settings.block_size
 
-    def checkpoint(self, given: set[str]) -> Checkpoint | None:
-        """The newest whole checkpoint, agreed on by all processes, or None for a new run.
+    def __enter__(self) -> Run:
+        return self
 
-        Raises InputError, also where the settings, of which the user gave those named in `given`, make another run.
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    # ---- the beginning and the end
+
+    def open(self) -> None:
+        """Take the directory for this run alone, and the signals. Raises InputError."""
+        if self.cluster.first and not self.settings.eval_only:
+            self.lock = lock_run(self.out_dir)
+        self.stop = StopSignal(at_once=self.settings.eval_only)  # a validation has nothing to save
+        self.saver = Saver(self.out_dir, self.settings.keep_checkpoints, self.dataset.tokenizer)
+        self.order = WindowOrder(self.dataset.train.tokens, self.settings.block_size, self.settings.seed)
+        self.batch_of = self.load_batch
+        if self.cluster.device.type == "cuda":
+            self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
+
+    def close(self) -> None:
+        """Give back what `open` took. A second call does nothing."""
+        if self.stop:
+            self.stop.restore()
+        if self.lock:
+            self.lock.close()
+        self.stop = self.lock = None
+
+    def take(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
+        """Put the model on its device, make its optimizers, and go on from the checkpoint.
+
+        Raises InputError, and RunError for a model that does not fit into memory.
         """
-        resume = not self.settings.eval_only  # which needs no optimizer
-        found = newest_good(self.out_dir / "checkpoints", optimizer=resume) if self.cluster.first else None
-        path = self.cluster.from_first(found.directory if found else None)
-        if path is None:
-            if self.settings.resume == "must":
-                raise InputError(
-                    f"there is no checkpoint in {self.out_dir} to resume. Use --resume=auto to start a run"
-                )
-            return None
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: it is this run's own
-        if self.settings.resume == "never" and not restarted:
-            raise InputError(f"{self.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
-        checkpoint = found or Checkpoint(path, optimizer=resume)
-        try:
-            saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
-        except (KeyError, TypeError, ValueError):
-            raise BrokenCheckpoint(f"{path} lacks the settings of its run. Use another checkpoint") from None
-        if self.settings.init_from != "scratch" and "block_size" not in given:  # it was taken from there
-            self.settings.block_size = saved.get("block_size", self.settings.block_size)
-        same_run(self.settings, saved, str(self.out_dir))
-        if corpus != self.dataset.fingerprint():
-            what = f"{self.dataset.directory} is not the corpus that the run in {self.out_dir} began with"
-            raise InputError(f"{what}. Give another --out_dir to train on it")
-        return checkpoint
+        settings, cluster = self.settings, self.cluster
+        self.model = place(model, settings, self.precision, cluster)
+        self.optimizers = make_optimizers(
+            model, kind=settings.optimizer, learning_rate=settings.learning_rate,
+            betas=(settings.beta1, settings.beta2), muon_learning_rate=settings.muon_learning_rate,
+            muon_momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        if checkpoint is not None:
+            self.restore(checkpoint)
+        self.micro_batch_size, self.ready = fit_to_device(model, settings, self.precision, cluster, self.report)
+        self.flops = flops_per_token(model, settings.block_size)
+        self.peak = peak_flops(cluster.device, self.precision.dtype) * cluster.world
+        self.logged_step, self.logged_seconds, self.tokens_per_second = self.progress.step, self.progress.seconds, 0.0
 
-    def restore(self, checkpoint: Checkpoint, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    def announce(self) -> None:
+        """Say what is about to be trained on what, and write config.json."""
+        settings, cluster, dataset, model = self.settings, self.cluster, self.dataset, self.model
+        made = {"settings": as_dict(settings), "model_config": asdict(model.config)}
+        parameters = num_parameters(model)
+        self.report.write("config.json", json.dumps(made | {"command": command_line()}, indent=1))
+        budget = counted(f"{settings.max_seconds:g}", "second")
+        if self.steps:
+            budget = f"{counted(self.steps, 'step')}, {self.steps * self.tokens_per_step / 1e6:.1f}M tokens"
+        processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
+        self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP a token")
+        self.report.say(
+            f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
+            f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, "
+            f"{counted(dataset.vocab_size, 'id')})"
+        )
+        self.report.say(
+            f"run:    {budget}, {settings.batch_size} x {settings.block_size} tokens a step "
+            f"(micro-batches of {self.micro_batch_size}), {processes}{device_name(cluster.device)}, "
+            f"{str(self.precision.dtype).removeprefix('torch.')}"
+        )
+        if self.progress.step:
+            self.report.say(f"resume: step {self.progress.step} of {self.out_dir}")
+        self.report.resume_metrics(self.progress.step)
+        if settings.wandb_log:
+            name = settings.wandb_run_name or self.out_dir.name
+            config = as_dict(settings) | {"model_config": made["model_config"], "parameters": parameters}
+            self.report.start_wandb(settings.wandb_project, name, config)
+        self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
+
+    def validate_only(self) -> int:
+        """Validate and leave. Returns the exit status."""
+        self.report.say(f"step {self.progress.step}: {self.validate()}")
+        self.cluster.stop()
+        return 0
+
+    def end(self) -> int:
+        """Save what is not saved, and say what to type next. Returns the exit status.
+
+        Raises RunError when the end of the run could not be saved.
+        """
+        progress, report = self.progress, self.report
+        if self.saved_step != progress.step:
+            self.save()
+        self.saver.finish()
+        report.close()
+        saved = self.saved_step == progress.step
+        if self.stopped_by:
+            which = "which is saved" if saved else "which is not saved"
+            report.say(f"stopped at step {progress.step}, {which}. Go on with: {command_line()}")
+        elif saved:
+            report.say(
+                f"done: step {progress.step}, {progress.seconds:.0f} s of training; the run is in {self.out_dir}"
+            )
+            report.say(f"sample from it: python sample.py {typed(self.out_dir)}")
+        self.cluster.stop()
+        if self.stopped_by:
+            return 128 + self.stopped_by
+        if self.cluster.first and not saved:
+            raise RunError(
+                f"the run's end, step {progress.step}, is not saved. {way_back(self.settings, self.progress)}"
+            )
+        return 0 if saved else 1
+
+    # ---- the loop's verbs, in their order
+
+    def finished(self) -> bool:
+        return finished(self.progress.step, self.steps, self.progress.seconds, self.settings.max_seconds)
+
+    def begin_step(self) -> None:
+        self.began, self.best = time.perf_counter(), False
+
+    def set_learning_rate(self) -> None:
+        settings, progress = self.settings, self.progress
+        self.rate_factor = rate_factor(
+            progress.step, self.steps, progress.seconds, settings.max_seconds, schedule=settings.schedule,
+            warmup_iters=settings.warmup_iters, decay_fraction=settings.decay_fraction,
+            floor=settings.min_lr / settings.learning_rate,
+        )  # fmt: skip
+        set_learning_rate(self.optimizers, self.rate_factor)
+
+    def next_batch(self) -> tuple[Tensor, Tensor]:
+        """This process's share of the global batch: inputs and targets, each (sequences, block_size)."""
+        return self.batch_of(self.progress.step)
+
+    def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
+        local = self.settings.batch_size // self.cluster.world
+        first = step * self.settings.batch_size + self.cluster.rank * local
+        return training_batch(self.dataset.train, self.order, first, local)
+
+    def count_step(self, loss: float, grad_norm: float) -> None:
+        """Count a step that was done, or skipped because its numbers were not finite.
+
+        Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
+        """
+        progress, limit, report = self.progress, self.settings.max_skipped_steps, self.report
+        progress.tokens += self.tokens_per_step
+        progress.seconds += time.perf_counter() - self.began
+        sent = self.stop.number if self.stop else 0
+        progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
+        progress.step += 1
+        if math.isfinite(loss + grad_norm):
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped_steps += 1
+            progress.skipped_in_a_row += 1
+            report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
+        if not limit or progress.skipped_in_a_row < limit:
+            return
+        self.saver.keep = 0  # the older ones are what one may want to go back to
+        if not self.unchanged():
+            self.save()
+        self.finish_saving()
+        self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
+        raise RunError(
+            f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step "
+            f"{progress.step}. {way_back(self.settings, self.progress)}"
+        )
+
+    def validation_due(self) -> bool:
+        due_now = self.finished() or due(self.progress.step, self.settings.eval_interval)
+        return due_now and self.dataset.val.tokens > 1
+
+    def validate(self) -> Validation:
+        # The model is not compiled here: a pass without gradients, and its last batch, would each be compiled anew.
+        return validate(
+            self.model, self.dataset.val, self.dataset.tokenizer.byte_lengths(), block_size=self.settings.block_size,
+            batch=self.micro_batch_size, cluster=self.cluster, autocast=self.precision.autocast(),
+            limit=self.settings.eval_tokens,
+        )  # fmt: skip
+
+    def log(self, loss: float, grad_norm: float, validation: Validation | None) -> None:
+        """Move the progress bar, and write a line of metrics where it is time for one."""
+        progress, settings = self.progress, self.settings
+        rate = self.tokens_per_second
+        self.report.progress(
+            progress.step, self.steps, progress.seconds, settings.max_seconds, loss, rate, rate * self.flops / self.peak
+        )
+        if validation:
+            self.report.say(f"step {progress.step}: {validation}")
+        if not (validation or self.finished() or due(progress.step, settings.log_interval)):
+            return
+        seconds = max(1e-9, progress.seconds - self.logged_seconds)
+        rate = self.tokens_per_second = (progress.step - self.logged_step) * self.tokens_per_step / seconds
+        self.logged_step, self.logged_seconds = progress.step, progress.seconds
+        known = {"mfu": round(rate * self.flops / self.peak, 4)} if self.peak < math.inf else {}
+        if validation:
+            known |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+        self.report.metrics(
+            step=progress.step, tokens=progress.tokens, loss=loss, lr=self.rate_factor * settings.learning_rate,
+            grad_norm=grad_norm, tokens_per_second=round(rate, 1), seconds=round(progress.seconds, 3),
+            memory_bytes=peak_memory(self.cluster.device), **known,
+        )  # fmt: skip
+
+    def sample_due(self) -> bool:
+        return due(self.progress.step, self.settings.sample_interval)
+
+    def sample(self) -> None:
+        """Print a short text from the model as it is, drawn without touching the random numbers of training."""
+        settings = SamplingSettings(max_new_tokens=120, seed=self.settings.seed)
+        (sample,) = generate_text(self.model, self.dataset.tokenizer, [""], settings)
+        self.report.sample(self.progress.step, sample.text)
+
+    def save_due(self, validation: Validation | None) -> bool:
+        """Whether it is time to save: after the best validation so far, by the steps, or by the first process's clock.
+
+        Not while all steps are skipped: the same weights again and again would push out older ones.
+        """
+        self.best = validation is not None and validation.loss < self.progress.best_val_loss
+        if validation:
+            self.progress.best_val_loss = min(validation.loss, self.progress.best_val_loss)
+        if self.best or self.unchanged():
+            return self.best
+        limit = self.settings.checkpoint_seconds
+        return due(self.progress.step, self.settings.checkpoint_interval) or bool(
+            limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit)
+        )
+
+    # ---- checkpoints
+
+    def restore(self, checkpoint: Checkpoint) -> None:
         """Put back all but the weights, which the model was built with, as it was when the checkpoint was made.
 
         With eval_only that is the progress alone, and nothing is written.
         """
-        names = parameter_names(model)
+        names = parameter_names(self.model)
         try:
             if not self.settings.eval_only:
-                load_optimizer_tensors(optimizers, names, checkpoint.optimizer())
+                load_optimizer_tensors(self.optimizers, names, checkpoint.optimizer())
             self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
             self.progress = Progress(**checkpoint.state["progress"])
             if not all(type(value) in (int, float) for value in asdict(self.progress).values()):
@@ -138,89 +298,27 @@ class Run:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
-            name_restored(self.saver.checkpoints, checkpoint.directory.name, checkpoint.state.get("best") is True)
+            name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)
         self.saved_step = self.progress.step
 
-    def count_step(
-        self, loss: float, grad_norm: float, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter
-    ) -> None:
-        """Count a step that was done, or skipped because its numbers were not finite.
-
-        Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
-        """
-        progress, limit = self.progress, self.settings.max_skipped_steps
-        progress.step += 1
-        if math.isfinite(loss + grad_norm):
-            progress.skipped_in_a_row = 0
-            return
-        progress.skipped_steps += 1
-        progress.skipped_in_a_row += 1
-        report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
-        if limit and progress.skipped_in_a_row >= limit:
-            self.saver.keep = 0  # the older ones are what one may want to go back to
-            if not self.unchanged():
-                self.save(model, optimizers, report)
-            try:
-                self.saver.finish()
-            except RunError as error:
-                report.say(f"warning: {error}")
-            self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
-            raise RunError(
-                f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step "
-                f"{progress.step}. {self.way_back()}"
-            )
-
-    def way_back(self) -> str:
-        """For a run that diverged: its newest checkpoint, and the command that starts anew with lower rates.
-
-        It starts from the best checkpoint, else from the newest from which an update was made: later weights are
-        those that gave no finite number. Where there is neither, it starts where this run did.
-        """
-        settings, checkpoints = self.settings, self.saver.checkpoints
-        last_update = self.progress.step - self.progress.skipped_in_a_row
-        older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
-        source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
-        changes: dict[str, Any] = {"out_dir": next(
-            place for number in itertools.count(2) if not Path(place := f"{self.out_dir}-{number}").exists()
-        )}  # fmt: skip
-        if source:
-            changes["init_from"] = checkpoints / source
-        if settings.resume == "must":
-            changes["resume"] = "auto"
-        for name in ("learning_rate", "muon_learning_rate")[: 2 if settings.optimizer == "muon" else 1]:
-            changes[name] = f"{min(getattr(settings, name) / 10, getattr(TrainSettings, name)):g}"
-        if settings.min_lr:
-            changes["min_lr"] = f"{settings.min_lr / settings.learning_rate * float(changes['learning_rate']):g}"
-        command = " ".join([command_line(), *(shlex.quote(f"--{name}={value}") for name, value in changes.items())])
-        latest = named_checkpoint(checkpoints, "latest")
-        newest = f"The newest checkpoint is {checkpoints / latest}" if latest else "There is no checkpoint"
-        start = f"go back to {source}" if source else "start again"
-        return f"{newest}; {start} with a lower learning rate: {command}"
-
-    def unchanged(self) -> bool:
-        """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
-        return self.progress.step - self.progress.skipped_in_a_row <= self.saved_step
-
-    def save(
-        self, model: nn.Module, optimizers: list[torch.optim.Optimizer], report: Reporter, best: bool = False
-    ) -> None:
+    def save(self) -> None:
         """Copy the state and write it in the background; when the write before this one failed, say so and go on.
 
         Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
         """
-        weights, optimizer = snapshot(model, optimizers, keep=self.cluster.first)
+        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first)
         finite = all(tensor.isfinite().all() for tensor in weights.values())
         if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
-            report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
+            self.report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
             return
         self.saved_step, self.saved_at = self.progress.step, time.monotonic()
         if not self.cluster.first:
             return
         state = {
-            "model_config": asdict(model.config),  # type: ignore[call-overload]
+            "model_config": asdict(self.model.config),
             "progress": asdict(self.progress),
             "step": self.progress.step,
-            "best": best,
+            "best": self.best,
             "settings": as_dict(self.settings),
             "corpus": self.dataset.fingerprint(),
             "scaler": self.precision.scaler.state_dict(),
@@ -229,87 +327,19 @@ class Run:
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
+        self.finish_saving()
+        self.saver.save(weights, optimizer, state, self.best)
+
+    def finish_saving(self) -> None:
+        """Wait for the write under way; where it failed, say so."""
         try:
             self.saver.finish()
         except RunError as error:
-            report.say(f"warning: {error}")
-        self.saver.save(weights, optimizer, state, best)
+            self.report.say(f"warning: {error}")
 
-    def checkpoint_due(self) -> bool:
-        """Whether it is time to save, by the steps or by the first process's clock.
-
-        Not while all steps are skipped: the same weights again and again would push out older ones.
-        """
-        settings = self.settings
-        if self.unchanged():
-            return False
-        limit = settings.checkpoint_seconds
-        return due(self.progress.step, settings.checkpoint_interval) or bool(
-            limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit)
-        )
-
-
-def open_dataset(name: str) -> Dataset:
-    """The prepared directory NAME, or data/NAME. A built-in corpus that is missing is prepared by the first process.
-
-    Called before the processes connect: preparing may take longer than they would wait for each other.
-    Raises InputError.
-    """
-    directory = find_dataset(name)
-    if not directory.exists() and name in BUILTIN_DATASETS:
-        if own_place().rank == 0:
-            prepare_builtin(name)
-        else:
-            wait_for_dataset(directory)
-    if not directory.exists():
-        have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
-        prepared = f" Prepared: {', '.join(have)}." if have else ""
-        raise InputError(
-            f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
-            f"Make it with: python prepare_data.py SOURCE --out {shlex.quote(f'data/{Path(name).name}')}"
-        )
-    return Dataset(directory)
-
-
-def wait_for_dataset(directory: Path) -> None:
-    """Return when the first process has prepared `directory`.
-
-    Raises RunError when nothing is seen of its work for too long: it failed, never came, or has another file system.
-    """
-    print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
-    seen, since = None, time.monotonic()
-    while True:
-        work = [staging_path(directory), *staging_path(directory).glob("**/*")]
-        now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
-        if directory.exists():  # looked at after the work, which it replaces
-            return
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > (SILENT_SECONDS if now else ABSENT_SECONDS):
-            raise RunError(
-                f"process 0 is not preparing {directory}. See its message, or unset RANK if this is the only process, "
-                f"or prepare it first: python prepare_data.py {directory.name}"
-            )
-        time.sleep(0.2)
-
-
-def snapshot(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Copies in CPU memory of the weights and the optimizers' state, which training cannot change any more.
-
-    Sharded tensors are put together one at a time, with the help of all processes; those with `keep` get the copies.
-    """
-    reshard(model)
-    copies: list[dict[str, torch.Tensor]] = []
-    for tensors in (model.state_dict(), optimizer_tensors(optimizers, parameter_names(model))):
-        full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
-        copies.append({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in full if keep})
-    return copies[0], copies[1]
-
-
-def parameter_names(model: nn.Module) -> dict[torch.Tensor, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
+    def unchanged(self) -> bool:
+        """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
+        return self.progress.step - self.progress.skipped_in_a_row <= self.saved_step
 
 
 def due(step: int, interval: int) -> bool:

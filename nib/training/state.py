@@ -7,16 +7,17 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nib.common.exits import WRITER, InputError, RunError
 from nib.formats.checkpoint import BrokenCheckpoint, name_checkpoint, named_checkpoint, remove_old, write_checkpoint
 from nib.tokenizer.tokenizer import Tokenizer
-from nib.training.distributed import like
+from nib.training.distributed import like, reshard, whole
 
 
 def lock_run(out_dir: Path) -> IO[str]:
@@ -35,6 +36,18 @@ def lock_run(out_dir: Path) -> IO[str]:
     for leftover in (out_dir / "checkpoints").glob(".*.partial"):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return lock
+
+
+@dataclass
+class Progress:
+    """How far the run is: what a checkpoint remembers besides tensors."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    seconds: float = 0.0  # of training, without validation and saving
+    best_val_loss: float = 1e30  # JSON has no infinity
+    skipped_steps: int = 0  # because the loss or the gradient was not finite
+    skipped_in_a_row: int = 0
 
 
 class Saver:
@@ -121,3 +134,22 @@ def load_optimizer_tensors(
                     optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
     if by_name:
         raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")
+
+
+def snapshot(
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies in CPU memory of the weights and the optimizers' state, which training cannot change any more.
+
+    Sharded tensors are put together one at a time, with the help of all processes; those with `keep` get the copies.
+    """
+    reshard(model)
+    copies: list[dict[str, Tensor]] = []
+    for tensors in (model.state_dict(), optimizer_tensors(optimizers, parameter_names(model))):
+        full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
+        copies.append({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in full if keep})
+    return copies[0], copies[1]
+
+
+def parameter_names(model: nn.Module) -> dict[Tensor, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}

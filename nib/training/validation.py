@@ -16,7 +16,7 @@ from nib.training.distributed import Cluster
 
 
 @dataclass
-class Evaluation:
+class Validation:
     """What a pass over a split found. `loss` is in nats per token."""
 
     loss: float
@@ -27,12 +27,17 @@ class Evaluation:
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    def __str__(self) -> str:
+        return (
+            f"validation loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte, perplexity {self.perplexity:.2f}"
+        )
+
 
 @torch.no_grad()
-def evaluate(
+def validate(
     model: nn.Module, stream: TokenStream, byte_lengths: NDArray[np.integer], *, block_size: int, batch: int,
     cluster: Cluster, autocast: AbstractContextManager[object], limit: int = 0,
-) -> Evaluation:  # fmt: skip
+) -> Validation:  # fmt: skip
     """Loss over windows of block_size side by side in the split, or in its first `limit` tokens (0: all).
 
     Bits per byte is the information of all predicted tokens, ends of text included, over the bytes of text that
@@ -51,4 +56,4 @@ def evaluate(
         sums += (float(loss) * len(counted), len(counted), byte_lengths[counted].sum())
     model.train(was_training)
     total, tokens, size = cluster.total(sums.tolist())
-    return Evaluation(total / tokens, total / math.log(2) / max(1.0, size), int(tokens))
+    return Validation(total / tokens, total / math.log(2) / max(1.0, size), int(tokens))

@@ -20,7 +20,7 @@ from nib import plot
 from nib.common.exits import InputError
 from nib.common.wording import typed
 from nib.formats.load import open_source
-from nib.training.run import open_dataset
+from nib.training.start import open_dataset
 
 __all__ = ["in_corpus"]
 

@@ -11,13 +11,13 @@ import pytest
 from conftest import Call
 
 import nib.training.distributed
-import nib.training.run
+import nib.training.start
 import train
 from nib.common.exits import InputError, RunError
 from nib.data.prepare import BUILTIN_DATASETS, prepare
 from nib.data.shards import staging_path
 from nib.training.distributed import own_place, start_cluster
-from nib.training.run import open_dataset
+from nib.training.start import open_dataset
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -79,8 +79,8 @@ def test_a_place_that_cannot_be_is_refused(
 def second(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the second of two, and has little patience."""
     set_place(monkeypatch, RANK=1, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1)
-    monkeypatch.setattr(nib.training.run, "ABSENT_SECONDS", 0.3)
-    monkeypatch.setattr(nib.training.run, "SILENT_SECONDS", 0.8)
+    monkeypatch.setattr(nib.training.start, "ABSENT_SECONDS", 0.3)
+    monkeypatch.setattr(nib.training.start, "SILENT_SECONDS", 0.8)
 
 
 @pytest.mark.usefixtures("second")

@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from test_train import TINY, in_corpus, metrics, train
 
-import train as train_script
+import nib.training.run
 from nib.formats import checkpoint
 from nib.formats.checkpoint import Checkpoint, list_checkpoints, remove_old
 
@@ -98,7 +98,7 @@ def test_a_signal_ends_a_validation_at_once(number: int, monkeypatch: pytest.Mon
         os.kill(os.getpid(), number)
         time.sleep(60)
 
-    monkeypatch.setattr(train_script, "evaluate", validating)
+    monkeypatch.setattr(nib.training.run, "validate", validating)
     if (child := os.fork()) == 0:
         try:
             train("--max_iters=1", "--eval_only")

@@ -22,6 +22,8 @@ import train as train_script
 from model import GPT
 from nib.common.exits import RunError
 from nib.common.options import Parsed
+from nib.training import step
+from nib.training.run import Run
 from nib.training.settings import TrainSettings
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
@@ -31,18 +33,18 @@ FILES = ("model.safetensors", "optimizer.safetensors")
 
 def spoil_gradients(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     """In these steps, counted from 1, one element of the embedding's gradient is infinite; the loss is not."""
-    real = train_script.optimizer_step
+    real = step.optimizer_step
 
-    def step(ready: torch.nn.Module, *rest: Any, draw: tuple[int, int], **more: Any) -> tuple[float, float]:
-        weight = next(ready.parameters())
+    def spoiled(run: Run, *batch: torch.Tensor) -> tuple[float, float]:
+        weight = next(run.ready.parameters())
         hook = weight.register_hook(lambda grad: grad.clone().index_fill_(0, torch.tensor(5), torch.inf))
-        if draw[1] + 1 not in steps:
+        if run.progress.step + 1 not in steps:
             hook.remove()
-        result = real(ready, *rest, draw=draw, **more)
+        result = real(run, *batch)
         hook.remove()
         return result
 
-    monkeypatch.setattr(train_script, "optimizer_step", step)
+    monkeypatch.setattr(step, "optimizer_step", spoiled)
 
 
 def spoil_loss(monkeypatch: pytest.MonkeyPatch, calls: set[int]) -> None:
@@ -92,14 +94,14 @@ def test_a_skipped_last_step_loses_nothing(
         assert train("--max_iters=5", "--schedule=constant") == 0
         assert "done: step 5" in capsys.readouterr().out
     elif end == "signal":
-        spoiled = train_script.optimizer_step
+        spoiled = step.optimizer_step
 
-        def step(*rest: Any, draw: tuple[int, int], **more: Any) -> tuple[float, float]:
-            if draw[1] == 4:
+        def stopped(run: Run, *batch: torch.Tensor) -> tuple[float, float]:
+            if run.progress.step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return spoiled(*rest, draw=draw, **more)
+            return spoiled(run, *batch)
 
-        monkeypatch.setattr(train_script, "optimizer_step", step)
+        monkeypatch.setattr(step, "optimizer_step", stopped)
         assert train("--schedule=constant") == 143
         assert "stopped at step 5, which is saved." in capsys.readouterr().out
     else:
@@ -123,15 +125,15 @@ def test_skipped_steps_push_no_checkpoint_out(monkeypatch: pytest.MonkeyPatch) -
 def test_a_run_whose_end_is_not_saved_does_not_say_done(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = train_script.optimizer_step
+    real = step.optimizer_step
 
-    def poison(ready: torch.nn.Module, *rest: Any, **more: Any) -> tuple[float, float]:
-        result = real(ready, *rest, **more)
+    def poison(run: Run, *batch: torch.Tensor) -> tuple[float, float]:
+        result = real(run, *batch)
         with torch.no_grad():
-            next(ready.parameters())[0, 0] = torch.inf
+            next(run.ready.parameters())[0, 0] = torch.inf
         return result
 
-    monkeypatch.setattr(train_script, "optimizer_step", poison)
+    monkeypatch.setattr(step, "optimizer_step", poison)
     with pytest.raises(RunError, match=r"the run's end, step 2, is not saved\. There is no checkpoint"):
         train("--max_iters=2")
     assert "done" not in capsys.readouterr().out
@@ -166,8 +168,9 @@ SPOILED = """
 import sys
 import torch, torch.distributed as dist
 import train
+import nib.training.step
 from nib.common.exits import leave
-real, scaler = train.optimizer_step, torch.amp.GradScaler
+real, scaler = nib.training.step.optimizer_step, torch.amp.GradScaler
 unscale, now = scaler.unscale_, [0]
 
 def spoil(self, optimizer):
@@ -176,11 +179,11 @@ def spoil(self, optimizer):
         grad = optimizer.param_groups[0]["params"][0].grad
         getattr(grad, "_local_tensor", grad)[0] = torch.inf
 
-def step(*rest, draw, **more):
-    now[0] = draw[1]
-    return real(*rest, draw=draw, **more)
+def step(run, *batch):
+    now[0] = run.progress.step
+    return real(run, *batch)
 
-scaler.unscale_, train.optimizer_step = spoil, step
+scaler.unscale_, nib.training.step.optimizer_step = spoil, step
 for options in ("--parallel=fsdp --dtype=bfloat16 --sample_interval=2", "--dtype=float16 --muon_momentum=0.9"):
     if "fsdp" in options and not hasattr(torch.cpu.Stream, "record_event"):
         continue  # torch 2.6 has no FSDP for CPUs

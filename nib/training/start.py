@@ -1,0 +1,165 @@
+"""How a run begins: its dataset, its processes, the checkpoint it goes on from, and its model."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nib.common.exits import InputError, RunError
+from nib.common.options import Parsed
+from nib.cpu.process import tune_for_training
+from nib.data.dataset import Dataset, WindowOrder
+from nib.data.paths import find_dataset
+from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
+from nib.data.shards import staging_path
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
+from nib.formats.load import build, open_source, read_config, take_vocabulary
+from nib.training.distributed import own_place, start_cluster
+from nib.training.placement import micro_batch_sizes
+from nib.training.run import Run
+from nib.training.settings import TrainSettings, same_run
+
+# How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
+# its files stay as they are. A network file system shows a new name after up to a minute.
+ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
+
+
+def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
+    """A run that is ready for its next step, or with eval_only for validation. `GPT` and `GPTConfig` are model.py's.
+
+    Nothing is written before all that is given is known to fit together. Raises InputError and RunError.
+    """
+    settings = parsed.settings
+    dataset = open_dataset(settings.dataset)
+    cluster = start_cluster(settings.device)
+    micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
+    tune_for_training(cluster.device)
+    run = Run(settings, dataset, cluster)
+    checkpoint = find_checkpoint(run, parsed.given)
+    if settings.eval_only and dataset.val.tokens < 2:
+        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
+    if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
+        raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
+    model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    try:
+        run.open()
+        run.take(model, checkpoint)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def open_dataset(name: str) -> Dataset:
+    """The prepared directory NAME, or data/NAME. A built-in corpus that is missing is prepared by the first process.
+
+    Called before the processes connect: preparing may take longer than they would wait for each other.
+    Raises InputError.
+    """
+    directory = find_dataset(name)
+    if not directory.exists() and name in BUILTIN_DATASETS:
+        if own_place().rank == 0:
+            prepare_builtin(name)
+        else:
+            wait_for_dataset(directory)
+    if not directory.exists():
+        have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
+        prepared = f" Prepared: {', '.join(have)}." if have else ""
+        raise InputError(
+            f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
+            f"Make it with: python prepare_data.py SOURCE --out {shlex.quote(f'data/{Path(name).name}')}"
+        )
+    return Dataset(directory)
+
+
+def wait_for_dataset(directory: Path) -> None:
+    """Return when the first process has prepared `directory`.
+
+    Raises RunError when nothing is seen of its work for too long: it failed, never came, or has another file system.
+    """
+    print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
+    seen, since = None, time.monotonic()
+    while True:
+        work = [staging_path(directory), *staging_path(directory).glob("**/*")]
+        now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
+        if directory.exists():  # looked at after the work, which it replaces
+            return
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if time.monotonic() - since > (SILENT_SECONDS if now else ABSENT_SECONDS):
+            raise RunError(
+                f"process 0 is not preparing {directory}. See its message, or unset RANK if this is the only process, "
+                f"or prepare it first: python prepare_data.py {directory.name}"
+            )
+        time.sleep(0.2)
+
+
+def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
+    """The newest whole checkpoint, agreed on by all processes, or None for a new run.
+
+    Raises InputError, also where the settings, of which the user gave those named in `given`, make another run.
+    """
+    settings = run.settings
+    resume = not settings.eval_only  # which needs no optimizer
+    found = newest_good(run.out_dir / "checkpoints", optimizer=resume) if run.cluster.first else None
+    path = run.cluster.from_first(found.directory if found else None)
+    if path is None:
+        if settings.resume == "must":
+            raise InputError(f"there is no checkpoint in {run.out_dir} to resume. Use --resume=auto to start a run")
+        return None
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: it is this run's own
+    if settings.resume == "never" and not restarted:
+        raise InputError(f"{run.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
+    checkpoint = found or Checkpoint(path, optimizer=resume)
+    try:
+        saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
+    except (KeyError, TypeError, ValueError):
+        raise BrokenCheckpoint(f"{path} lacks the settings of its run. Use another checkpoint") from None
+    if settings.init_from != "scratch" and "block_size" not in given:  # it was taken from there
+        settings.block_size = saved.get("block_size", settings.block_size)
+    same_run(settings, saved, str(run.out_dir))
+    if corpus != run.dataset.fingerprint():
+        what = f"{run.dataset.directory} is not the corpus that the run in {run.out_dir} began with"
+        raise InputError(f"{what}. Give another --out_dir to train on it")
+    return checkpoint
+
+
+def build_model(
+    parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
+) -> Any:
+    """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
+
+    Raises InputError for a shape that cannot be, or that is not the one init_from has.
+    """
+    settings = parsed.settings
+    torch.manual_seed(settings.seed)
+    if settings.init_from == "scratch":
+        # Before a model with a table of that many positions is built.
+        WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+        config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
+        return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
+    source = checkpoint or open_source(settings.init_from)
+    options = settings.model_options()
+    added = {name: options[name] for name in parsed.given & {*options} - {*source.model_config}}  # to model.py since
+    config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
+    take_vocabulary(source, dataset, settings.init_from)
+    if "init" in parsed.given and checkpoint is None:
+        raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
+    for name, wanted in options.items():
+        has = getattr(config, name)
+        automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # as mlp_hidden=0
+        if name in parsed.given - {"block_size", "init"} and wanted != has and not automatic:
+            raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
+    if "block_size" not in parsed.given and checkpoint is None:
+        settings.block_size = config.block_size
+    elif settings.block_size > config.block_size:
+        raise InputError(
+            f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
+        )
+    return build(source, lambda: GPT(config))

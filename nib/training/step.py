@@ -1,0 +1,68 @@
+"""One optimizer step: forward and backward passes over a global batch, and the update."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nib.training.distributed import is_sharded, whole
+
+if TYPE_CHECKING:
+    from nib.training.run import Run
+
+
+def optimizer_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+    """One update from this process's share (sequences, T) of the global batch, a micro-batch at a time.
+
+    Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
+    before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and float16's
+    loss scale falls. Seed, step, process and micro-batch decide every random number, so that a resumed run draws what
+    an unbroken one would have.
+    """
+    model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
+    (counted,) = cluster.total([float((targets >= 0).sum())])
+    total = torch.zeros((), device=cluster.device)
+    parts = list(zip(inputs.split(run.micro_batch_size), targets.split(run.micro_batch_size), strict=True))
+    for index, (part, target) in enumerate(parts):
+        torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
+        # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
+        with exchanging(model, index == len(parts) - 1):
+            with run.precision.autocast():
+                _, loss = model(to_device(part, cluster.device), to_device(target, cluster.device))
+            share = loss * (float((target >= 0).sum()) / counted)
+            scaler.scale(share * cluster.world).backward()
+        total += share.detach()
+    for optimizer in run.optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)))
+    loss_sum, unfit = cluster.total([float(total), float(not math.isfinite(grad_norm))])
+    grad_norm += math.inf if unfit else 0.0  # all processes decide alike
+    for optimizer in run.optimizers:
+        if math.isfinite(loss_sum + grad_norm):  # scaler.step would decide for each optimizer by its own gradients
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    scaler.update()
+    return loss_sum, grad_norm
+
+
+def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
+    """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(last)  # type: ignore[operator]
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+def seed_for(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
