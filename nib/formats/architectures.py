@@ -117,6 +117,8 @@ ARCHITECTURES = [
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
+# The fields of GPTConfig that an architecture says, restricts, or need not know.
+KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, "qk_norm", "window", "bias", "rope_base", "dropout", "init"}
 # What config.json may ask for besides, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
