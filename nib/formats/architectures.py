@@ -117,9 +117,8 @@ ARCHITECTURES = [
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
-# Fields of GPTConfig that each architecture takes as they are, or that matter for training only.
-EVERYWHERE = {"n_kv_head", "head_size", "bias", "norm_eps", "rope_base", "window", "dropout", "init"}
-KNOWN = EVERYWHERE.union(*(each.keys | each.options for each in ARCHITECTURES))
+# The fields of GPTConfig that an architecture says, restricts, or need not know.
+KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, "qk_norm", "window", "bias", "rope_base", "dropout", "init"}
 # What config.json may ask for besides, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
@@ -248,11 +247,6 @@ def choose_architecture(model: dict[str, Any]) -> Architecture:
 
     Raises InputError that names the options that do not fit, and the nearest ones that would.
     """
-    if added := [name for name, value in model.items() if value and name not in KNOWN]:
-        raise InputError(
-            f"{added[0]}={model[added[0]]} was added to model.py, and no architecture of transformers has it. "
-            "Sample from nib's own checkpoint, or train without it"
-        )
     nearest = min(EXPORTED, key=lambda each: len(misfits(each, model)))
     wrong = misfits(nearest, model)
     if wrong:

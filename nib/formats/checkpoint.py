@@ -110,12 +110,9 @@ def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
 
 
 def write_checkpoint(
-    checkpoints: Path,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: dict[str, Any],
+    checkpoints: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any],
     tokenizer: Tokenizer,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write checkpoints/step-N for state["step"] aside, flush it to the disk, put it in place, name it latest.
 
     Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
 from nib.common.files import new_directory
 from nib.common.wording import counted
-from nib.formats.architectures import Architecture, choose_architecture, write_config_json
+from nib.formats.architectures import KNOWN, Architecture, choose_architecture, write_config_json
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
@@ -45,6 +46,10 @@ def export(
     architecture expresses, RunError for a full disk.
     """
     model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
+    for field in dataclasses.fields(config):
+        if field.name not in KNOWN and model[field.name] != field.default:
+            asked = f"{field.name}={model[field.name]}"
+            raise InputError(f"no architecture of transformers has {asked}. Export a model with {field.default}")
     architecture, tokenizer = choose_architecture(model), source.tokenizer()
     content = as_tokenizer_json(tokenizer)
     if kind == "gguf":

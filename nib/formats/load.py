@@ -36,27 +36,19 @@ def open_source(target: str | None, root: Path = Path("out")) -> Source:
 
     All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
-    if target is None:
-        return open_checkpoint(find_checkpoint(None, root))
-    path = next((path for path in (Path(target), root / target) if is_model(path)), None)
-    if path is None and is_hub_name(target):
+    for path in () if target is None else (Path(target), root / target):
+        pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
+        if pickled.is_file() and not (path / "checkpoints").exists():
+            return NanoGPTCheckpoint(pickled)
+        # One without weights, such as a repository of something else, does not hide a run of its name.
+        if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
+            return HuggingFaceModel(path)
+        if is_checkpoint(path):
+            return open_checkpoint(find_checkpoint(str(path)))
+    if target and is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
-    if path is None:
-        path = find_checkpoint(target, root)
-    if path.is_file() and path.suffix == ".pt":
-        return NanoGPTCheckpoint(path)
-    if (path / CHECKPOINT_FILE).is_file() and not (path / "checkpoints").exists():
-        return NanoGPTCheckpoint(path / CHECKPOINT_FILE)
-    if is_hugging_face(path):
-        return HuggingFaceModel(path)
-    return open_checkpoint(find_checkpoint(str(path), root))
-
-
-def is_model(path: Path) -> bool:
-    """Whether there is something of a model: a directory of another kind does not hide a run of its name."""
-    pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
-    weights = path.is_dir() and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir())
-    return pickled.is_file() or is_checkpoint(path) or (weights and is_hugging_face(path))
+    path = find_checkpoint(target, root)
+    return HuggingFaceModel(path) if is_hugging_face(path) else open_checkpoint(path)
 
 
 def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:

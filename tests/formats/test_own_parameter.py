@@ -5,13 +5,21 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT
+from model_helpers import random_model
 from safetensors.torch import load_file
+from test_export import save_run
 from test_load import hf_bytes
+
+from model import GPTConfig
+from nib.common.exits import InputError
+from nib.formats.export import export
+from nib.formats.load import open_source
 
 TINY = (
     "--dataset=words --n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --warmup_iters=1 "
@@ -68,3 +76,17 @@ def test_a_new_parameter_is_trained_kept_and_sampled_and_not_exported(repository
     assert not (repository / "exported").exists()
     hf_bytes(repository / "hf", "Qwen3", head_dim=8)
     assert lacks in call("sample.py", "hf", status=2)
+
+
+@dataclass
+class OwnConfig(GPTConfig):
+    gate: str = "none"
+
+
+def test_an_option_of_ones_own_is_exported_only_at_its_default(tmp_path: Path) -> None:
+    source = open_source(str(save_run(tmp_path / "run", random_model(vocab_size=257))))
+    config = OwnConfig(**source.model_config, gate="all")
+    with pytest.raises(InputError, match=r"no architecture of transformers has gate=all\. Export a model with none"):
+        export(source, config, source.weights(), tmp_path / "out")
+    config.gate = "none"
+    assert export(source, config, source.weights(), tmp_path / "out") == "GPT2LMHeadModel"
