@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from nib.common.exits import InputError
 from nib.common.wording import counted, printable, way_out
-from nib.data.download import download
+from nib.data.download import download, url_path
 from nib.data.paths import walk
+from nib.data.rows import MESSAGES, row_text
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
@@ -44,7 +44,6 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
-MESSAGES = "messages"  # the column of a chat, where there is none called text
 BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
 # Tests, installed packages, and what is there on one machine and not on the next.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -122,7 +121,7 @@ def _downloaded(name: str, format: str, path: Path) -> Source:
     if name == "shakespeare":
         size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
         return Source(name, "text", path, size)
-    shown = Path(urlsplit(name).path)
+    shown = url_path(name)
     format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
     download(name, path)
     return Source(name, format, path, _text_size(path))
@@ -179,7 +178,7 @@ def _format_of(path: Path, format: str) -> str:
         return found
     raise InputError(
         f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
-        "pipe what is in it to prepare_data.py -, or leave it out by --glob"
+        "pipe what is in it to prepare_data.py -, or leave it out (of a directory by --glob)"
     )
 
 
@@ -322,43 +321,6 @@ def _hub_rows(source: Source) -> Iterator[Part]:
             yield _row(row[field], f"column {field!r}", f"{source.name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:  # no network, or the hub's own errors
         raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
-
-
-def chat_text(messages: list[Any]) -> str | None:
-    """Chat messages as plain text, a paragraph a message: `role: content`. None when they are none.
-
-    A message that calls tools may have no content.
-    """
-    paragraphs = []
-    for message in messages:
-        if not isinstance(message, dict):
-            return None
-        found = {key: value for key, value in message.items() if value is not None}
-        role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
-        if content is None and (message.get("tool_calls") or message.get("function_call")):
-            content = ""
-        if isinstance(content, list):  # parts, of which pictures and sounds are left out
-            texts = [part["text"] if isinstance(part, dict) else part for part in content if not is_media(part)]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        paragraphs.append(f"{role}: {content}\n")
-    return "\n".join(paragraphs)
-
-
-def is_media(part: Any) -> bool:
-    """Whether a part of a message's content is one without a text, such as a picture or a sound."""
-    return isinstance(part, dict) and "text" not in part
-
-
-def row_text(value: Any, where: str) -> tuple[str, str]:
-    """The text that a field or column holds, and what is wrong with it, or ""."""
-    text = chat_text(value) if isinstance(value, list) else value
-    if isinstance(text, str):
-        return text, ""
-    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
-        return "", f"{where} holds a message without a role or content"
-    return "", f"{where} holds {'null' if value is None else type(value).__name__}, not text"
 
 
 def _row(value: Any, column: str, where: str) -> Part:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted, printable, way_out
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
+from nib.data.download import url_path
 from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
@@ -279,7 +279,7 @@ def dataset_name(sources: list[str]) -> str:
     if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
         return source
     is_url = source.startswith(("http://", "https://"))
-    path = Path(urlsplit(source).path) if is_url else Path(os.path.abspath(source))
+    path = url_path(source) if is_url else Path(os.path.abspath(source))
     name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", path.name if path.is_dir() else path.stem)
     if not name:
         raise InputError(f"{source} has no name. Give --out=data/NAME")

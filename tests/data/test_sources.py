@@ -14,9 +14,10 @@ import pytest
 
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
-from nib.data.documents import HEAD_BYTES, chat_text, find_sources, read_parts
+from nib.data.documents import HEAD_BYTES, find_sources, read_parts
 from nib.data.encode import part_text
 from nib.data.prepare import prepare
+from nib.data.rows import chat_text
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,13 @@ def test_linked_directories_are_read_once_each(work: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "passed over d/nothing.txt: it is no file that can be read\n"
     os.link("d/a.txt", "d/hard.txt")  # a file like any other
     assert texts("d", glob="*.txt").count("d/a.txt") == 2
+
+
+def test_what_is_no_file_in_a_directory_is_passed_over_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    write("d/a.txt")
+    os.mkfifo("d/pipe.txt")
+    assert texts("d") == ["d/a.txt"]
+    assert capsys.readouterr().err == "passed over d/pipe.txt: it is no file that can be read\n"
 
 
 def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
@@ -292,6 +300,10 @@ def test_a_message_that_calls_tools_needs_no_content(call: dict[str, Any], conte
         ([{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_text", "text": "a"}], "a"),
         ([{"type": "text", "text": None}], None),
         ([7], None),
+        ([{"type": "text"}], ""),
+        # As rows of Parquet have them: null for what other parts have.
+        ([{"type": "image", "text": None, "image": "x"}, {"type": "text", "text": "a", "image": None}], "a"),
+        ([{"type": None, "text": "a"}, {"type": None, "text": None}], None),
     ],
 )
 def test_no_text_in_the_parts_of_a_message_is_lost(parts: list[Any], text: str | None) -> None:
