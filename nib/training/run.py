@@ -296,6 +296,10 @@ class Run:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
+        if self.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
+            say = f"warning: until here a process had {counted(before, 'thread')}, now {threads}: sums may round otherwise"
+            self.report.say(f"{say}. OMP_NUM_THREADS={before} keeps every bit")
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
             name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)
@@ -324,6 +328,7 @@ class Run:
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,
             "micro_batch_size": self.micro_batch_size,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
