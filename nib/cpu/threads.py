@@ -22,7 +22,7 @@ from pathlib import Path
 
 PERIOD = 0.25  # seconds between two looks at the load
 LOST, GAINED = 0.35, 0.75  # cores' worth less or more than there are in use, at which their number changes
-BETTER = 0.3  # of a core, by which another one must be freer to move there
+BETTER = 0.3  # of a core, by which others must use the cores at hand more than another one before it is taken
 BINDING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 
@@ -46,7 +46,8 @@ def torchrun_chose() -> bool:
     """Whether OMP_NUM_THREADS is the 1 that torchrun sets when it was started without one."""
     with suppress(OSError):
         return not any(
-            line.startswith(b"OMP_NUM_THREADS=") for line in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+            line.startswith(b"OMP_NUM_THREADS=")
+            for line in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
         )
     return False
 
@@ -65,8 +66,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/pro
     """The cores' worth of time that this process's control groups, of version 1 or 2, leave it; infinity without."""
     limits = [math.inf]
     with suppress(OSError):
-        for line in membership.read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
+        for _, controllers, path in (line.split(":", 2) for line in membership.read_text().splitlines()):
             top = root / controllers if controllers else root
             if controllers and "cpu" not in controllers.split(","):
                 continue
@@ -110,22 +110,20 @@ def cores_to_use(busy: dict[int, float], own: float, taken: list[int], threads: 
     """
     wanted = min(threads, len(busy))
     free = len(busy) - max(0.0, sum(busy.values()) - own)
-    everywhere = len(taken) == len(busy)
-    count = wanted if everywhere else len(taken)
+    count = min(wanted, len(taken))
     if free < count - LOST:
         count = max(1, math.floor(free + 0.5))
     elif free >= count + GAINED:
         count = math.floor(free + 1 - GAINED)
     if count >= wanted:
         return list(busy)
-    shared = 0.0 if everywhere else (sum(busy[core] for core in taken) - own) / len(taken)
-    others = {core: shared - BETTER if core in taken else busy[core] for core in busy}
-    order = list(taken) + [core for core in busy if core not in taken]
-    best = sorted(order, key=lambda core: others[core] if not everywhere else 0.0)[:count]
+    outside = sorted((core for core in busy if core not in taken), key=lambda core: busy[core])
+    chosen = [*taken, *outside][:count]
+    crowd = sum(busy[core] for core in taken) - own  # on which of them is not known
     # Two processes that find each other on one core must not both go to the same other one.
-    if len(best) == len(taken) and set(best) != set(taken) and random.random() < 0.5:
-        return taken
-    return best
+    if outside and count <= len(taken) and crowd > busy[outside[0]] + BETTER and random.random() < 0.5:
+        chosen[random.randrange(count)] = outside[0]
+    return chosen
 
 
 class LoadWatch(threading.Thread):

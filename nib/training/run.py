@@ -298,8 +298,8 @@ class Run:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
         before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
         if self.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
-            say = f"warning: until here a process had {counted(before, 'thread')}, now {threads}: sums may round otherwise"
-            self.report.say(f"{say}. OMP_NUM_THREADS={before} keeps every bit")
+            change = f"a process had {counted(before, 'thread')} until here, now {threads}"
+            self.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
             name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)

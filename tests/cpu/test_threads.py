@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, run_script
 
 from nib.cpu.threads import can_move, cores_to_use, cpu_quota, physical_cores
 
@@ -36,7 +36,10 @@ def test_the_narrowest_quota_of_all_groups_above_counts(tmp_path):
 
 @pytest.mark.parametrize("controllers", ["cpu", "cpu,cpuacct"])
 def test_version_1_of_control_groups_is_read_too(tmp_path, controllers):
-    names = {f"{controllers}__box__cpu_dot_cfs_{name}_us": text for name, text in dict(quota="200000", period="50000").items()}
+    names = {
+        f"{controllers}__box__cpu_dot_cfs_{name}_us": text
+        for name, text in dict(quota="200000", period="50000").items()
+    }
     above = {f"{controllers}__cpu_dot_cfs_{name}_us": text for name, text in dict(quota="-1", period="100000").items()}
     assert quota(tmp_path, f"3:memory:/box\n2:{controllers}:/box\n0::/\n", **names, **above) == 4.0
 
@@ -47,38 +50,41 @@ def test_a_group_that_is_not_seen_from_within_a_container_is_that_of_the_mount(t
 
 @pytest.mark.parametrize("text", ["", "max", "max 100000", "many few", "1 2 3"])
 def test_what_is_no_quota_limits_nothing(tmp_path, text):
-    assert quota(tmp_path, "0::/\nnonsense\n" if not text else "0::/\n", cpu_dot_max=text) == math.inf
+    assert quota(tmp_path, "0::/\n", cpu_dot_max=text) == math.inf
 
 
-def chosen(code: str = "", **environment: str) -> list[str]:
-    """The threads of torch in a process that calls choose_threads, and what `code` prints."""
+def chosen(**environment: str) -> list[str]:
+    """The threads of torch in a process that calls choose_threads, and OMP_NUM_THREADS there."""
     before = {name: value for name, value in os.environ.items() if name not in NAMES}
-    script = "from nib.cpu.threads import choose_threads; choose_threads(); import torch; print(torch.get_num_threads())"
+    script = "from nib.cpu.threads import choose_threads; choose_threads(); import torch, os; "
+    script += "print(torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'))"
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}\n{code}"], cwd=ROOT, env=before | environment, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=ROOT, env=before | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
 
 def test_a_users_number_of_threads_wins():
-    assert chosen(OMP_NUM_THREADS="3") == ["3"]
-    assert chosen(OMP_NUM_THREADS="3", LOCAL_WORLD_SIZE="2") == ["3"]
+    assert chosen(OMP_NUM_THREADS="1") == ["1", "1"]
+    assert chosen(OMP_NUM_THREADS="3")[1] == chosen(OMP_NUM_THREADS="3", LOCAL_WORLD_SIZE="2")[1] == "3"
 
 
 def test_alone_there_are_as_many_threads_as_torch_has_by_itself_and_of_several_processes_each_has_its_share():
-    assert chosen() == [str(physical_cores())]
-    assert chosen(LOCAL_WORLD_SIZE="2") == [str(max(1, physical_cores() // 2))]
-    assert chosen(LOCAL_WORLD_SIZE=str(2 * physical_cores())) == ["1"]
+    cores = min(physical_cores(), int(min(cpu_quota(), 2**20)))
+    assert chosen()[0] == str(cores)
+    assert chosen(LOCAL_WORLD_SIZE="2") == [str(max(1, cores // 2))] * 2
+    assert chosen(LOCAL_WORLD_SIZE=str(2 * cores)) == ["1", "1"]
 
 
 @LINUX
 def test_affinity_limits_the_threads():
-    code = f"import os, sys; os.sched_setaffinity(0, [{min(os.sched_getaffinity(0))}]); os.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])"
-    script = "from nib.cpu.threads import choose_threads; choose_threads(); import torch; print(torch.get_num_threads())"
-    before = {name: value for name, value in os.environ.items() if name not in NAMES}
-    done = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, env=before, capture_output=True, text=True)
-    assert done.stdout.split() == ["1"], done.stderr
+    here = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [min(here)])
+    try:
+        assert chosen()[0] == "1"
+    finally:
+        os.sched_setaffinity(0, here)
 
 
 @LINUX
@@ -105,10 +111,12 @@ def test_threads_stay_where_and_as_a_user_has_put_them(monkeypatch, name):
     assert not can_move()
 
 
-def settle(others: dict[int, float], threads: int, taken: list[int] | None = None, own_spread: float = 1.0) -> list[int]:
+def settle(
+    others: dict[int, float], threads: int, taken: list[int] | None = None, own_spread: float = 1.0
+) -> list[int]:
     """Where threads end up that are beside others which keep to their cores, after some looks."""
     cores, taken = list(others), list(taken or others)
-    for _ in range(40):
+    for _ in range(300):
         share = {core: min(1 - others[core] / 2, own_spread) if core in taken else 0.0 for core in cores}
         busy = {core: min(1.0, others[core] * (1 - share[core] / 2) + share[core]) for core in cores}
         own = sum(busy[core] - others[core] * (1 - share[core] / 2) for core in cores)
@@ -144,7 +152,8 @@ torch.manual_seed(0)
 tune_for_training(torch.device("cpu"))
 watch = threads.watch
 watch.look = lambda: None  # it is this script that says when and where to
-model = GPT(GPTConfig(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=128, norm=sys.argv[2], bias=sys.argv[2] == "layernorm"))
+shape = dict(vocab_size=300, block_size=64, n_layer=2, n_head=2, n_embd=128)
+model = GPT(GPTConfig(**shape, norm=sys.argv[2], bias=sys.argv[2] == "layernorm"))
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 tokens = torch.randint(300, (8, 65))
@@ -176,3 +185,49 @@ def weights(*arguments: str, threads: int) -> str:
 @pytest.mark.parametrize("norm", ["rmsnorm", "layernorm"])
 def test_training_has_the_same_bits_wherever_its_threads_run_and_however_they_wait(norm):
     assert weights("moved", norm, threads=2) == weights("still", norm, threads=2)
+
+
+def test_without_layernorm_the_weights_do_not_depend_on_the_number_of_threads_either():
+    """A LayerNorm's gradient is a sum over rows, made in as many parts as there are threads."""
+    assert weights("still", "rmsnorm", threads=1) == weights("still", "rmsnorm", threads=2)
+
+
+LOOP = "while True: pass"
+WATCHES = """
+import time
+from nib.cpu import threads
+threads.choose_threads()
+import torch
+watch, end = threads.watch, time.monotonic() + 100
+watch.watch(2)
+while len(watch.taken) == len(watch.cores) and time.monotonic() < end:
+    time.sleep(0.1)
+print(len(watch.taken) < len(watch.cores), threads.free_threads(2), watch.sleepers is not None)
+"""
+
+
+@LINUX
+@pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one core")
+def test_beside_a_busy_loop_a_process_keeps_to_the_cores_that_are_left():
+    here, environment = sorted(os.sched_getaffinity(0)), {k: v for k, v in os.environ.items() if k not in NAMES}
+    os.sched_setaffinity(0, here[:2])  # for both of what is started
+    try:
+        with subprocess.Popen([sys.executable, "-c", LOOP]) as loop:
+            done = subprocess.run(
+                [sys.executable, "-c", WATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
+            )
+            loop.kill()
+    finally:
+        os.sched_setaffinity(0, here)
+    assert done.stdout.split() == ["True", "1", "True"], done.stderr
+
+
+def test_a_run_that_goes_on_with_other_threads_says_so_in_one_line(corpus, tmp_path):
+    shape = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_interval=0 --eval_tokens=100"
+    options = [*shape.split(), f"--dataset={corpus / 'data/words'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
+    for steps, threads in ((2, "1"), (3, "1"), (4, "2")):
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
+        done = run_script("train.py", *options, f"--max_iters={steps}", cwd=tmp_path, env=environment)
+        assert done.returncode == 0, done.stderr
+        said = [line for line in (done.stdout + done.stderr).splitlines() if "thread" in line and "warning" in line]
+        assert len(said) == (threads == "2") and all("OMP_NUM_THREADS=1" in line for line in said)
