@@ -37,7 +37,7 @@ SIZES = {
     "124m": "--n_layer=17 --n_head=12 --n_embd=768 --block_size=256 --batch_size=1 --optimizer=adamw",
 }
 TOKENS = {"0.8m": 6000, "1.1m": 8000, "10m": 2000, "124m": 150}  # sampled in a turn, some seconds' worth
-SAMPLES = {"sample": "", "sample int8": "--quantize=int8", "sample x8": "--num-samples=8"}
+SAMPLES = {"sample": "", "sample_int8": "--quantize=int8", "sample_x8": "--num-samples=8"}
 
 
 def python(checkout: Path, script: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -87,8 +87,7 @@ def training_speed(checkout: Path, size: str, data: Path, seconds: float) -> flo
 
 def sampling_speed(checkout: Path, size: str, run: Path, options: str) -> float:
     """Tokens a second of sample.py, by its own count."""
-    tokens = TOKENS[size] // (3 if "8" in options and "num" in options else 1)
-    arguments = [str(run), "--json", f"--max-new-tokens={tokens}", "--prompt=import os", *options.split()]
+    arguments = [str(run), "--json", f"--max-new-tokens={TOKENS[size]}", "--prompt=import os", *options.split()]
     with ended(python(checkout, "sample.py", *arguments, cwd=run.parent)) as process:
         try:
             out, _ = process.communicate(timeout=PATIENCE)
@@ -165,7 +164,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each job; the figures are medians")
     parser.add_argument("--seconds", type=float, default=5.0, help="of training that a turn measures")
-    parser.add_argument("--jobs", default=",".join(["train", *SAMPLES]), help="of train, sample, sample int8, peers...")
+    parser.add_argument(
+        "--jobs", default=",".join(["train", *SAMPLES]), help="of train, sample, sample_int8, sample_x8 and peers"
+    )
     parser.add_argument("--sizes", default=",".join(SIZES), help="of nib's models")
     parser.add_argument("--neighbours", default=",".join(NEIGHBOURS))
     parser.add_argument("--data", type=Path, help="a prepared dataset; default: the built-in stdlib, prepared here")
@@ -184,6 +185,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         data = (arguments.data or Path(name, "data/stdlib")).resolve()
         runs = (arguments.runs or Path(name)).resolve()
+        runs.mkdir(parents=True, exist_ok=True)
         if not data.exists():
             subprocess.run(
                 [sys.executable, ROOT / "prepare_data.py", "stdlib", f"--out={data}", "--tokenizer=bpe:2048"],

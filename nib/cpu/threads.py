@@ -39,7 +39,7 @@ def choose_threads() -> None:
         cores, quota = physical_cores(), cpu_quota()
         if count > 1 or quota < cores:
             os.environ["OMP_NUM_THREADS"] = str(max(1, int(min(cores, quota)) // max(1, count)))
-    watch = LoadWatch() if can_move() else None
+    watch = watch or (LoadWatch() if can_move() else None)
 
 
 def torchrun_chose() -> bool:
@@ -88,7 +88,9 @@ def quota_of(group: Path, version: int) -> float:
 
 def can_move() -> bool:
     """Whether the threads may be moved and be told not to spin: on Linux, unless the user has said how they do it."""
-    return sys.platform == "linux" and os.path.exists("/proc/stat") and not any(name in os.environ for name in BINDING)
+    return (
+        sys.platform == "linux" and os.access("/proc/stat", os.R_OK) and not any(name in os.environ for name in BINDING)
+    )
 
 
 def usage(cores: Iterable[int]) -> tuple[float, float, dict[int, float]]:
@@ -152,7 +154,9 @@ class LoadWatch(threading.Thread):
         now, own, busy = usage(self.cores)
         began, own_before, busy_before = self.before
         seconds = now - began
-        if seconds < PERIOD / 2 or busy.keys() != busy_before.keys():
+        if seconds < PERIOD / 2 or not busy.keys() == busy_before.keys() == set(
+            self.cores
+        ):  # a container may hide some
             return
         self.before = now, own, busy
         shares = {core: min(1.0, (busy[core] - busy_before[core]) / seconds) for core in busy}
