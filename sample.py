@@ -28,6 +28,7 @@ from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
 from nib.common.wording import printable
+from nib.cpu.threads import choose_threads
 from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def load_model(
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    choose_threads()
     import torch
 
     from model import GPT, GPTConfig
@@ -137,13 +139,13 @@ def load_model(
     from nib.cpu.fused_blocks import fuse_blocks
     from nib.cpu.int8 import pack_int8, quantize
     from nib.cpu.linear import pack_linears
-    from nib.cpu.process import keep_freed_memory
+    from nib.cpu.process import tune_for_sampling
     from nib.formats.load import build, open_source, read_config
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_for_sampling()
     if compiled and device.type != "cuda":
         raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)

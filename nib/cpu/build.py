@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from nib.common.files import fsync
 from nib.common.signals import stop_signals_raise
+from nib.cpu.threads import free_threads
 
 SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -67,7 +68,7 @@ class Linear:
         x, N, K = x.contiguous(), self.matrix.n, self.matrix.k
         check_factor(x, K)
         y = x.new_empty((*x.shape[:-1], N))
-        self.function(self.address, x.data_ptr(), y.data_ptr(), x.numel() // K, torch.get_num_threads())
+        self.function(self.address, x.data_ptr(), y.data_ptr(), x.numel() // K, free_threads(torch.get_num_threads()))
         return y
 
 

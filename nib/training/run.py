@@ -297,6 +297,10 @@ class Run:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
+        if self.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
+            change = f"a process had {counted(before, 'thread')} until here, now {threads}"
+            self.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
             name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)
@@ -325,6 +329,7 @@ class Run:
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,
             "micro_batch_size": self.micro_batch_size,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
