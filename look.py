@@ -91,15 +91,11 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     model, settings = load(source), SamplingSettings(max_new_tokens=new)
     (sample,) = generate_text(model, tokenizer, [prompt], settings)
     ids = prompt_ids + sample.tokens
-    sources = [source]
-    if options.checkpoints:
-        sources = other_checkpoints(source)
+    sources = other_checkpoints(source) if options.checkpoints else [source]
     snapshots = []
     for each in sources:
         snapshot = take_snapshot(model if each is source else load(each), ids, tokenizer)
         snapshots.append(snapshot | {"step": each.state.get("step")})
-        if len(sources) > 1:
-            print(f"{each.directory.name}", file=sys.stderr)
     about = {
         "model": str(source.directory), "parameters": sum(each.numel() for each in model.parameters()),
         "config": vars(config), "prompt_tokens": len(prompt_ids), "ended": sample.finish_reason == "end_of_text",
@@ -108,6 +104,8 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
             "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
         },
     }  # fmt: skip
+    if len(snapshots) > 1:
+        print(f"checkpoints: steps {', '.join(str(each['step']) for each in snapshots)}", file=sys.stderr)
     page = make_page(ids, tokenizer, snapshots, about)
     Path(options.output).write_text(page, encoding="utf-8")
     print(f"{options.output}: {len(ids)} tokens, {len(page) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nib.common.exits import InputError
+from nib.common.exits import InputError, RunError
 from nib.look.trace import TOLERANCE, BlockCall, Trace
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -46,7 +46,9 @@ def take_snapshot(model: Any, ids: list[int], tokenizer: Tokenizer) -> dict[str,
         with Trace(model) as trace:
             hidden = model.hidden(tokens)
         logits = model.logits(hidden)[0]  # (T, V)
-        after = torch.tensor(ids[1:], device=logits.device)
+        if not logits.isfinite().all():
+            raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
+        after = tokens[0, 1:]
         log_probs = logits[:-1].float().log_softmax(-1).gather(1, after[:, None])[:, 0]
         found: dict[str, Any] = {"surprise": -log_probs}
         found |= next_token(logits[:, : tokenizer.vocab_size].float(), after)
@@ -72,13 +74,19 @@ def next_token(logits: Tensor, after: Tensor) -> dict[str, Any]:
     Of logits that are equal the lowest id comes first, as when sampling.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)  # (T, V)
-    came = logits[:-1].gather(1, after[:, None])
+    rank = (ids[:-1] == after[:, None]).int().argmax(-1)
+    rest = ordered[:, CANDIDATES:] - ordered[:, :1]
+    before = rest[:-1].masked_fill(
+        torch.arange(CANDIDATES, CANDIDATES + rest.shape[1], device=rest.device) >= rank[:, None], -math.inf
+    )
+
+    def sums(x: Tensor) -> Tensor:  # ln of the sum of exp(logit / temperature), the largest logit taken as 0
+        return torch.stack([(x / each).logsumexp(-1) for each in TEMPERATURES], dim=1).clamp_min(-1e30)
+
     return {
-        "logits": ordered[:, :CANDIDATES], "ids": ids[:, :NAMED].int(),
-        "rest": torch.stack([  # ln of the sum of exp(logit / temperature), the largest logit taken as 0
-            ((ordered[:, CANDIDATES:] - ordered[:, :1]) / temperature).logsumexp(-1) for temperature in TEMPERATURES
-        ], dim=1).clamp_min(-1e30),
-        "came_rank": (ids[:-1] == after[:, None]).int().argmax(-1).int(), "came_logit": came[:, 0],
+        "logits": ordered[:, :CANDIDATES], "ids": ids[:, :NAMED].int(), "rest": sums(rest),
+        "came_rank": rank.int(), "came_logit": logits[:-1].gather(1, after[:, None])[:, 0],
+        "came_before": sums(before),  # of those of the rest that are more probable than the token that came
     }  # fmt: skip
 
 

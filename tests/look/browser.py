@@ -106,8 +106,9 @@ class Browser:
 
     def click(self, selector: str) -> None:
         box = self.run(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}});"
-            " const r = e.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2] })()"
+            "(() => { "
+            f"const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center'}}); "
+            "const r = e.getClientRects()[0]; return [r.left + r.width / 2, r.top + r.height / 2] })()"
         )
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button="left", clickCount=1)
