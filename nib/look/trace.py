@@ -78,14 +78,13 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
         if function is F.scaled_dot_product_attention and self.inside:
-            with torch._C.DisableTorchFunction():
-                weights = attention_weights(*arguments, **(named or {}))
-                value, returned = flat(arguments[2] if len(arguments) > 2 else named["value"]), flat(result)
-                mixed = weights @ value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
-                call = self.calls[-1]
-                call.maps.append(weights.float())
-                difference = (mixed - returned).abs().max() / returned.abs().max().clamp_min(1e-30)
-                call.error = max(call.error, float(difference.nan_to_num(1.0)))
+            weights = attention_weights(*arguments, **(named or {}))
+            value, returned = flat(arguments[2] if len(arguments) > 2 else named["value"]), flat(result)
+            mixed = weights @ value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
+            call = self.calls[-1]
+            call.maps.append(weights.float())
+            difference = (mixed - returned).abs().max() / returned.abs().max().clamp_min(1e-30)
+            call.error = max(call.error, float(difference.nan_to_num(1.0)))
         return result
 
 
