@@ -105,10 +105,10 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
         },
     }  # fmt: skip
     if len(snapshots) > 1:
-        print(f"checkpoints: steps {', '.join(str(each['step']) for each in snapshots)}", file=sys.stderr)
+        print(f"checkpoints: steps {', '.join(str(each['step']) for each in snapshots)}")
     page = make_page(ids, tokenizer, snapshots, about)
     Path(options.output).write_text(page, encoding="utf-8")
-    print(f"{options.output}: {len(ids)} tokens, {len(page) / 1e6:.1f} MB; open it in a browser", file=sys.stderr)
+    print(f"{options.output}: {len(ids)} tokens, {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
 def other_checkpoints(source: Source) -> list[Source]:

@@ -89,7 +89,8 @@ def made(out: Path) -> Any:
     """What is there of the work of a script: the files, and the lines of its log."""
     log = out / "log.txt"
     told = steady(log.read_text(encoding="utf-8")) if log.exists() else ""
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*")), told
+    files = [out] if out.is_file() else out.rglob("*")
+    return sorted(path.relative_to(out).as_posix() for path in files), told
 
 
 def test_every_script_with_each_standard_stream_in_every_state(run: Run, place: Path) -> None:

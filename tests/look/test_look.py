@@ -68,7 +68,7 @@ def test_the_page_holds_the_prompt_and_what_sample_writes(place: Path, call: Cal
     import sample
 
     done = call(look.main, "bytes", "--prompt=hé!", "--max-new-tokens=9", cwd=place)
-    assert done.returncode == 0 and "look.html: 13 tokens" in done.stderr and not done.stdout
+    assert done.returncode == 0 and "look.html: 13 tokens" in done.stdout and not done.stderr
     data = read_page(place / "look.html")
     written = json.loads(call(sample.main, "bytes", "--prompt=hé!", "--max-new-tokens=9", "--json", cwd=place).stdout)
     assert data["tokens"] == [*"hé!".encode(), *written["tokens"]] and data["prompt_tokens"] == 4

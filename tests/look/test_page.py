@@ -138,9 +138,9 @@ def test_it_fits_its_window(browser: Browser, model: Any, width: int, dark: bool
 def test_a_prompt_is_shown_and_never_run(
     browser: Browser, prompt: str, tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_run(tmp_path / "out/run", BYTES, block_size=128)
+    make_run(tmp_path / f"out/{HOSTILE}", BYTES, block_size=128)
     (tmp_path / "prompt").write_text(prompt, encoding="utf-8")
-    assert not call(look.main, "--prompt=FILE:prompt", "--max-new-tokens=0", cwd=tmp_path).returncode
+    assert not call(look.main, f"out/{HOSTILE}", "--prompt=FILE:prompt", "--max-new-tokens=0", cwd=tmp_path).returncode
     browser.open(tmp_path / "look.html")
     assert browser.run("window.hacked === undefined && document.images.length === 0")
     assert browser.run("document.querySelectorAll('#text .tok').length") == len(prompt.encode())
