@@ -185,13 +185,15 @@ def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tens
         h = hidden.detach().clone().requires_grad_()
         sums = model.logits(h)[0].gather(1, targets.T).sum(0)  # (3,)
         direction = torch.stack([torch.autograd.grad(each, h, retain_graph=True)[0][0] for each in sums])
-    direction = direction.double().cpu()  # (3, T, C): how each logit grows with each channel
+    direction = direction.cpu().double()  # (3, T, C): how each logit grows with each channel
     parts = torch.stack(written)  # (parts, T, C)
     parts = (parts - parts.mean(-1, keepdim=True) if centred else parts) * scale
     found = torch.einsum("ptc,ktc->kpt", parts, direction)
     # What does not depend on the text: the biases of the norm and of the head.
     with torch.no_grad():
-        fixed = model.logits(offset.to(hidden).expand_as(hidden[0])[None])[0].gather(1, targets.T).T.double().cpu()
+        fixed = (
+            model.logits(offset.float().to(hidden).expand_as(hidden[0])[None])[0].gather(1, targets.T).T.cpu().double()
+        )
     if bool(fixed.any()):
         found, names = torch.cat((found, fixed[:, None]), dim=1), [*names, "bias"]
     target_logits = logits.gather(1, targets.T).T
@@ -214,7 +216,7 @@ def last_norm(norm: Any, x: Tensor, normed: Tensor) -> tuple[bool, Tensor, Tenso
 
 
 def agrees(a: Tensor, b: Tensor) -> bool:
-    a, b = a.double().cpu(), b.double().cpu()
+    a, b = a.cpu().double(), b.cpu().double()
     return a.shape == b.shape and float((a - b).abs().max()) <= TOLERANCE * max(float(b.abs().max()), 1e-30)
 
 

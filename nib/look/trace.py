@@ -91,7 +91,7 @@ class Trace(TorchFunctionMode):
 def rows(x: Any) -> Tensor:
     """Hidden states (T, C) of a batch of one, or the first of several results."""
     x = x[0] if isinstance(x, tuple) else x
-    return x.detach()[0].double().cpu()
+    return x.detach()[0].cpu().double()
 
 
 def flat(x: Tensor) -> Tensor:
