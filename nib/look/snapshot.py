@@ -191,9 +191,8 @@ def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tens
     found = torch.einsum("ptc,ktc->kpt", parts, direction)
     # What does not depend on the text: the biases of the norm and of the head.
     with torch.no_grad():
-        fixed = (
-            model.logits(offset.float().to(hidden).expand_as(hidden[0])[None])[0].gather(1, targets.T).T.cpu().double()
-        )
+        of_offset = model.logits(offset.float().to(hidden).expand_as(hidden[0])[None])[0]
+        fixed = of_offset.gather(1, targets.T).T.cpu().double()
     if bool(fixed.any()):
         found, names = torch.cat((found, fixed[:, None]), dim=1), [*names, "bias"]
     target_logits = logits.gather(1, targets.T).T
