@@ -8,7 +8,7 @@ RUN = $(VENV)/bin/python
 # Train config/small.py on the standard library's source, then show what the model writes.
 small: $(VENV)/installed
 	$(RUN) train.py config/small.py
-	$(RUN) sample.py out/small --prompt 'def '
+	$(RUN) sample.py out/small --prompt 'def'
 
 # The whole test suite.
 test: $(VENV)/installed-dev

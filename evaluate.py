@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
+from nib.cpu.threads import choose_threads
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -57,6 +58,7 @@ def main() -> None:
     if settings.context and settings.stride > settings.context:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
 
+    choose_threads()
     from nib.common.memory import memory_errors
     from nib.formats.load import open_source
 

@@ -21,7 +21,7 @@ from nib.common.options import option, parse
 
 USAGE = "python export.py RUN|CHECKPOINT|HF_DIR OUT_DIR [--option=value]..."
 ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card, as the architecture
-that its options make: GPT-2, Llama, Mistral, Qwen3, Arcee, Apertus or Starcoder2."""
+that its options make: GPT-2, Llama, Mistral, Qwen3, Arcee or Starcoder2."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -43,13 +43,16 @@ def main() -> None:
     if str(out) != str(out).encode("utf-8", "ignore").decode("utf-8"):  # safetensors would refuse it later
         raise InputError(f"{out} is not UTF-8. Give another directory")
 
+    from model import GPT, GPTConfig
     from nib.common.memory import memory_errors
     from nib.formats.export import directory_bytes, export
-    from nib.formats.load import open_source
+    from nib.formats.load import open_source, read_config, read_weights
 
     with memory_errors("Lower --max-shard-size, or use a machine with more"):
         source = open_source(parsed.arguments[0])
-        name = export(source, out, dtype=settings.dtype, max_shard_bytes=shard_bytes, kind=settings.format)
+        config = read_config(source, GPTConfig)
+        weights = read_weights(source, lambda: GPT(config))
+        name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
     print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
 
 

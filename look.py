@@ -13,15 +13,18 @@ if __name__ == "__main__":  # before the other imports, so that Ctrl-C during th
     exit_on_interrupt()
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
 from nib.common.options import Parsed, option, parse
+from nib.cpu.threads import choose_threads
 from nib.generation.request import SamplingSettings, read_prompt
 
 if TYPE_CHECKING:
+    from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import Source
 
 USAGE = "python look.py [RUN|CHECKPOINT|HF_DIR] --prompt TEXT|FILE:path [--name=value]..."
@@ -49,6 +52,7 @@ def main() -> None:
     check_writable(Path(parsed.settings.output))
 
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    choose_threads()
     from nib.common.memory import memory_errors
 
     with memory_errors("Give a shorter prompt, or use a smaller model"):
@@ -70,6 +74,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     """Write the page. Raises InputError."""
     from model import GPT, GPTConfig
     from nib.common.device import pick_device
+    from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import build, open_source, read_config
     from nib.generation.engine import generate_text
     from nib.look.page import make_page
@@ -90,15 +95,16 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
 
     model, settings = load(source), SamplingSettings(max_new_tokens=new)
     (sample,) = generate_text(model, tokenizer, [prompt], settings)
-    ids = prompt_ids + sample.tokens
-    sources = other_checkpoints(source) if options.checkpoints else [source]
+    ids = sample.prompt_tokens + sample.tokens
+    sources: Sequence[Source] = checkpoints_beside(source) if options.checkpoints else [source]
     snapshots = []
     for each in sources:
         snapshot = take_snapshot(model if each is source else load(each), ids, tokenizer)
-        snapshots.append(snapshot | {"step": each.state.get("step")})
+        snapshots.append(snapshot | {"step": each.state["step"] if isinstance(each, Checkpoint) else None})
     about = {
         "model": str(source.directory), "parameters": sum(each.numel() for each in model.parameters()),
-        "config": vars(config), "prompt_tokens": len(prompt_ids), "ended": sample.finish_reason == "end_of_text",
+        "config": vars(config), "prompt_tokens": len(sample.prompt_tokens),
+        "ended": sample.finish_reason == "end_of_text",
         "vocab_size": min(config.vocab_size, tokenizer.vocab_size),
         "shown": sources.index(source), "defaults": {
             "temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p,
@@ -111,7 +117,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     print(f"{options.output}: {len(ids)} tokens, {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
-def other_checkpoints(source: Source) -> list[Source]:
+def checkpoints_beside(source: Source) -> list[Checkpoint]:
     """The checkpoints of the source's run in the order of training, itself among them. Raises InputError."""
     from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, list_checkpoints
 
@@ -119,14 +125,14 @@ def other_checkpoints(source: Source) -> list[Source]:
         raise InputError(f"{source.directory} has no checkpoints of nib's training. Leave out --checkpoints")
     paths = [path for path in list_checkpoints(source.directory.parent)[::-1] if path.name != source.directory.name]
     step = max(1.0, len(paths) / (MOST_CHECKPOINTS - 1))
-    found: list[Source] = [source]
+    found = [source]
     for index in range(min(len(paths), MOST_CHECKPOINTS - 1)):
         path = paths[int(index * step)]
         try:
             found.append(Checkpoint(path))
         except BrokenCheckpoint as error:
             print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
-    return sorted(found, key=lambda each: each.state.get("step", 0))
+    return sorted(found, key=lambda each: int(each.state["step"]))
 
 
 if __name__ == "__main__":

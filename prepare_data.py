@@ -47,8 +47,8 @@ class Settings:
 
 def main() -> None:
     parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
-    if not parsed.arguments:
-        raise InputError("no SOURCE. Give a file, a directory, - or stdlib; see --help")
+    if not all(parsed.arguments or [""]):
+        raise InputError("no SOURCE, or an empty one. Give a file, a directory, - or stdlib; see --help")
 
     from nib.common.memory import memory_errors
     from nib.data.paths import find_dataset

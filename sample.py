@@ -21,12 +21,13 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
+from nib.common.wording import printable
+from nib.cpu.threads import choose_threads
 from nib.generation.request import (
     BYTE_ORDER_MARK,
     Sample,
@@ -75,7 +76,6 @@ class Options(SamplingSettings):
         False, "record a step of all texts as one CUDA graph; compiling takes a while before the first. Only for CUDA, "
         "where it has not been run yet", group="system",
     )  # fmt: skip
-    save_quantized: str = option("", "also write the quantised model to this new directory", group="system")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parsed.settings
     prompts = read_prompts(options)
     TextStream(options.stop)  # says now what is wrong with them
-    if options.save_quantized and options.quantize == "none":
-        raise InputError("--save-quantized needs --quantize int8. Add it")
     if options.compile and not options.cache:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
     if options.top_logprobs and not options.json:
@@ -96,16 +94,17 @@ def main(argv: list[str] | None = None) -> int:
 
     with memory_errors("Use a smaller model, or --quantize int8"):
         model, tokenizer, origin = load_model(
-            parsed.arguments, options.device, options.dtype, options.quantize, options.save_quantized, options.compile
+            parsed.arguments, options.device, options.dtype, options.quantize, options.compile
         )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
     with memory_errors("Lower --num-samples or --max-new-tokens, or give fewer or shorter prompts"):
         reserve(model, len(prompts) * options.num_samples, options)
+        size = model.config.vocab_size
         if options.interactive:
             status(origin)
-            return converse(lambda line: write(make_samples([line], tokenizer, options), model, options))
-        samples = make_samples(prompts, tokenizer, options)
+            return converse(lambda line: write(make_samples([line], tokenizer, options, size), model, options))
+        samples = make_samples(prompts, tokenizer, options, size)
         status(origin)
         return write(samples, model, options)
 
@@ -120,47 +119,37 @@ def read_prompts(options: Options) -> list[str]:
 
 
 def load_model(
-    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", save_quantized_to: str = "",
-    compiled: bool = False,
-) -> tuple[GPT, Tokenizer, str]:  # fmt: skip
+    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", compiled: bool = False
+) -> tuple[GPT, Tokenizer, str]:
     """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
 
     Raises InputError.
     """
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    choose_threads()
     import torch
 
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.cpu.fused_blocks import fuse_blocks
-    from nib.cpu.int8 import pack_int8, quantize, quantize_empty
+    from nib.cpu.int8 import pack_int8, quantize
     from nib.cpu.linear import pack_linears
-    from nib.cpu.process import keep_freed_memory
-    from nib.formats.load import build, open_source, read_config, save_quantized
+    from nib.cpu.process import tune_for_sampling
+    from nib.formats.load import build, open_source, read_config
 
     device = pick_device(device_name)
     dtype = pick_dtype(dtype_name, device)
     if device.type == "cpu":
-        keep_freed_memory()
+        tune_for_sampling()
     if compiled and device.type != "cuda":
         raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None)
-
     config = read_config(source, GPTConfig)
-
-    def make_model() -> GPT:
-        model = GPT(config)
-        if source.quantized:
-            quantize_empty(model, dtype)
-        return model
-
-    model = build(source, make_model, sampling=True)
+    model = build(source, lambda: GPT(config), sampling=True)
     model.to(device)
-    int8 = source.quantized or quantized == "int8"
-    if int8 and not source.quantized:
+    int8 = quantized == "int8"
+    if int8:
         quantize(model, dtype)
-    if save_quantized_to:
-        save_quantized(model, source, Path(save_quantized_to))
     for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
@@ -192,8 +181,6 @@ def write(samples: list[Sample], model: GPT, options: Options) -> int:
     from nib.generation.engine import Rows, stream_text
 
     make_rows = CompiledRows if options.compile else Rows
-    for sample in samples:  # before any of it is printed
-        sample.tokenizer.check_ids(sample.prompt_tokens, model.config.vocab_size, "the prompt")
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False
@@ -295,7 +282,7 @@ def converse(answer: Callable[[str], int]) -> int:
         try:
             answer(line.removeprefix(BYTE_ORDER_MARK))
         except InputError as error:
-            status(f"error: {error}")
+            status(f"error: {printable(error)}")
 
 
 def status(message: str) -> None:

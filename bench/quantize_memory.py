@@ -1,4 +1,4 @@
-"""Peak resident memory and file size of sample.py with a GPT-2 of 124 M random weights: float32, int8, int8 saved.
+"""Peak resident memory of sample.py with a GPT-2 of 124 M random weights, in float32 and in int8.
 
     python bench/quantize_memory.py
 
@@ -22,7 +22,7 @@ import torch
 from common import GPT2
 
 from model import GPT, GPTConfig
-from nib.formats.checkpoint import write_directory
+from nib.formats.checkpoint import write_checkpoint
 from nib.tokenizer.load import make_tokenizer
 
 # With the model still there after it wrote a little: what the process holds, and the most that it held.
@@ -53,18 +53,14 @@ def main() -> None:
     torch.manual_seed(0)
     model, found = GPT(GPTConfig(**GPT2)), {}
     with tempfile.TemporaryDirectory() as name:
-        whole, small = Path(name) / "whole", Path(name) / "small"
         state = {"step": 0, "model_config": vars(model.config)}
-        write_directory(whole, model.state_dict(), {}, state, make_tokenizer("byte"))
+        saved = write_checkpoint(Path(name), model.state_dict(), {}, state, make_tokenizer("byte"))
         found["torch alone"] = measure()
-        found["float32"] = measure(str(whole))
-        found["int8"] = measure(str(whole), "int8", str(small))
-        found["int8, saved"] = measure(str(small))
-        files = [(path / "model.safetensors").stat().st_size for path in (whole, small)]
-    print(f"files: float32 {files[0] / 1e6:.0f} MB, int8 {files[1] / 1e6:.0f} MB")
+        found["float32"] = measure(str(saved))
+        found["int8"] = measure(str(saved), "int8")
     for kind, numbers in found.items():
         print("{:12} {:5.0f} MB resident, {:5.0f} MB at the most".format(kind, *(number / 1e6 for number in numbers)))
-    print(json.dumps({**found, "files": files}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

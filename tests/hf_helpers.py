@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from nib.formats.export import export
 from nib.formats.huggingface import HuggingFaceModel
+from nib.formats.load import build, open_source, read_config, read_weights
 
 SMALL = dict(
     vocab_size=40, max_position_embeddings=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -42,7 +44,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen3, window": ("Qwen3", dict(head_dim=8, use_sliding_window=True, sliding_window=5, max_window_layers=0)),
     "Arcee": ("Arcee", dict(num_key_value_heads=2)),
     "Arcee, tied": ("Arcee", dict(tie_word_embeddings=True)),
-    "Apertus with relu2": ("Apertus", dict(hidden_act="relu2", num_key_value_heads=2, head_dim=8, **rope(1e4))),
     "Starcoder2": ("Starcoder2", dict(num_key_value_heads=2)),
     "Starcoder2, no biases, window": ("Starcoder2", dict(use_bias=False, sliding_window=7, tie_word_embeddings=False)),
 }
@@ -67,9 +68,19 @@ def save_model(directory: Path, kind: str = "Llama", **settings: Any) -> Path:
 
 def load_ours(directory: Path) -> GPT:
     source = HuggingFaceModel(directory)
-    model = GPT(GPTConfig(**source.model_config))
-    model.load_state_dict(source.weights())
-    return model.eval()
+    config = read_config(source, GPTConfig)
+    return build(source, lambda: GPT(config)).eval()
+
+
+def weights_of(target: Path) -> dict[str, Tensor]:
+    source = open_source(str(target))
+    return read_weights(source, lambda: GPT(read_config(source, GPTConfig)))
+
+
+def exported(target: Path, out: Path, **options: Any) -> str:
+    """What export.py does."""
+    source = open_source(str(target))
+    return export(source, read_config(source, GPTConfig), weights_of(target), out, **options)
 
 
 def change_config(directory: Path, **changes: Any) -> None:

@@ -203,6 +203,7 @@ LATE_CASES: dict[str, tuple[str, str]] = {
 # the directory, with the arguments and the environment that a line of its standard input says.
 LOADED = """
 import json, os, runpy, signal, sys
+sys.path[0] = os.getcwd()  # which the child leaves, and the scripts import model.py later
 import train, sample
 print(flush=True)
 for line in sys.stdin:

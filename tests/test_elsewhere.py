@@ -120,9 +120,9 @@ def test_wandb_that_is_not_installed_or_fails_stops_no_run(tmp_path: Path) -> No
 # ---- a notebook ----------------------------------------------------------------------------------------------------
 
 
-def test_the_notebook_cell_of_the_readme_runs_twice(tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    cell = readme.split("### In a notebook")[1].split("```python\n")[1].split("```")[0]
+def test_the_notebook_cell_of_the_docs_runs_twice(tmp_path: Path) -> None:
+    page = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    cell = page.split("## In a notebook")[1].split("```python\n")[1].split("```")[0]
     assert "config/tiny.py" in cell and "out/tiny" in cell
     Path("tiny.py").write_text("".join(f"{option[2:].replace('=', ' = ', 1)}\n" for option in STEPS).replace(
         "= words", "= 'words'").replace("= cpu", "= 'cpu'").replace("= constant", "= 'constant'"))  # fmt: skip

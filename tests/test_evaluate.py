@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import math
 from pathlib import Path
 
@@ -15,7 +17,8 @@ from test_load import hf_bytes
 from torch.nn import functional as F
 
 import evaluate as script
-from nib.generation.scoring import Window, ending_window, read_choices, score_texts, windows
+from nib.common.exits import InputError
+from nib.generation.scoring import Window, ending_window, read_choices, score_choices, score_texts, windows
 from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer, train_bpe
 
@@ -161,6 +164,38 @@ def test_a_line_of_jsonl_ends_at_a_line_feed_only(sign: str, end: str, tmp_path:
     assert read_choices(path) == questions
 
 
+@pytest.mark.parametrize("name", ["task.jsonl", "task.JSONL.gz", "task.jsonlines", "task.ndjson.xz", "task.json"])
+def test_questions_of_joined_and_packed_files_are_read(name: str, tmp_path: Path) -> None:
+    lines = "".join("\ufeff" + json.dumps(question) + "\n\n" for question in QUESTIONS).encode()
+    packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(Path(name).suffix, bytes)(lines)
+    (tmp_path / name).write_bytes(packed)
+    assert read_choices(tmp_path / name) == QUESTIONS
+
+
+def test_questions_of_a_json_array_are_read(tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(json.dumps(QUESTIONS, indent=1))
+    assert read_choices(tmp_path / "task.json") == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (rb'{"context": "a \ud800", "endings": ["b", "c"], "label": 0}', "U+D800 is half a character. Mend it"),
+        (rb'{"context": "a", "endings": ["b", "c \udfff"], "label": 0}', "U+DFFF is half a character. Mend it"),
+        (b'{"context": "\xff", "endings": ["b", "c"], "label": 0}', 'not {"context": TEXT'),
+        (b'{"context": "a", "endings": ["b", "c"], "label": "' + b"9" * 5000 + b'"}', 'not {"context": TEXT'),
+        (b'{"context": "a", "endings": ["b", "c"], "label": ' + b"9" * 5000 + b"}", 'not {"context": TEXT'),
+        (b"[" * 9999, 'not {"context": TEXT'),
+    ],
+)
+def test_a_wrong_question_is_named_by_its_line(line: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "task.jsonl"
+    path.write_bytes(json.dumps(QUESTIONS[0]).encode() + b"\n\n" + line + b"\n")
+    with pytest.raises(InputError) as found:
+        read_choices(path)
+    assert f"{path}, line 3: {message}" in str(found.value)
+
+
 def test_lm_evaluation_harness_finds_the_same_through_the_exported_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,15 +222,21 @@ def test_lm_evaluation_harness_finds_the_same_through_the_exported_directory(
     assert (found["acc,none"], found["acc_norm,none"]) == (ours["accuracy"], ours["accuracy_norm"])
 
 
+def test_of_an_ending_of_one_token_after_nothing_nothing_is_predicted() -> None:
+    question = {"context": "", "endings": ["a", "b"], "label": 0}
+    found = score_choices(random_model(vocab_size=3), CharTokenizer("abc"), [question], 8)
+    assert (found.questions, found.accuracy) == (1, 1), "both have probability 1, and the first is taken"
+
+
 def test_the_token_that_begins_an_ending_is_the_endings() -> None:
     tokenizer = train_bpe(["the end the end the end"] * 9, 280)
     for context, ending in (("the", "end"), ("the ", "end"), ("the", " end"), ("the  ", " end")):
-        window = ending_window(tokenizer, context, ending, 64)
+        window = ending_window(tokenizer, context, ending, 64, 280)
         assert tokenizer.decode(window.ids[window.first :]).strip() == "end", (context, ending)
-    assert ending_window(tokenizer, "", "end", 64).ids[0] == tokenizer.end_of_text
-    cut = ending_window(BYTE, "a" * 100, "b" * 10, 20)
+    assert ending_window(tokenizer, "", "end", 64, 280).ids[0] == tokenizer.end_of_text
+    cut = ending_window(BYTE, "a" * 100, "b" * 10, 20, 257)
     assert cut == Window(list(b"a" * 10 + b" " + b"b" * 10), 10)
-    assert ending_window(BYTE, "a", "b" * 100, 20) == Window(list(b"b" * 21), 1)
+    assert ending_window(BYTE, "a", "b" * 100, 20, 257) == Window(list(b"b" * 21), 1)
 
 
 @pytest.mark.parametrize(

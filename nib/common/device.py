@@ -124,12 +124,14 @@ class Precision:
         return torch.autocast(self.device.type, dtype=self.dtype)
 
 
-# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime, cuBLAS and cuDNN put it. cuBLAS
-# calls itself not initialised where its own workspace found no room.
+# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime and driver, NCCL, mmap, cuBLAS
+# and cuDNN put it, whole: a model.py may write of memory in an error of its own. cuBLAS calls itself not initialised
+# where its own workspace found no room.
 OUT_OF_MEMORY = re.compile(
-    r"out of memory|can(not|'t) allocate memory|not enough memory|bad_alloc"
-    r"|STATUS_(ALLOC_FAILED|\w*ALLOCATION_FAILED)|CUBLAS_STATUS_NOT_INITIALIZED",
-    re.IGNORECASE,
+    r"\b(CUDA|HIP|XPU) out of memory\. |MPS backend out of memory \(MPS allocated: |(CUDA|HIP)( driver)? error: out of "
+    r"memory\b|Triton Error \[\w+\]: out of memory|Cuda failure (\d+ )?'out of memory'"
+    r"|DefaultCPUAllocator: (can't allocate|not enough) memory: |\bmmap\b.*: Cannot allocate memory \(\d+\)"
+    r"|^std::bad_alloc$|\b[A-Z]+_(STATUS_)?(\w+_)?ALLOC(ATION)?_FAILED\b|\bCUBLAS_STATUS_NOT_INITIALIZED when calling "
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from nib.common.streams import OutputLost, guard_streams
+from nib.common.wording import printable
 
 # The thread that writes a checkpoint, and how long a process that fails waits for it: torchrun kills after 30 seconds.
 WRITER, LAST_WRITE_SECONDS = "checkpoint", 60.0
@@ -54,7 +55,7 @@ def script_errors() -> Iterator[None]:
         rank = os.environ.get("LOCAL_RANK", "0")  # not set where RANK was left by something else than torchrun
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         if alone or rank == "0" or not rank.isdigit() or isinstance(error, RunError):
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
+            print("error:", printable(" ".join(str(error).split())), file=sys.stderr)
         leave(2 if isinstance(error, InputError) else 1)
     except OutputLost as error:
         if error.errno != errno.EPIPE:  # a reader that went away, as in `python sample.py | head`, needs no words
@@ -63,11 +64,12 @@ def script_errors() -> Iterator[None]:
     except OSError as error:
         at = f": {error.filename}" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            print(f"error: {error.strerror}{at}. Make room, and give the same command again", file=sys.stderr)
+            how = "Make room, and give the same command again"
+            print(printable(f"error: {error.strerror}{at}. {how}"), file=sys.stderr)
             leave(1)
         if error.errno != errno.ENAMETOOLONG:
             raise
-        print(f"error: {error.filename} is longer than a name can be. Give a shorter one", file=sys.stderr)
+        print(printable(f"error: {error.filename} is longer than a name can be. Give a shorter one"), file=sys.stderr)
         leave(2)
     except KeyboardInterrupt:
         leave(130)

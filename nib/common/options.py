@@ -169,7 +169,8 @@ class _Parser:
             reason = (
                 error.strerror if isinstance(error, OSError) else "it is not UTF-8 text, or has a wrong coding line"
             )
-            raise InputError(f"cannot read config file {path}: {reason}. There are: {' '.join(have)}") from None
+            how = f"There are: {' '.join(have)}" if have else "Give a file of lines like n_layer = 6"
+            raise InputError(f"cannot read config file {path}: {reason}. {how}") from None
         try:
             tree = ast.parse(source, filename=str(path))
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,12 @@ def typed(path: Path | str) -> str:
     """`path` as an argument in a shell, which no script takes for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
+
+
+def way_out(error: Exception, otherwise: str) -> str:
+    """What to do about a file that cannot be read: `otherwise`, unless the limit of open files is the cause."""
+    full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
+    return "Raise the limit of open files (ulimit -n)" if full else otherwise
 
 
 def printable(text: object) -> str:

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nib.common.files import fsync
 from nib.common.signals import stop_signals_raise
+from nib.cpu.threads import free_threads
 
 SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
@@ -66,7 +68,7 @@ class Linear:
         x, N, K = x.contiguous(), self.matrix.n, self.matrix.k
         check_factor(x, K)
         y = x.new_empty((*x.shape[:-1], N))
-        self.function(self.address, x.data_ptr(), y.data_ptr(), x.numel() // K, torch.get_num_threads())
+        self.function(self.address, x.data_ptr(), y.data_ptr(), x.numel() // K, free_threads(torch.get_num_threads()))
         return y
 
 
@@ -146,8 +148,7 @@ def compiled(directory: Path) -> Path:
             [compiler, "-shared", str(code), "-o", str(library), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        with library.open("rb") as file:
-            os.fsync(file.fileno())  # a power cut must not leave a part of it under its name
+        fsync(library)  # a power cut must not leave a part of it under its name
         os.replace(library, path)
     return path
 

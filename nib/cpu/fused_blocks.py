@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nib.cpu.build import MOST_ROWS, Matrix, kernels, made_kernels
+from nib.cpu.threads import free_threads
 
 TORCH = Path(torch.__file__).parent
 MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
@@ -107,7 +108,7 @@ class FusedBlocks(nn.Module):
         keys, values = cache.memory
         length = cache.memory.shape[-2]
         batch = Batch(B * T, T, places[0].numel(), *map(address, places), address(keys), address(values), length)
-        shape, threads = ctypes.byref(self.shape), torch.get_num_threads()
+        shape, threads = ctypes.byref(self.shape), free_threads(torch.get_num_threads())
         between = x.new_empty(self.library.scratch(shape, B * T, length, threads))
         self.library.blocks(shape, self.parts, ctypes.byref(batch), address(x), address(between), threads)
         return x

@@ -7,6 +7,7 @@ import sys
 
 import torch
 
+from nib.cpu import threads
 from nib.cpu.onednn_matmul import use_onednn
 
 
@@ -16,7 +17,14 @@ def tune_for_training(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 where a product stays float32
     elif device.type == "cpu":
         use_onednn()
-        keep_freed_memory()
+        tune_for_sampling()
+
+
+def tune_for_sampling() -> None:
+    """On a CPU: keep memory from step to step, and threads off the cores that others use."""
+    keep_freed_memory()
+    if threads.watch:
+        threads.watch.watch(torch.get_num_threads())
 
 
 def keep_freed_memory() -> None:

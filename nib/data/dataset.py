@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -19,8 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.common.exits import InputError, RunError
-from nib.common.wording import counted, typed
-from nib.data.shards import FORMAT, META_FILE, REPLACEMENT
+from nib.common.files import read_object
+from nib.common.wording import counted, typed, way_out
+from nib.data.shards import FORMAT, MAX_META_BYTES, META_FILE, REPLACEMENT
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -63,7 +63,7 @@ class Dataset:
                 self.check_content(path, np.memmap(path, dtype=dtype, mode="r"))
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
-                raise InputError(f"cannot read {path}: {error.strerror}. {how}") from None
+                raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, how)}") from None
             shards.append(shard)
         return TokenStream(MappedShards(shards, dtype), size)
 
@@ -105,14 +105,12 @@ def read_meta(directory: Path) -> dict[str, Any]:
     """meta.json with its types checked. Raises InputError."""
     path = directory / META_FILE
     try:
-        if path.stat().st_size > 1 << 26:
-            raise InputError(f"{path} is too large to be a data directory's meta.json. {HOW}")
-        meta = json.loads(path.read_bytes())
+        meta = read_object(path, MAX_META_BYTES)
         splits = [meta[key][split] for key in ("tokens", "bytes", "documents") for split in ("train", "val")]
         counts = [*splits, meta["vocab_size"], meta["shard_tokens"]]
         sound = all(type(count) is int and 0 <= count < 2**48 for count in counts) and meta["shard_tokens"] > 0
         sound = sound and meta["dtype"] in ("uint16", "uint32") and isinstance(meta["sha256"], dict)
-        sound = sound and meta["format"] == FORMAT and isinstance(meta["tokenizer"], str)
+        sound = sound and meta["format"] == FORMAT and meta["tokenizer"].isprintable()
     except FileNotFoundError:
         if (directory / REPLACEMENT).exists():
             how = "Give the same prepare_data.py command again to finish it"
@@ -121,8 +119,8 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
         ) from None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. {HOW}") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, HOW)}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise InputError(f"{path} is not what prepare_data.py writes. {HOW}")
@@ -163,8 +161,7 @@ class MappedShards(Sequence[NDArray[Any]]):
                 return mapped
             reason, how = "it was replaced meanwhile", "Give the same command again"
         except (OSError, ValueError) as error:
-            full = getattr(error, "errno", None) == errno.EMFILE
-            how = "Raise the limit of open files (ulimit -n)" if full else "Give the same command again"
+            how = way_out(error, "Give the same command again")
             reason = str(getattr(error, "strerror", None) or error)
         raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 

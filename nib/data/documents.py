@@ -22,11 +22,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 from nib.common.exits import InputError
-from nib.data.download import download
+from nib.common.wording import counted, printable, way_out
+from nib.data.download import download, url_path
 from nib.data.paths import walk
+from nib.data.rows import MESSAGES, row_text
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
@@ -43,7 +44,6 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
-MESSAGES = "messages"  # the column of a chat, where there is none called text
 BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
 # Tests, installed packages, and what is there on one machine and not on the next.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -121,7 +121,7 @@ def _downloaded(name: str, format: str, path: Path) -> Source:
     if name == "shakespeare":
         size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
         return Source(name, "text", path, size)
-    shown = Path(urlsplit(name).path)
+    shown = url_path(name)
     format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
     download(name, path)
     return Source(name, format, path, _text_size(path))
@@ -136,6 +136,13 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
                 files = tables
             if not files:
                 raise InputError(f"no file in {path} matches {glob or '*'}. Give another directory or --glob")
+            readable = [file for file in files if _content_of(file, format)]
+            if len(files) <= 2 * len(readable) < 2 * len(files):  # where most are packed, these are the corpus
+                packed = sorted(set(files) - set(readable))
+                shown = ", ".join(map(printable, packed[:3])) + ", ..." * (len(packed) > 3)
+                how = "Unpack what belongs to the corpus"
+                print(f"passed over {counted(len(packed), 'packed file')}: {shown}. {how}", file=sys.stderr)
+                files = readable
         elif path.exists():
             files = [path]
         else:
@@ -144,7 +151,8 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
             file.open("rb").close()  # before hours of work, not after
         return [Source(str(file), _format_of(file, format), file, _text_size(file)) for file in files]
     except OSError as error:
-        raise InputError(f"cannot read {error.filename or path}: {error.strerror}. Leave it out or mend it") from None
+        how = way_out(error, "Leave it out or mend it")
+        raise InputError(f"cannot read {error.filename or path}: {error.strerror}. {how}") from None
 
 
 def _compression(path: Path) -> str:
@@ -156,17 +164,22 @@ def _text_size(path: Path) -> int | None:
     return None if _compression(path) else path.stat().st_size
 
 
-def _format_of(path: Path, format: str) -> str:
-    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+def _content_of(path: Path, format: str) -> str:
+    """What a file of that name holds; "" where it is packed in a way that is not read here."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
     found = FORMATS.get(ending, "text") if format == "auto" else format
-    if ending in PACKED or (found == "parquet" and last in COMPRESSED):
-        raise InputError(
-            f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
-            "pipe what is in it to prepare_data.py -, or leave it out by --glob"
-        )
-    return found
+    return "" if ending in PACKED or (found == "parquet" and last in COMPRESSED) else found
+
+
+def _format_of(path: Path, format: str) -> str:
+    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+    if found := _content_of(path, format):
+        return found
+    raise InputError(
+        f"{path} is packed, and of packed files only text and JSON in {', '.join(COMPRESSED)} are read. Unpack it, "
+        "pipe what is in it to prepare_data.py -, or leave it out (of a directory by --glob)"
+    )
 
 
 def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
@@ -187,7 +200,8 @@ def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
                     yield from _stream(source, stream)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             error = error if isinstance(error, OSError) else OSError(f"it is packed, and damaged: {error}")
-            raise InputError(f"cannot read {source.name}: {error.strerror or error}. Leave it out or mend it") from None
+            how = way_out(error, "Leave it out or mend it")
+            raise InputError(f"cannot read {source.name}: {error.strerror or error}. {how}") from None
 
 
 class StandardInput(io.RawIOBase):
@@ -283,7 +297,11 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
                     try:
                         value = cell.as_py()
                     except UnicodeDecodeError as error:  # a text's own bytes are looked at later
-                        value = [b"not UTF-8"] if isinstance(cell, pyarrow.ListScalar) else error.object
+                        if not isinstance(getattr(cell, "value", cell), pyarrow.BinaryScalar):
+                            fault = f"column {field!r} holds {cell.type} with text that is not UTF-8"
+                            yield Part(f"{source.name}, row {row}", b"", fault=fault)
+                            continue
+                        value = error.object
                     except (ValueError, OverflowError):  # a time that Python's own types cannot hold
                         value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
@@ -303,42 +321,6 @@ def _hub_rows(source: Source) -> Iterator[Part]:
             yield _row(row[field], f"column {field!r}", f"{source.name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:  # no network, or the hub's own errors
         raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
-
-
-def chat_text(messages: list[Any]) -> str | None:
-    """Chat messages as plain text, a paragraph a message: `role: content`. None when they are none.
-
-    A message that calls tools may have no content.
-    """
-    paragraphs = []
-    for message in messages:
-        if not isinstance(message, dict):
-            return None
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if content is None and (message.get("tool_calls") or message.get("function_call")):
-            content = ""
-        if isinstance(content, list):  # parts, of which pictures and sounds are left out
-            texts = [part["text"] if isinstance(part, dict) else part for part in content if not is_media(part)]
-            content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
-        if not isinstance(role, str) or not isinstance(content, str):
-            return None
-        paragraphs.append(f"{role}: {content}\n")
-    return "\n".join(paragraphs)
-
-
-def is_media(part: Any) -> bool:
-    """Whether a part of a message's content is one without a text, such as a picture or a sound."""
-    return isinstance(part, dict) and "text" not in part
-
-
-def row_text(value: Any, where: str) -> tuple[str, str]:
-    """The text that a field or column holds, and what is wrong with it, or ""."""
-    text = chat_text(value) if isinstance(value, list) else value
-    if isinstance(text, str):
-        return text, ""
-    if isinstance(value, list) and any(isinstance(message, dict) for message in value):
-        return "", f"{where} holds a message without a role or content"
-    return "", f"{where} holds {'null' if value is None else type(value).__name__}, not text"
 
 
 def _row(value: Any, column: str, where: str) -> Part:

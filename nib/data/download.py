@@ -7,6 +7,7 @@ import http.client
 import sys
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,14 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
             f"{url} has {counted(size, 'byte')}, not the {expected_bytes} it should have. Fetch it by hand"
         )
     return size
+
+
+def url_path(url: str) -> Path:
+    """The path in a URL. Raises InputError for what is none."""
+    try:
+        return Path(urllib.parse.urlsplit(url).path)
+    except ValueError as error:
+        raise InputError(f"{url} is no URL: {error}. Write http(s)://HOST/PATH") from None
 
 
 class _Fetch:

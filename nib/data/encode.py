@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nib.common.exits import InputError
-from nib.data.documents import MESSAGES, Part, row_text
+from nib.data.documents import Part
+from nib.data.rows import MESSAGES, row_text
 from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
@@ -94,7 +95,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         where = part.where.partition(", line ")[0] if part.is_json else part.where
         reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
         if invalid == "error":
-            raise InputError(f"{reason}. Is it text? --invalid=replace or skip go on") from None
+            raise InputError(f"{reason}. Make it UTF-8 with iconv, or go on with --invalid=replace or skip") from None
         if invalid == "skip":
             return "", 0, reason
         text = data.decode("utf-8", errors="replace")

@@ -67,7 +67,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
                     continue
                 if path.is_file():
                     files.append(path)
-                elif path.is_symlink():
+                else:
                     print(f"passed over {printable(path)}: it is no file that can be read", file=sys.stderr)
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     linked = {path for path in files if path.is_symlink()}

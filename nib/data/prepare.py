@@ -13,17 +13,17 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
 from nib.common.exits import InputError, RunError
-from nib.common.wording import counted, printable
+from nib.common.wording import counted, printable, way_out
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
+from nib.data.download import url_path
 from nib.data.encode import EncoderSettings, encode_all, part_text
-from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory, sync
+from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
+from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
 from nib.data.workers import Worker
-from nib.formats.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -112,11 +112,11 @@ def prepare(
             }
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
-            for name in (META_FILE, settings.tokenizer_file.name):
-                sync(staging / name)
     except OSError as error:
         if error.errno in DISK_ERRORS:
             raise RunError(f"cannot write {out}: {error.strerror}. Make room and run again") from None
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise RunError(f"{error.strerror}. {way_out(error, '')}, or lower --workers") from None
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | FileNotFoundError):
             raise InputError(f"cannot write {out}: {error.strerror}. Give another --out") from None
         raise
@@ -279,7 +279,7 @@ def dataset_name(sources: list[str]) -> str:
     if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
         return source
     is_url = source.startswith(("http://", "https://"))
-    path = Path(urlsplit(source).path) if is_url else Path(os.path.abspath(source))
+    path = url_path(source) if is_url else Path(os.path.abspath(source))
     name = "stdin" if source == "-" else re.sub(r"[^\w.-]", "_", path.name if path.is_dir() else path.stem)
     if not name:
         raise InputError(f"{source} has no name. Give --out=data/NAME")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -16,23 +13,24 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nib.common import files
 from nib.common.exits import InputError
-from nib.common.signals import stop_signals_raise
+from nib.common.files import file_sha256, fsync, fsync_files, new_directory, read_object, workplace
 from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FORMAT = "nib-data-1"
-META_FILE = "meta.json"
+META_FILE, MAX_META_BYTES = "meta.json", 1 << 26
 # Every name that a file of a dataset can have.
 OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.bin|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
 # In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
-REPLACEMENT, REPLACED = ".nib-replacement", "replaced.json"
+REPLACEMENT, REPLACED = ".nib-staging/nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
 SPLITS = ("train", "val")
 
 
 def staging_path(out: Path) -> Path:
-    """Where the content of `out` is prepared. Inside `out` where that exists: it may be a mount point, or a link."""
-    return out / ".nib-staging" if out.is_dir() else out.parent / f".{out.name}.staging"
+    """The directory for preparing the content of `out`. Inside `out` where that exists: it may be a mount or a link."""
+    return out / ".nib-staging" if out.is_dir() else files.staging_path(out)
 
 
 @contextlib.contextmanager
@@ -43,34 +41,21 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     What a killed run left is removed, or its replacement finished. Raises InputError when another run is preparing
     `out` right now, and when `out` exists: without `overwrite` always, with it where a file of the user's is in danger.
     """
-    inside, staging = out.is_dir(), staging_path(out)
-    if not inside:
+    if not out.is_dir():
         check_output(out, overwrite)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir(exist_ok=True)
-    with stop_signals_raise(), _locked(out if inside else staging) as locked:
-        if not locked:
-            raise InputError(f"another run is preparing {out} right now. Wait for it, or give another --out")
-        try:
-            _finish_replacement(out)
-            check_output(out, overwrite)  # here too: another run may have ended just now
-            staging.mkdir(exist_ok=True)
-            for left in staging.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield staging
-            sync(staging)
-            if inside:
-                staging.rename(out / REPLACEMENT)
-                sync(out)
-                _finish_replacement(out)
-            elif out.exists():
-                raise InputError(f"{out} was made by something else meanwhile. Move it away, and run again")
-            else:
-                staging.rename(out)
-                sync(out.parent)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        with new_directory(out) as new:
+            yield new
+        return
+    staging = staging_path(out)
+    with workplace(out, staging, out, (Path(REPLACEMENT).name,)) as new:
+        _finish_replacement(out)
+        check_output(out, overwrite)  # another run may have ended just now
+        yield new
+        fsync_files(new)
+        new.rename(out / REPLACEMENT)
+        fsync(staging)
+        fsync(out)
+        _finish_replacement(out)
 
 
 def _finish_replacement(out: Path) -> None:
@@ -92,9 +77,9 @@ def _finish_replacement(out: Path) -> None:
         for path in new.iterdir():
             if path.name not in (META_FILE, REPLACED):
                 path.rename(out / path.name)
-        sync(out)
+        fsync(out)
         (new / META_FILE).rename(out / META_FILE)
-        sync(out)
+        fsync(out)
     shutil.rmtree(new, ignore_errors=True)
 
 
@@ -117,38 +102,11 @@ def check_output(out: Path, overwrite: bool) -> None:
 def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
     """The names of the files that nib wrote into a directory of prepared data; none where there is no such data."""
     try:
-        meta = json.loads((directory / meta_file).read_bytes())
+        meta = read_object(directory / meta_file, MAX_META_BYTES)
         names = [*meta["sha256"], META_FILE, TOKENIZER_FILE] if meta["format"] == FORMAT else []
         return set(filter(OWN_NAME.fullmatch, names))
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError):
         return set()
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory for this process; False when it is another's, or has become an output just now.
-
-    The lock goes with the process, so a killed run leaves none behind.
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            locked = os.path.samestat(os.fstat(descriptor), os.stat(directory))
-        except OSError:
-            locked = False
-        yield locked
-    finally:
-        os.close(descriptor)
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a directory, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass
@@ -291,7 +249,6 @@ class SplitWriter:
                     file.truncate(start)
                     end = start
                 sha256[shard.name] = file_sha256(shard)
-                sync(shard)
             file.close()
             Path(file.name).unlink(missing_ok=True)
         return dict(sorted(sha256.items()))
@@ -307,11 +264,3 @@ def _chunks(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:
     for position in range(start, start + count, COPY_BYTES):
         file.seek(position)
         yield file.read(min(COPY_BYTES, start + count - position))
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while data := file.read(COPY_BYTES):
-            digest.update(data)
-    return digest.hexdigest()

@@ -6,7 +6,6 @@ names of its modules. What an architecture can say and model.py cannot do is ref
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,6 @@ ACTIVATIONS = {  # theirs: ours
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 PLAIN_MLPS = ("gelu_tanh", "gelu", "relu2", "relu")
-# xIELU (arXiv 2411.13010) is alpha_p x^2 + beta x above zero and a multiple of alpha_n below; both alphas are
-# stored as the inverse of softplus. With 1, 0 and beta = 0 it is relu2: the one way to say QK-norm and relu2 that
-# transformers and llama.cpp both run.
-XIELU = {"alpha_p": [math.log(math.expm1(1))], "alpha_n": [-100.0], "beta": 0.0, "eps": -1e-6}
 
 GPT2_NAMES = {  # modules, ours: theirs; N is the layer. Several of theirs lie in one of ours one above the other.
     "wte": ["transformer.wte"],
@@ -54,10 +49,6 @@ STARCODER2_NAMES = LLAMA_NAMES | {
     "blocks.N.mlp.up": ["model.layers.N.mlp.c_fc"],
     "blocks.N.mlp.down": ["model.layers.N.mlp.c_proj"],
 }
-APERTUS_NAMES = LLAMA_NAMES | UP_ONLY | {
-    "blocks.N.attention_norm": ["model.layers.N.attention_layernorm"],
-    "blocks.N.mlp_norm": ["model.layers.N.feedforward_layernorm"],
-}  # fmt: skip
 GPT2_KEYS = {  # fields of GPTConfig: keys of config.json
     "vocab_size": "vocab_size", "block_size": "n_positions", "n_layer": "n_layer", "n_head": "n_head",
     "n_embd": "n_embd", "mlp_hidden": "n_inner", "norm_eps": "layer_norm_epsilon", "mlp": "activation_function",
@@ -113,10 +104,6 @@ ARCHITECTURES = [
         LLAMA_NAMES | UP_ONLY, defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5}, bias_keys=LLAMA_BIASES,
     ),
     Architecture(
-        "ApertusForCausalLM", "apertus", RMS | {"mlp": ("relu2",), "qk_norm": (True,)} | FULL | NO_BIAS, APERTUS_NAMES,
-        defaults={"hidden_act": "xielu", "rms_norm_eps": 1e-5, "rope_theta": None},
-    ),
-    Architecture(
         "Starcoder2ForCausalLM", "starcoder2",
         {"norm": ("layernorm",), "position": ("rope",), "mlp": PLAIN_MLPS} | NO_QK_NORM, STARCODER2_NAMES,
         LLAMA_KEYS | {"norm_eps": "norm_epsilon"},
@@ -130,6 +117,8 @@ ARCHITECTURES = [
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
+# The fields of GPTConfig that an architecture says, restricts, or need not know.
+KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, "qk_norm", "window", "bias", "rope_base", "dropout", "init"}
 # What config.json may ask for besides, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
@@ -139,7 +128,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def read_config(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], set[str]]:
+def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], frozenset[str]]:
     """The architecture of a config.json, its settings for GPTConfig, and the linear layers whose bias it lacks.
 
     Raises InputError for an architecture that is not known, for a wrong or missing number, and for anything else
@@ -162,6 +151,8 @@ def read_config(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], s
             model[ours] = number(value[theirs], theirs, int, 1, MAX_POSITIONS if ours == "block_size" else 1 << 24)
         elif ours not in model:
             raise InputError(f"config.json lacks {theirs}. Give a whole model directory")
+    number(model["n_head"] * model["head_size"], "num_attention_heads times head_dim", int, 0, 1 << 24)
+    number(model["block_size"] * model["head_size"], "max_position_embeddings times head_dim", int, 0, 1 << 28)
     for name in ("norm", "position", "qk_norm"):
         model[name] = architecture.options[name][0] if name in architecture.options else model[name]
     model["window"] = read_window(architecture, value, model["n_layer"])
@@ -171,7 +162,7 @@ def read_config(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], s
     for key, layers in architecture.bias_keys.items():
         with_bias |= set(layers) if switch(value.get(key, False), key) else set()
     model["bias"] = bool(with_bias) or model["norm"] == "layernorm"
-    return architecture, model, set(LINEAR) - with_bias if model["bias"] else set()
+    return architecture, model, frozenset(LINEAR) - with_bias if model["bias"] else frozenset()
 
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
@@ -203,8 +194,6 @@ def switch(value: Any, key: str) -> bool:
 
 
 def read_activation(architecture: Architecture, name: Any, key: str) -> str:
-    if architecture.model_type == "apertus" and name == "xielu":
-        return "relu2"  # when its parameters say so, which is seen where they are read
     found = ACTIVATIONS.get(name) if isinstance(name, str) else None
     if found not in architecture.options["mlp"]:
         raise refuse(architecture, f"{key} = {str(name)[:60]!r}")
@@ -214,9 +203,7 @@ def read_activation(architecture: Architecture, name: Any, key: str) -> str:
 def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int) -> int:
     """The width of sliding attention in all layers; 0 for none. Layers of both kinds are refused."""
     kinds = value.get("layer_types")
-    width = (
-        value.get("sliding_window") if architecture.model_type not in ("llama", "arcee", "apertus", "gpt2") else None
-    )
+    width = value.get("sliding_window") if "window" not in architecture.options else None
     if architecture.model_type in ("qwen2", "qwen3"):
         width = width if value.get("use_sliding_window", False) else None
         from_layer = number(value.get("max_window_layers", 28), "max_window_layers", int, 0, 1 << 20)
@@ -241,8 +228,6 @@ def read_rope(architecture: Architecture, value: dict[str, Any]) -> float:
         if kind not in ("default", None) or rope.get("partial_rotary_factor", 1) != 1:
             raise refuse(architecture, f"{key} of type {kind if kind != 'default' else 'partial_rotary_factor'}")
         base = rope.get("rope_theta", base)
-    if base is None:
-        raise refuse(architecture, "its default scaling of rotary positions (rope_parameters is left out)")
     return float(number(base, "rope_theta", float, 1, 1e12))
 
 
@@ -274,7 +259,7 @@ def choose_architecture(model: dict[str, Any]) -> Architecture:
     return nearest
 
 
-def write_config(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
+def write_config_json(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
     """The architecture's part of config.json for these settings of GPTConfig."""
     config: dict[str, Any] = {"architectures": [architecture.name], "model_type": architecture.model_type}
     for ours, theirs in architecture.keys.items():
@@ -282,7 +267,7 @@ def write_config(architecture: Architecture, model: dict[str, Any]) -> dict[str,
     gpt2 = architecture.model_type == "gpt2"
     by_ours = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
     by_ours["gelu_tanh"] = "gelu_new" if gpt2 else "gelu_pytorch_tanh"
-    config[architecture.keys["mlp"]] = "xielu" if architecture.model_type == "apertus" else by_ours[model["mlp"]]
+    config[architecture.keys["mlp"]] = by_ours[model["mlp"]]
     config |= dict.fromkeys(architecture.bias_keys, model["bias"])
     if gpt2:
         config["n_ctx"] = model["block_size"]  # which llama.cpp's converter reads

@@ -11,15 +11,12 @@ out/RUN/checkpoints/latest, best     text files that name one of them
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
-import hashlib
 import json
-import os
 import re
 import shutil
-import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nib.common.exits import InputError
+from nib.common.files import file_sha256, fsync, new_directory, plain_file, read_object
+from nib.common.wording import printable
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
@@ -64,62 +63,39 @@ class Checkpoint:
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
         self.model_config: dict[str, Any] = self.state["model_config"]
 
-    def weights(self, quantized: bool = False) -> dict[str, Tensor]:
-        """The weights by name. Raises InputError for those of 8 bits where the caller cannot use them."""
-        if self.quantized and not quantized:
-            raise InputError(f"{self.directory} is quantised: it can only be sampled from. Use the one it was made of")
-        return self._tensors(MODEL_FILE)
+    def weights(self) -> dict[str, Tensor]:
+        with self._reading(MODEL_FILE) as path:
+            return load_file(path)
+
+    def optimizer(self) -> dict[str, Tensor]:
+        with self._reading(OPTIMIZER_FILE) as path:
+            return load_file(path)
+
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.directory / TOKENIZER_FILE)
 
     def release(self) -> None:
         if self.held:
             self.held.close()
 
-    @property
-    def quantized(self) -> bool:
-        return self.state.get("quantize") == "int8"
-
-    def optimizer(self) -> dict[str, Tensor]:
-        return self._tensors(OPTIMIZER_FILE)
-
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.directory / TOKENIZER_FILE)
-
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.directory / name
-        try:
-            if plain_file(path).stat().st_size > 1 << 24:
-                raise ValueError("too large")
-            content = json.loads(path.read_bytes())
-        except OSError as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
-        except (ValueError, RecursionError):
-            content = None
-        if not isinstance(content, dict):
-            raise BrokenCheckpoint(f"{path} is damaged. Use another checkpoint")
-        return content
+        with self._reading(name) as path:
+            return read_object(path, 1 << 24)
 
     def _check(self, name: str) -> None:
-        path = self.directory / name
-        try:
-            digest = file_sha256(path)
-        except OSError as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error.strerror}. Use another checkpoint") from None
-        if digest != self.sums.get(name):
-            raise BrokenCheckpoint(f"{path} is damaged: its sha256 is not the recorded one. Use another checkpoint")
+        with self._reading(name) as path:
+            if file_sha256(path) != self.sums.get(name):
+                what = f"{path} is damaged: its sha256 is not the recorded one"
+                raise BrokenCheckpoint(f"{what}. Use another checkpoint")
 
-    def _tensors(self, name: str) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
         path = self.directory / name
         try:
-            return load_file(path)
+            yield path
         except (OSError, SafetensorError, ValueError) as error:
-            raise BrokenCheckpoint(f"cannot read {path}: {error}. Use another checkpoint") from None
-
-
-def plain_file(path: Path) -> Path:
-    """`path` as it is. Raises OSError for anything but a file: a pipe or a device may have no end."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
-    return path
+            reason = getattr(error, "strerror", None) or error
+            raise BrokenCheckpoint(f"cannot read {path}: {reason}. Use another checkpoint") from None
 
 
 def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
@@ -133,39 +109,16 @@ def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
     return file
 
 
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with plain_file(path).open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def write_checkpoint(
-    checkpoints: Path,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    state: dict[str, Any],
+    checkpoints: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any],
     tokenizer: Tokenizer,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write checkpoints/step-N for state["step"] aside, flush it to the disk, put it in place, name it latest.
 
     Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
     """
-    name = f"step-{state['step']:08d}"
-    write_directory(checkpoints / name, weights, optimizer, state, tokenizer)
-    name_checkpoint(checkpoints, "latest", name)
-    return checkpoints / name
-
-
-def write_directory(
-    place: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], tokenizer: Tokenizer
-) -> None:
-    """Write a checkpoint's files aside, flush them to the disk, and put them in place. Raises OSError."""
-    aside = place.with_name(f".{place.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    place = checkpoints / f"step-{state['step']:08d}"
+    with new_directory(place, replace=True) as aside:
         try:
             save_file(weights, aside / MODEL_FILE)
             save_file(optimizer, aside / OPTIMIZER_FILE)
@@ -173,17 +126,9 @@ def write_directory(
             raise OSError(str(error)) from None
         tokenizer.save(aside)
         (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
-        sums = {file: file_sha256(aside / file) for file in FILES}
-        (aside / SUMS_FILE).write_text(json.dumps(sums, indent=1))
-        for file in (*FILES, SUMS_FILE):
-            flush(aside / file)
-        flush(aside)
-        shutil.rmtree(place, ignore_errors=True)
-        aside.rename(place)
-        flush(place.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        (aside / SUMS_FILE).write_text(json.dumps({file: file_sha256(aside / file) for file in FILES}, indent=1))
+    name_checkpoint(checkpoints, "latest", place.name)
+    return place
 
 
 def name_restored(checkpoints: Path, name: str, best: bool) -> None:
@@ -196,20 +141,11 @@ def name_restored(checkpoints: Path, name: str, best: bool) -> None:
             name_checkpoint(checkpoints, label, name)
 
 
-def flush(path: Path) -> None:
-    """Wait until the file or directory is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
     """Make checkpoints/`label` say `name`, in one step."""
     aside = checkpoints / f".{label}.partial"
     aside.write_text(name + "\n")
-    flush(aside)
+    fsync(aside)
     aside.replace(checkpoints / label)
 
 
@@ -224,9 +160,7 @@ def named_checkpoint(checkpoints: Path, label: str) -> str:
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
     """Every checkpoint in place, newest first."""
-    found = (
-        [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)] if checkpoints.is_dir() else []
-    )
+    found = [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
@@ -243,7 +177,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
         except BrokenCheckpoint as error:
             if not path.exists():
                 return newest_good(checkpoints, optimizer)
-            print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
+            print(f"warning: {path.name} is passed over: {printable(error)}", file=sys.stderr)
     if paths:
         raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
     return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +17,14 @@ from torch import Tensor
 
 from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
+from nib.common.files import new_directory
 from nib.common.wording import counted
-from nib.data.shards import staging_directory, sync
-from nib.formats.architectures import LINEAR, XIELU, Architecture, choose_architecture, write_config
+from nib.formats.architectures import KNOWN, Architecture, choose_architecture, write_config_json
 from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
-from nib.formats.places import places
-from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_object, write_tokenizer
+from nib.formats.places import Place, has_bias, places
+from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_settings, write_tokenizer
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -34,32 +36,39 @@ CARD_KEYS = (
 )
 
 
-def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf") -> str:
+def export(
+    source: Source, config: Any, weights: dict[str, Tensor], out: Path,
+    dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf",
+) -> str:  # fmt: skip
     """Write the model into the new directory `out`, whole or not at all; returns the name of its architecture.
 
-    `kind` is hf or gguf. Raises InputError for a model that no architecture expresses, RunError for a full disk.
+    `config` is the GPTConfig of the source's model, `kind` hf or gguf. Raises InputError for a model that no
+    architecture expresses, RunError for a full disk.
     """
-    if out.exists() or out.is_symlink():
-        raise InputError(f"{out} exists. Give a new directory")
-    architecture, tokenizer = choose_architecture(source.model_config), source.tokenizer()
-    weights = source.weights()
+    model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
+    for field in dataclasses.fields(config):
+        if field.name not in KNOWN and model[field.name] != field.default:
+            asked = f"{field.name}={model[field.name]}"
+            raise InputError(f"no architecture of transformers has {asked}. Export a model with {field.default}")
+    architecture, tokenizer = choose_architecture(model), source.tokenizer()
     content = as_tokenizer_json(tokenizer)
     if kind == "gguf":
-        check_gguf(architecture, source.model_config, tokenizer, content)
+        check_gguf(architecture, model, tokenizer, content)
     stored = weights["wte.weight"].dtype if dtype == "auto" else DTYPES[dtype]
-    tensors = list(their_tensors(architecture, source.model_config, weights, stored))
+    weights = with_biases(architecture, model, weights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    tensors = their_tensors(places(architecture, model, shapes), weights)
     try:
-        with staging_directory(out, overwrite=False) as staging:
+        with new_directory(out) as staging:
             if kind == "gguf":
                 path = staging / f"{out.name}.gguf"
-                write_gguf(path, architecture, source.model_config, tensors, stored, tokenizer, content)
+                write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
             else:
-                write_weights(tensors, staging, max_shard_bytes)
-                write_settings(architecture, source, tokenizer, stored, staging)
-                (staging / "README.md").write_text(model_card(source, architecture, tokenizer, out.name), "utf-8")
-                HuggingFaceModel(staging)  # what was written has everything in its place
-            for path in staging.iterdir():
-                sync(path)
+                write_weights(tensors, stored, staging, max_shard_bytes)
+                write_settings(architecture, source, model, tokenizer, stored, staging)
+                card = model_card(source, architecture, model, size, tokenizer, out.name)
+                (staging / "README.md").write_text(card, "utf-8")
+                HuggingFaceModel(staging).match(shapes)  # what was written has everything in its place
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {out}: {error.strerror}. Give another directory") from None
     except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
@@ -68,82 +77,71 @@ def export(source: Source, out: Path, *, dtype: str = "auto", max_shard_bytes: i
     return architecture.name
 
 
-def their_tensors(
-    architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor], dtype: torch.dtype
-) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name, size in bytes, and a function that makes it, of each tensor of theirs.
-
-    Biases that theirs always has and ours lacks are zero.
-    """
-
-    def part(ours: str, shape: tuple[int, ...], first: int, transposed: bool) -> Callable[[], Tensor]:
-        def make() -> Tensor:
-            if ours not in weights:
-                return torch.zeros(shape, dtype=dtype)
-            rows = weights[ours][first : first + shape[-1 if transposed else 0]]
-            return (rows.T if transposed else rows).to(dtype).contiguous()
-
-        return make
-
-    has_bias = model["bias"] or bool(architecture.always_bias) or model["norm"] == "layernorm"
-    for place in places(architecture, model | {"bias": has_bias}):
-        if place.ours not in weights and not architecture.always_bias and place.ours.endswith(
-            tuple(f"{name}.bias" for name in LINEAR)
-        ):  # fmt: skip
-            continue
-        first = 0
-        for name, shape in place.parts:
-            yield name, torch.Size(shape).numel() * dtype.itemsize, part(place.ours, shape, first, place.transposed)
-            first += shape[0]
-    if architecture.model_type == "apertus":
-        for layer in range(model["n_layer"]):
-            for key, value in XIELU.items():
-                number = torch.tensor(value, dtype=dtype)
-                name = f"model.layers.{layer}.mlp.act_fn.{key}"
-                yield name, dtype.itemsize, lambda number=number: number.clone()  # type: ignore[misc]
+def with_biases(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, and zeros for the biases that theirs has and ours lacks."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        module, _, kind = name.rpartition(".")
+        whole[name] = tensor
+        if kind == "weight" and has_bias(architecture, model, re.sub(r"^blocks\.\d+\.", "", module)):
+            whole[f"{module}.bias"] = weights.get(f"{module}.bias", torch.zeros(len(tensor)))
+    return whole
 
 
-def write_weights(tensors: list[tuple[str, int, Callable[[], Tensor]]], directory: Path, max_bytes: int) -> None:
+def their_tensors(places: Iterable[Place], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our weights under their names, as views."""
+    found: dict[str, Tensor] = {}
+    for place in places:
+        whole = weights[place.ours]
+        parts = [whole.T] if place.transposed else whole.split([shape[0] for _, shape in place.parts])
+        found |= {name: part for (name, _), part in zip(place.parts, parts, strict=True)}
+    return found
+
+
+def write_weights(tensors: dict[str, Tensor], dtype: torch.dtype, directory: Path, max_bytes: int) -> None:
     """One safetensors file, or several of at most `max_bytes` (a larger tensor has one of its own) and their index."""
-    shards: list[list[tuple[str, int, Callable[[], Tensor]]]] = [[]]
+    shards: list[list[str]] = [[]]
     filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor[1] > max_bytes:
+    for name, tensor in tensors.items():
+        size = tensor.numel() * dtype.itemsize
+        if shards[-1] and filled + size > max_bytes:
             shards.append([])
             filled = 0
-        shards[-1].append(tensor)
-        filled += tensor[1]
+        shards[-1].append(name)
+        filled += size
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     names = [WEIGHTS_FILE] if len(shards) == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        save_file({name: make() for name, _, make in shard}, directory / file, {"format": "pt"})
+        save_file({name: tensors[name].to(dtype).contiguous() for name in shard}, directory / file, {"format": "pt"})
     if len(shards) > 1:
-        where = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-        index = {"metadata": {"total_size": sum(size for _, size, _ in tensors)}, "weight_map": where}
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
+        index = {"metadata": {"total_size": total}, "weight_map": where}
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def write_settings(
-    architecture: Architecture, source: Source, tokenizer: Tokenizer, dtype: torch.dtype, directory: Path
-) -> None:
+    architecture: Architecture, source: Source, model: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype,
+    directory: Path,
+) -> None:  # fmt: skip
     """config.json, generation_config.json and the files of the tokenizer."""
     ends = [tokenizer.end_of_text, *sorted(tokenizer.stop_ids)]
     ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends if tokenizer.stop_ids else ends[0]}
     kind = str(dtype).removeprefix("torch.")
-    config = write_config(architecture, source.model_config) | ids | {"pad_token_id": None, "dtype": kind}
+    config = write_config_json(architecture, model) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     generation: dict[str, Any] = dict(ids)
     given = source.directory / GENERATION_JSON
     if isinstance(source, HuggingFaceModel) and given.is_file():
-        generation = read_object(given)
+        generation = read_settings(given)
     (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(tokenizer, directory, source.model_config["block_size"])
+    write_tokenizer(tokenizer, directory, model["block_size"])
 
 
-def model_card(source: Source, architecture: Architecture, tokenizer: Tokenizer, name: str) -> str:
+def model_card(
+    source: Source, architecture: Architecture, model: dict[str, Any], size: int, tokenizer: Tokenizer, name: str
+) -> str:
     """README.md: what the model is, what it was trained on and how well it does, as far as the source knows."""
-    model = source.model_config
-    size = sum(tensor.numel() for tensor in source.weights().values())
     shape = ", ".join(f"{key} {model[key]}" for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"))
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nib", "---", "", f"# {name}",

@@ -6,7 +6,6 @@ llama.cpp's own converter knows a tokenizer by a hash of what it does, and so re
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nib.tokenizer.huggingface import begin_of_text
 from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
 # llama.cpp has one activation an architecture, and no window in these.
-ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2", "apertus": "relu2"}
+ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2"}
 INTERLEAVED = ("llama", "arcee")  # rotate neighbouring channels, so that rows of queries and keys change places
 PRE_TOKENIZERS = {  # split patterns, without possessive signs: llama.cpp's name
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s": "gpt-2",
@@ -45,7 +44,7 @@ def check_gguf(
 
 def write_gguf(
     path: Path, architecture: Architecture, model: dict[str, Any],
-    tensors: list[tuple[str, int, Callable[[], Tensor]]], dtype: torch.dtype, tokenizer: Tokenizer,
+    tensors: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer,
     content: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write the tensors under their names in transformers, the settings and the tokenizer; `check_gguf` comes first."""
@@ -67,14 +66,7 @@ def write_gguf(
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(arch, model["n_layer"])
-    xielu: dict[str, list[float]] = {}
-    if kind == "apertus" and model["tie_weights"]:  # the one that does not look for its head in the embedding
-        tensors = [*tensors, ("lm_head.weight", 0, tensors[0][2])]
-    for theirs, _, make in tensors:
-        tensor = make()
-        if ".act_fn." in theirs:
-            xielu.setdefault(theirs.rpartition(".")[2], []).append(float(tensor.reshape(())))
-            continue
+    for theirs, tensor in tensors.items():
         if architecture.transposed and tensor.ndim == 2 and ".h." in theirs:
             tensor = tensor.T
         if kind in INTERLEAVED and (part := re.search(r"\.([qk])_proj\.", theirs)):
@@ -82,11 +74,9 @@ def write_gguf(
             halves = tensor.reshape(heads, 2, model["head_size"] // 2, *tensor.shape[1:])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
         ours = str(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
-        data = tensor.float().contiguous().numpy()
+        data = tensor.to(dtype).float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType[types[dtype] if tensor.ndim > 1 else "F32"]
         writer.add_tensor(ours, gguf.quants.quantize(data, stored), raw_dtype=stored)
-    for key, values in xielu.items():
-        getattr(writer, f"add_xielu_{key}")(values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nib.common.device import is_out_of_memory
-from nib.common.exits import InputError, RunError
+from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
-from nib.common.signals import stop_signals_raise
 from nib.common.wording import counted
-from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint, write_directory
+from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+from nib.formats.places import Shapes
 
 if TYPE_CHECKING:
     from nib.data.dataset import Dataset
@@ -34,30 +34,21 @@ KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  
 def open_source(target: str | None, root: Path = Path("out")) -> Source:
     """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
 
-    All have `directory`, `model_config` (the fields of model.GPTConfig), `state`, `weights()` and `tokenizer()`.
-    Raises InputError.
+    All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
-    if target is None:
-        return open_checkpoint(find_checkpoint(None, root))
-    path = next((path for path in (Path(target), root / target) if is_model(path)), None)
-    if path is None and is_hub_name(target):
+    for path in () if target is None else (Path(target), root / target):
+        pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
+        if pickled.is_file() and not (path / "checkpoints").exists():
+            return NanoGPTCheckpoint(pickled)
+        # One without weights, such as a repository of something else, does not hide a run of its name.
+        if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
+            return HuggingFaceModel(path)
+        if is_checkpoint(path):
+            return open_checkpoint(find_checkpoint(str(path)))
+    if target and is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
-    if path is None:
-        path = find_checkpoint(target, root)
-    if path.is_file() and path.suffix == ".pt":
-        return NanoGPTCheckpoint(path)
-    if (path / CHECKPOINT_FILE).is_file() and not (path / "checkpoints").exists():
-        return NanoGPTCheckpoint(path / CHECKPOINT_FILE)
-    if is_hugging_face(path):
-        return HuggingFaceModel(path)
-    return open_checkpoint(find_checkpoint(str(path), root))
-
-
-def is_model(path: Path) -> bool:
-    """Whether there is something of a model: a directory of another kind does not hide a run of its name."""
-    pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
-    weights = path.is_dir() and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir())
-    return pickled.is_file() or is_checkpoint(path) or (weights and is_hugging_face(path))
+    path = find_checkpoint(target, root)
+    return HuggingFaceModel(path) if is_hugging_face(path) else open_checkpoint(path)
 
 
 def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:
@@ -85,10 +76,10 @@ def does_not_fit(source: Source, error: Exception) -> InputError:
 def build(source: Source, make_model: Callable[[], Model], sampling: bool = False) -> Model:
     """A model of the source's settings, which `make_model` makes, with the source's weights.
 
-    For `sampling` weights may be of 8 bits, and stay in their file until they are quantised or copied. Raises
-    InputError for weights of another model.
+    For `sampling` they stay in their file until they are quantised or copied. Raises InputError for weights of
+    another model.
     """
-    weights = source.weights(quantized=sampling)
+    weights = read_weights(source, make_model)
     model = without_drawing(make_model)
     assign = sampling or model is not None
     if model is None:
@@ -106,6 +97,22 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
             raise
         raise does_not_fit(source, error) from None
     return model
+
+
+def read_weights(source: Source, make_model: Callable[[], Model]) -> dict[str, Tensor]:
+    """The source's weights by their names in the model that `make_model` makes. Raises InputError."""
+    return source.weights() if isinstance(source, Checkpoint) else source.weights(parameter_shapes(make_model))
+
+
+def parameter_shapes(make_model: Callable[[], Model]) -> Shapes:
+    """What is loaded into such a model, which is made without memory, unless its constructor computes with values."""
+    model = None
+    with torch.random.fork_rng([]):
+        for buffers in ("cpu", "meta"):  # the second only for sizes beyond memory: torch imports for a second for it
+            with contextlib.suppress(Exception), torch.device(buffers), parameters_on_meta():
+                model = model or make_model()
+        model = model or make_model()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def without_drawing(make_model: Callable[[], Model]) -> Model | None:
@@ -150,18 +157,6 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter, nn.init.normal_ = register, normal  # type: ignore[method-assign]
 
 
-def save_quantized(model: Any, source: Source, directory: Path) -> None:
-    """Write a quantised model that is not packed yet as a checkpoint of its own. Raises InputError, RunError."""
-    if directory.exists():
-        raise InputError(f"{directory} exists already. Name a new directory")
-    weights = {name: tensor.detach().to("cpu").contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        with stop_signals_raise():
-            write_directory(directory, weights, {}, {**source.state, "quantize": "int8"}, source.tokenizer())
-    except OSError as error:
-        raise RunError(f"cannot write {directory}: {error}. Make room, or name another place") from None
-
-
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
     """Have the texts of a model trained on the dataset end as the source's do.
 
@@ -183,6 +178,7 @@ def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
         for split in (dataset.train, dataset.val):
             for begin in range(0, split.tokens, 1 << 22):
                 largest = split.read(begin, begin + (1 << 22)).max()
-                tokenizer.check_ids([int(largest)], size, str(dataset.directory))
+                put = [dataset.tokenizer.end_of_text]
+                tokenizer.check_ids([int(largest)], size, f"a text in {dataset.directory}", put)
     ends = {tokenizer.end_of_text, *tokenizer.stop_ids} - {dataset.tokenizer.end_of_text}
     dataset.tokenizer.stop_ids |= {end for end in ends if end is not None}

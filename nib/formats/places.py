@@ -2,36 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from nib.formats.architectures import Architecture
+import torch
+from torch import Tensor
 
+from nib.common.exits import InputError
+from nib.formats.architectures import LINEAR, Architecture
 
-def parameter_shapes(model: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The parameters that model.GPT has with these settings, and their shapes."""
-    V, T, C, M = (model[name] for name in ("vocab_size", "block_size", "n_embd", "mlp_hidden"))
-    H, K, D = model["n_head"], model["n_kv_head"], model["head_size"]
-    up = 2 * M if model["mlp"] == "swiglu" else M
-    linear = {"attention.qkv": ((H + 2 * K) * D, C), "attention.out": (C, H * D), "mlp.up": (up, C), "mlp.down": (C, M)}
-    norms = {"attention_norm": C, "mlp_norm": C}
-    heads = {"attention.q_norm": D, "attention.k_norm": D} if model["qk_norm"] else {}
-    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (V, C)}
-    if model["position"] == "learned":
-        shapes["wpe.weight"] = (T, C)
-    for layer in range(model["n_layer"]):
-        for name, shape in {**linear, **{name: (size,) for name, size in (norms | heads).items()}}.items():
-            shapes[f"blocks.{layer}.{name}.weight"] = shape
-            if model["bias"] and (name in linear or (name in norms and model["norm"] == "layernorm")):
-                shapes[f"blocks.{layer}.{name}.bias"] = shape[:1]
-    shapes["norm.weight"] = (C,)
-    if model["bias"] and model["norm"] == "layernorm":
-        shapes["norm.bias"] = (C,)
-    if not model["tie_weights"]:
-        shapes["head.weight"] = (V, C)
-    return shapes
+Shapes = dict[str, tuple[int, ...]]  # of parameters of model.py, by name
+# Buffers that older versions stored with the weights.
+NOT_WEIGHTS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -39,9 +25,16 @@ class Place:
     """Where one parameter of ours lies in theirs: the parts of its rows, each under its name."""
 
     ours: str
-    shape: tuple[int, ...]
     parts: list[tuple[str, tuple[int, ...]]]  # name and shape, as stored
     transposed: bool
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 def plain_name(stored: str) -> str:
@@ -49,16 +42,82 @@ def plain_name(stored: str) -> str:
     return re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\.", "", stored)
 
 
-def places(architecture: Architecture, model: dict[str, Any]) -> Iterator[Place]:
-    """Every parameter of a model of this architecture, with its names in both."""
-    for ours, shape in parameter_shapes(model).items():
+def has_bias(architecture: Architecture, model: dict[str, Any], layer: str) -> bool:
+    """Whether the architecture has a bias in this layer of a model with these settings of GPTConfig."""
+    if layer in LINEAR:
+        return bool(model["bias"]) or layer in architecture.always_bias
+    return layer.endswith("norm") and model["norm"] == "layernorm"
+
+
+def places(architecture: Architecture, model: dict[str, Any], shapes: Shapes) -> Iterator[Place]:
+    """The place of each of our parameters. Raises InputError for one that the architecture lacks."""
+    for ours, shape in shapes.items():
         module, _, kind = ours.rpartition(".")
-        layer = re.match(r"blocks\.(\d+)\.", module)
-        general = re.sub(r"^blocks\.\d+\.", "blocks.N.", module)
-        theirs = [name.replace(".N.", f".{layer[1]}.") if layer else name for name in architecture.names[general]]
-        rows = [shape[0] // len(theirs)] * len(theirs)
-        if len(theirs) == 3:
-            rows = [heads * model["head_size"] for heads in (model["n_head"], model["n_kv_head"], model["n_kv_head"])]
-        turned = architecture.transposed and len(shape) == 2 and layer is not None
-        parts = [(f"{name}.{kind}", (count, *shape[1:])) for name, count in zip(theirs, rows, strict=True)]
-        yield Place(ours, shape, [(name, size[::-1] if turned else size) for name, size in parts], turned)
+        number, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", module).groups()  # type: ignore[union-attr]
+        theirs = architecture.names.get(layer if number is None else f"blocks.N.{layer}")
+        if not theirs or not (kind == "weight" or (kind == "bias" and has_bias(architecture, model, layer))):
+            raise InputError(
+                f"this model.py has the parameter {ours}, which {architecture.name} lacks. "
+                "Use nib's own checkpoints, or a model.py without it"
+            )
+        heads = [model["n_head"], *[model["n_kv_head"] or model["n_head"]] * 2]
+        shares = heads if len(theirs) == 3 else [1] * len(theirs)
+        rows = [shape[0] * share // sum(shares) for share in shares]
+        turned = architecture.transposed and len(shape) == 2 and number is not None
+        names = [f"{name.replace('.N.', f'.{number}.')}.{kind}" for name in theirs]
+        parts = [(name, (count, *shape[1:])) for name, count in zip(names, rows, strict=True)]
+        yield Place(ours, [(name, size[::-1] if turned else size) for name, size in parts], turned)
+
+
+class ImportedModel:
+    """A model that something else than nib wrote: its settings for GPTConfig, and its tensors by their plain names."""
+
+    directory: Path
+    architecture: Architecture
+    model_config: dict[str, Any]
+    tensors: dict[str, Stored]
+    without_bias: frozenset[str] = frozenset()  # layers that have none, although `model_config` has biases
+
+    def weights(self, shapes: Shapes) -> dict[str, Tensor]:
+        """The parameters of a model.py that has these, in the dtype of the file. Raises InputError."""
+        return {name: read() for name, read in self.match(shapes).items()}
+
+    def match(self, shapes: Shapes) -> dict[str, Callable[[], Tensor]]:
+        """What reads each parameter; all their tensors are there, of the right shape, and none is left over.
+
+        Raises InputError.
+        """
+        found: dict[str, Callable[[], Tensor]] = {}
+        rest, embedding = dict(self.tensors), self.architecture.names["wte"][0] + ".weight"
+        is_tied = self.model_config["tie_weights"]
+        if is_tied and embedding not in rest and "lm_head.weight" in rest:  # one of two names was kept
+            rest[embedding] = rest.pop("lm_head.weight")
+        tied = rest.get(embedding)
+        for place in places(self.architecture, self.model_config, shapes):
+            if place.ours.endswith(tuple(f"{layer}.bias" for layer in self.without_bias)):
+                found[place.ours] = functools.partial(torch.zeros, shapes[place.ours])
+                continue
+            parts = []
+            for name, shape in place.parts:
+                if name not in rest:
+                    raise self.wrong(f"the tensor {name} is missing")
+                parts.append(rest.pop(name))
+                if parts[-1].shape != shape:
+                    has, wanted = list(parts[-1].shape), list(shape)
+                    raise self.wrong(f"{name} has the shape {has}, the settings of its model say {wanted}")
+            found[place.ours] = functools.partial(joined, parts, place.transposed)
+        head = rest.pop("lm_head.weight", None) if is_tied else None
+        if head and tied and not torch.equal(head.read(), tied.read()):
+            raise self.wrong("it ties its head to its embedding, but lm_head.weight is another matrix")
+        strange = sorted(name for name in rest if not NOT_WEIGHTS.fullmatch(name))
+        if strange:
+            raise self.wrong(f"the tensor {strange[0][:80]} has no place in {self.architecture.name}")
+        return found
+
+    def wrong(self, what: str) -> InputError:
+        return InputError(f"{self.directory}: {what}. Give a whole model that nothing was changed in")
+
+
+def joined(parts: list[Stored], transposed: bool) -> Tensor:
+    whole = parts[0].read() if len(parts) == 1 else torch.cat([part.read() for part in parts])
+    return whole.T.contiguous() if transposed else whole

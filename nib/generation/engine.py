@@ -47,7 +47,7 @@ def generate_text(
     Leaves torch's random state and the model's mode as they were. Raises InputError for a prompt that the
     tokenizer cannot encode and RunError for a model whose logits are not finite.
     """
-    samples = make_samples(prompts, tokenizer, settings)
+    samples = make_samples(prompts, tokenizer, settings, model.config.vocab_size)
     for _ in stream_text(model, samples, settings):
         pass
     return samples

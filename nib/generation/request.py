@@ -152,9 +152,12 @@ def read_prompt(source: str) -> str:
         raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
 
 
-def start_tokens(tokenizer: Tokenizer) -> list[int]:
-    """What an empty prompt begins with: the end of the document before, else a new line, else the first token."""
-    if tokenizer.end_of_text is not None:
+def start_tokens(tokenizer: Tokenizer, known: int) -> list[int]:
+    """What an empty prompt begins with: the end of the document before, else a new line, else the first token.
+
+    An end of text that a model of the ids 0 to known - 1 has no embedding for is none.
+    """
+    if tokenizer.end_of_text is not None and tokenizer.end_of_text < known:
         return [tokenizer.end_of_text]
     try:
         return tokenizer.encode("\n")
@@ -162,11 +165,17 @@ def start_tokens(tokenizer: Tokenizer) -> list[int]:
         return [0]
 
 
-def make_samples(prompts: Sequence[str], tokenizer: Tokenizer, settings: SamplingSettings) -> list[Sample]:
-    """`num_samples` empty samples of each prompt, in order. Raises InputError for a prompt that cannot be encoded."""
-    samples = []
+def make_samples(
+    prompts: Sequence[str], tokenizer: Tokenizer, settings: SamplingSettings, known: int = 2**63
+) -> list[Sample]:
+    """`num_samples` empty samples of each prompt, in order, for a model of the ids 0 to known - 1.
+
+    Raises InputError for a prompt that cannot be encoded, or that has other ids.
+    """
+    samples, put = [], tokenizer.encode_prompt("")
     for prompt_number, prompt in enumerate(prompts):
-        tokens = tokenizer.encode_prompt(prompt) or start_tokens(tokenizer)
+        tokens = tokenizer.encode_prompt(prompt) or start_tokens(tokenizer, known)
+        tokenizer.check_ids(tokens, known, "the prompt", put)
         for number in range(settings.num_samples):
             samples.append(Sample(prompt, prompt_number, number, tokens, tokenizer, settings))
     return samples

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
 def token_log_probs(model: Any, group: list[Window]) -> list[list[float]]:
     """The log-probability in nats of each predicted id of each window."""
     device = next(model.parameters()).device
-    width = max(len(window.ids) for window in group) - 1
+    width = max(2, *(len(window.ids) for window in group)) - 1  # of a single id nothing is predicted
     inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
     for number, window in enumerate(group):
         size = len(window.ids) - 1
@@ -100,12 +101,12 @@ def score_texts(
 ) -> TextScore:  # fmt: skip
     """Score texts, given as ids without end of text, each by itself, up to `max_tokens` of them all (0: no limit).
 
-    The first id is predicted from what stands before a text, mostly end of text; where the tokenizer has no such id, it
-    and its bytes are left out. `each` is called with every predicted id and its surprise, in the order of the texts.
+    The first id is predicted from what stands before a text, mostly end of text; where tokenizer or model have no such
+    id, it and its bytes are left out. `each` is called with every predicted id and its surprise, in their order.
     """
-    score, lengths = TextScore(), tokenizer.byte_lengths()
-    begin = begin_of_text(tokenizer)[0]
-    start = [] if begin is None else [begin]
+    score, lengths, known = TextScore(), tokenizer.byte_lengths(), model.config.vocab_size
+    begin, is_added = begin_of_text(tokenizer)
+    start = [] if begin is None or (begin >= known and not is_added) else [begin]
 
     def all_windows() -> Iterator[Window]:
         for ids in texts:
@@ -113,7 +114,7 @@ def score_texts(
             if room <= 0:
                 return
             kept = ids[:room]
-            tokenizer.check_ids(start + kept, model.config.vocab_size, "a text")
+            tokenizer.check_ids(start + kept, known, "a text", start)
             predicted = kept if start else kept[1:]
             score.texts += 1
             score.tokens += len(predicted)
@@ -170,29 +171,26 @@ class ChoiceScore:
 
 
 def read_choices(path: Path) -> list[dict[str, Any]] | None:
-    """The questions of a JSONL file, {"context": ..., "endings": [...], "label": ...} a line; None for other files.
+    """The questions of a file of JSON, {"context": ..., "endings": [...], "label": ...} a row; None for other files.
 
-    Raises InputError for a file that begins with such a line and goes on with another.
+    Raises InputError for a file that begins with such a row and goes on with another.
     """
-    if path.suffix.lower() not in (".jsonl", ".ndjson") or not path.is_file():
+    sources = find_sources([str(path)], "auto", "", path, spool=False)
+    if sources[0].format not in ("jsonl", "json"):
         return None
     questions: list[dict[str, Any]] = []
-    try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # JSON may hold the other ends of lines
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}. Give a JSONL file") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for part in read_parts(sources, ""):
         try:
-            row = json.loads(line)
+            row = json.loads(part.data.decode("utf-8"))
         except (ValueError, RecursionError):
             row = None
         if not questions and not (isinstance(row, dict) and "endings" in row):
             return None
         if (question := as_question(row)) is None:
             shape = '{"context": TEXT, "endings": [TEXT, ...], "label": NUMBER}'
-            raise InputError(f"{path}, line {number}: not {shape}. Mend it")
+            raise InputError(f"{part.where}: not {shape}. Mend it")
+        if halves := re.findall("[\ud800-\udfff]", "".join([question["context"], *question["endings"]])):
+            raise InputError(f"{part.where}: U+{ord(halves[0]):04X} is half a character. Mend it")
         questions.append(question)
     return questions or None
 
@@ -201,7 +199,7 @@ def as_question(row: Any) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         return None
     context, endings, label = row.get("context", row.get("ctx")), row.get("endings"), row.get("label")
-    if isinstance(label, str) and label.isdecimal():
+    if isinstance(label, str) and label.isdecimal() and len(label) < 10:  # of over 4300 digits int makes an error
         label = int(label)
     if not isinstance(context, str) or not isinstance(endings, list) or type(label) is not int:
         return None
@@ -220,11 +218,13 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
     Normalised by characters, as HellaSwag is reported (arXiv 1905.07830) and lm-evaluation-harness does.
     """
 
+    config = model.config
+
     def endings() -> Iterator[Window]:
         for question in questions:
             for ending in question["endings"]:
-                window = ending_window(tokenizer, question["context"], ending, model.config.block_size)
-                tokenizer.check_ids(window.ids, model.config.vocab_size, "a question")
+                window = ending_window(tokenizer, question["context"], ending, config.block_size, config.vocab_size)
+                tokenizer.check_ids(window.ids, config.vocab_size, "a question")
                 yield window
 
     found = [math.fsum(each) for group in in_groups(endings(), batch) for each in token_log_probs(model, group)]
@@ -239,13 +239,13 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
     return ChoiceScore(len(questions), plain / len(questions), normalized / len(questions))
 
 
-def ending_window(tokenizer: Tokenizer, context: str, ending: str, block_size: int) -> Window:
+def ending_window(tokenizer: Tokenizer, context: str, ending: str, block_size: int, known: int) -> Window:
     """The ids of context and ending, the ending's to be predicted; what does not fit is cut off in front."""
     joined = ending if not context or context[-1].isspace() or ending[0].isspace() else " " + ending
     stem = context.rstrip()  # a token may hold the space and the word after it
     before, whole = tokenizer.encode(stem), tokenizer.encode(stem + context[len(stem) :] + joined)
     if not before:
-        before = [tokenizer.end_of_text] if tokenizer.end_of_text is not None else []
+        before = [end for end in [tokenizer.end_of_text] if end is not None and end < known]
         whole = before + whole
     first = max(1, min(len(before), len(whole) - 1))
     cut = max(0, len(whole) - block_size - 1)

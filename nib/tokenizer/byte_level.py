@@ -66,7 +66,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # which is the end also where tokenizer.json does not call it special.
         known, end = set(token_bytes), self.tokenizer.id_to_token(end_of_text) if end_of_text is not None else None
         probe = _PROBE.replace(end, "") if end else _PROBE
-        self._encode_piece("".join(c for c in probe if all(bytes([byte]) in known for byte in c.encode())))
+        probe = "".join(c for c in probe if all(bytes([byte]) in known for byte in c.encode()))
+        if not probe:
+            raise InputError(f"tokenizer {name} has no tokens of bytes. Give a whole tokenizer.json")
+        self._encode_piece(probe)
 
     def _token_bytes(self) -> list[bytes]:
         added = self.tokenizer.get_added_tokens_decoder()
@@ -77,7 +80,9 @@ class HuggingFaceTokenizer(Tokenizer):
         byte_of, token_bytes = bytes_of_letters(), [b""] * size
         for token, id in vocab.items():
             if id not in added:
-                token_bytes[id] = bytes(byte_of[letter] for letter in token)
+                # One with a letter that writes no byte is its own text, as it is to the library's decoder.
+                known = all(map(byte_of.__contains__, token))
+                token_bytes[id] = bytes(map(byte_of.__getitem__, token)) if known else token.encode("utf-8")
             elif not added[id].special:
                 token_bytes[id] = token.encode("utf-8")
         return token_bytes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nib.common.exits import InputError
+from nib.common.files import plain_file, read_object
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import (
     _PROBE,
@@ -37,10 +38,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
     """
     settings, model, generation = (
-        read_object(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
+        read_settings(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
     )
     if (directory / TOKENIZER_JSON).is_file():
-        content = read_object(directory / TOKENIZER_JSON)
+        content = read_settings(directory / TOKENIZER_JSON)
         if letters := _characters(content):
             return CharTokenizer(letters)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
@@ -86,24 +87,21 @@ def _characters(content: dict[str, Any]) -> str:
 def read_text(path: Path) -> str:
     """The text of a file of bounded size. Raises InputError."""
     try:
-        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:  # a pipe would be waited for
-            raise InputError(f"{path} is not a file of at most {MAX_FILE_BYTES >> 20} MB. Give a whole model directory")
-        return path.read_text(encoding="utf-8-sig")
+        return plain_file(path, MAX_FILE_BYTES).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
 
 
-def read_object(path: Path, optional: bool = False) -> dict[str, Any]:
+def read_settings(path: Path, optional: bool = False) -> dict[str, Any]:
     """The object in a JSON file of bounded size; empty where it is `optional` and missing. Raises InputError."""
     if optional and not path.is_file():
         return {}
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} is not a JSON object. Give a whole model directory")
-    return content
+        return read_object(path, MAX_FILE_BYTES)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}. Give a whole model directory") from None
+    except ValueError:
+        raise InputError(f"{path} is not a JSON object. Give a whole model directory") from None
 
 
 def _text_of(value: Any) -> Any:
@@ -112,7 +110,7 @@ def _text_of(value: Any) -> Any:
 
 
 def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    vocab = read_object(directory / "vocab.json")
+    vocab = read_settings(directory / "vocab.json")
     lines = read_text(directory / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nib.common.exits import InputError
+from nib.common.files import plain_file
 from nib.common.hub import TOKENIZER_FILES, download, is_hub_name
+from nib.common.wording import way_out
 from nib.tokenizer.tokenizer import (
     END_OF_TEXT,
     FORMAT,
@@ -38,7 +40,7 @@ def make_tokenizer(name: str) -> Tokenizer:
 
     known = tiktoken.list_encoding_names()
     if name not in known:
-        if Path(name).exists():
+        if name and Path(name).exists():
             return load_tokenizer(Path(name))
         if is_hub_name(name):
             return load_tokenizer(download(name, TOKENIZER_FILES))
@@ -70,11 +72,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 return read_tokenizer(path)
         path = found
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path} is no tokenizer: it is over {MAX_FILE_BYTES >> 20} MB. Give a {TOKENIZER_FILE}")
-        data = path.read_bytes()
+        data = plain_file(path, MAX_FILE_BYTES).read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read tokenizer {path}: {error.strerror}. Give a {TOKENIZER_FILE}") from None
+        how = way_out(error, f"Give a {TOKENIZER_FILE}")
+        raise InputError(f"cannot read tokenizer {path}: {error.strerror}. {how}") from None
     try:
         if path.suffix == ".tiktoken":
             return _from_rank_file(path.stem, data)

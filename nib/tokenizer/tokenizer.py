@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+WORD_CHARACTERS = 1000  # shorter words are never cut, and longer ones at multiples of it
+_LONG_WORD = re.compile(rf"\w{{{WORD_CHARACTERS}}}|[\W_]{{{WORD_CHARACTERS}}}")
 # Encoded and decoded once when a file is loaded: a split pattern that loses text is refused.
 _PROBE = "The end's near: don't\tpanic, 12345 x_y = 'é中文🙂e\u0301'\r\n\n  \x00 <|endoftext|> \u3000ＡＢ...\n   "
 
@@ -91,13 +94,20 @@ class Tokenizer:
         """How many bytes each id stands for, int64 (V,): turns a loss per token into bits per byte."""
         return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
 
-    def check_ids(self, ids: Iterable[int], known: int, what: str) -> None:
-        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for."""
+    def check_ids(self, ids: Iterable[int], known: int, what: str, put: Iterable[int | None] = ()) -> None:
+        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for.
+
+        Those in `put` were not in the text: nib or the tokenizer has put them before or after it.
+        """
         largest = max(ids, default=-1)
         if largest >= known:
+            token = f"the token {self.token_name(largest)!r}, id {largest}"
+            has, how = f"{what} has {token}", "Leave it out, or add"
+            if largest in put:
+                has, how = f"{token}, is put before or after {what}", "Add"
             raise InputError(
-                f"{what} has the token {self.token_name(largest)!r}, id {largest}, but the model only the ids 0 to "
-                f"{known - 1}. Leave it out, or add embeddings with transformers' resize_token_embeddings"
+                f"{has}, but the model has only the ids 0 to {known - 1}. {how} embeddings with transformers' "
+                "resize_token_embeddings"
             )
 
     def token_name(self, id: int) -> str:
@@ -233,13 +243,23 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         ]
     )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False)
+    trained.train_from_iterator(_short_words(texts), trainer)
     # Ids were given in the order of the merges, which is the order tiktoken merges in.
     byte_of = bytes_of_letters()
     ranks = {bytes(byte_of[letter] for letter in token): id for token, id in trained.get_vocab().items()}
     return BpeTokenizer(f"bpe:{len(ranks) + 1}", SPLIT_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
+
+
+def _short_words(texts: Iterable[str]) -> Iterator[str]:
+    """The texts, cut inside words of thousands of characters: training takes time by the square of a word's length."""
+    for text in texts:
+        start = 0
+        for place in range(0, len(text), WORD_CHARACTERS):
+            if _LONG_WORD.match(text, place):
+                yield text[start:place]
+                start = place
+        yield text[start:]
 
 
 def bytes_of_letters() -> dict[str, int]:

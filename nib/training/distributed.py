@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import sys
 import threading
@@ -162,7 +163,7 @@ def lost_processes() -> Iterator[None]:
         yield
     except RuntimeError as error:
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        if alone or (not isinstance(error, dist.DistError) and "gloo" not in str(error)):
+        if alone or not (isinstance(error, dist.DistError) or re.search(r"\bgloo/.+\.cc:\d+\]", str(error))):
             raise
         who, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
         how = "The same command goes on from the newest checkpoint; torchrun --max-restarts=N does so by itself"

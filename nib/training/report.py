@@ -202,8 +202,10 @@ def way_back(settings: TrainSettings, progress: Progress) -> str:
     last_update = progress.step - progress.skipped_in_a_row
     older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
     source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
+    out_dir = Path(settings.out_dir)
+    named = out_dir if out_dir.name not in ("", "..") else out_dir.resolve()  # . has no name
     changes: dict[str, Any] = {"out_dir": next(
-        place for number in itertools.count(2) if not Path(place := f"{settings.out_dir}-{number}").exists()
+        place for number in itertools.count(2) if not Path(place := f"{named}-{number}").exists()
     )}  # fmt: skip
     if source:
         changes["init_from"] = checkpoints / source

@@ -63,20 +63,21 @@ class Run:
 
     def open(self) -> None:
         """Take the directory for this run alone, and the signals. Raises InputError."""
+        self.order = WindowOrder(self.dataset.train.tokens, self.settings.block_size, self.settings.seed)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
         self.stop = StopSignal(at_once=self.settings.eval_only)  # a validation has nothing to save
         self.saver = Saver(self.out_dir, self.settings.keep_checkpoints, self.dataset.tokenizer)
-        self.order = WindowOrder(self.dataset.train.tokens, self.settings.block_size, self.settings.seed)
         self.batch_of = self.load_batch
         if self.cluster.device.type == "cuda":
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
         """Give back what `open` took. A second call does nothing."""
-        if self.stop:
+        if self.stop and self.cluster.world == 1:  # torchrun's SIGTERM must not cut the traceback of one of several
             self.stop.restore()
         if self.lock:
+            self.saver.wait()  # until then the directory is written to
             self.lock.close()
         self.stop = self.lock = None
 
@@ -124,7 +125,7 @@ class Run:
             self.report.say(f"resume: step {self.progress.step} of {self.out_dir}")
         self.report.resume_metrics(self.progress.step)
         if settings.wandb_log:
-            name = settings.wandb_run_name or self.out_dir.name
+            name = settings.wandb_run_name or self.out_dir.resolve().name
             config = as_dict(settings) | {"model_config": made["model_config"], "parameters": parameters}
             self.report.start_wandb(settings.wandb_project, name, config)
         self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
@@ -296,6 +297,10 @@ class Run:
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
+        if self.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
+            change = f"a process had {counted(before, 'thread')} until here, now {threads}"
+            self.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
         checkpoint.release()
         if self.cluster.first and not self.settings.eval_only:
             name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)
@@ -324,6 +329,7 @@ class Run:
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,
             "micro_batch_size": self.micro_batch_size,
+            "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
         }

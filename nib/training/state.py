@@ -33,7 +33,8 @@ def lock_run(out_dir: Path) -> IO[str]:
         raise InputError(f"another run is writing to {out_dir}. Wait for it, or give another --out_dir") from None
     except OSError as error:
         raise InputError(f"cannot write to {out_dir}: {error.strerror}. Give another --out_dir") from None
-    for leftover in (out_dir / "checkpoints").glob(".*.partial"):
+    checkpoints = out_dir / "checkpoints"
+    for leftover in (*checkpoints.glob(".*.partial"), *checkpoints.glob(".*.staging")):
         shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return lock
 
@@ -80,11 +81,15 @@ class Saver:
         except Exception as error:  # raised again in `finish`, in the thread that trains
             self.error = error
 
-    def finish(self) -> None:
-        """Wait for the write under way. Raises RunError when it failed."""
+    def wait(self) -> None:
+        """Wait for the write under way, whether it fails or not."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
+
+    def finish(self) -> None:
+        """Wait for the write under way. Raises RunError when it failed."""
+        self.wait()
         if self.error is not None:
             error, self.error = self.error, None
             if not isinstance(error, OSError):

@@ -144,6 +144,9 @@ def test_unreadable_config_files(kind: str, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     message = refused("x" * 300 if kind == "too long" else kind, config_file=True)
     assert message.startswith("cannot read config file") and message.endswith(f"There are: config{os.sep}small.py")
+    (tmp_path / "config/small.py").unlink()
+    message = refused(kind, config_file=True)
+    assert "There are" not in message and message.endswith(". Give a file of lines like n_layer = 6")
 
 
 def test_help_and_a_second_argument_do_not_run_the_config(tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ OUT_OF_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: 1 bytes"),
     RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
     RuntimeError("std::bad_alloc"),
+    RuntimeError("unable to mmap 4096 bytes from file <a.bin>: Cannot allocate memory (12)"),
+    RuntimeError("CUDA driver error: out of memory"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("backend='inductor' raised:\nOutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("NCCL error in: NCCLUtils.hpp:77, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("cuFFT error: CUFFT_ALLOC_FAILED"),
     MemoryError(),
 ]
 
@@ -77,6 +84,18 @@ OUT_OF_MEMORY = [
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: str(error)[:50])
 def test_memory_that_is_full_is_known_however_it_is_said(error: Exception) -> None:
     assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "my cache ran out of memory slots", "out of memory", "Out of memory cells: 4 are not enough memory",
+        "the memory bank cannot allocate memory for 3 items", "slot allocation failed", "CUDA is out of memory tokens",
+        "the status is CUBLAS_STATUS_NOT_INITIALIZED", "an allocator like std::bad_alloc", "bad_alloc",
+    ],
+)  # fmt: skip
+def test_an_error_of_the_users_own_about_memory_is_none_of_a_full_one(message: str) -> None:
+    assert not is_out_of_memory(RuntimeError(message))
 
 
 def test_memory_that_is_full_on_this_machine_is_known_and_other_errors_are_not() -> None:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nib.cpu import build as native
 from nib.cpu.build import Kernels, compiled, kernels, load, made_kernels
 from nib.cpu.int8 import Int8Linear, pack_int8, quantize, quantize_rows
-from nib.cpu.linear import PackedLinear, RowsLinear, has_packing, pack_linears
+from nib.cpu.linear import RowsLinear, pack_linears
 
 needs_compiler = pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler")
 QUICK = ["-O0", "-fPIC"]  # to compile
@@ -133,16 +133,10 @@ def test_without_a_home_directory_nothing_is_kept_and_no_directory_is_made(tmp_p
     assert not directory.exists() and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@torch.inference_mode()
-def test_without_kernels_float32_goes_by_onednn(no_kernels, bias):
-    model, packed, tokens = random_model(bias=bias), random_model(bias=bias), random_tokens(3, 9)
-    if not has_packing():
-        pytest.skip("this torch has no oneDNN")
-    assert pack_linears(packed) and any(isinstance(module, PackedLinear) for module in packed.modules())
-    assert not any(isinstance(module, RowsLinear) for module in packed.modules())
-    expected = model(tokens)[0]
-    assert (packed(tokens)[0] - expected).abs().max() < 3e-6 * expected.abs().max()
+def test_without_kernels_float32_layers_stay_as_they_are(no_kernels):
+    model = random_model()
+    before = list(model.modules())
+    assert not pack_linears(model) and list(model.modules()) == before
 
 
 @torch.inference_mode()
@@ -156,7 +150,7 @@ def test_with_and_without_kernels_8_bits_agree(monkeypatch):
         pack_int8(without)
     assert all(module.few_rows is None for module in without.modules() if isinstance(module, Int8Linear))
     a, b = with_them(tokens)[0], without(tokens)[0]
-    assert (a - b).abs().max() < 2e-3 * b.abs().max()  # 16-bit activations through two layers
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
     few = with_them(tokens[:1, :5])[0]  # few rows go by the kernel, these 264 by the matrix in float32
     assert (few - a[:1, :5]).abs().max() < 1e-5 * a.abs().max()
 

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from model_helpers import LLAMA, random_model, random_tokens
 
-from model import GPT
-from nib.common.exits import InputError
-from nib.cpu.int8 import Int8Linear, has_kernel, pack_int8, quantize, quantize_empty, quantize_rows
-from nib.cpu.linear import PackedLinear, RowsLinear, pack_linears
-from nib.formats.checkpoint import Checkpoint, write_directory
-from nib.formats.load import save_quantized
-from nib.tokenizer.load import make_tokenizer
-from sample import main as sample
+from nib.cpu.int8 import Int8Linear, pack_int8, quantize, quantize_rows
+from nib.cpu.linear import RowsLinear, pack_linears
 
 SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 
@@ -27,22 +19,14 @@ SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 def test_packed_weights_give_the_same_logits(shape):
     model, packed, tokens = random_model(**shape), random_model(**shape), random_tokens(3, 9)
     if not pack_linears(packed):
-        pytest.skip("this torch has no oneDNN")
-    assert any(isinstance(module, PackedLinear | RowsLinear) for module in packed.modules())
+        pytest.skip("there are no kernels")
+    assert any(isinstance(module, RowsLinear) for module in packed.modules())
     expected = model(tokens)[0]
     cache = packed.make_cache(3)
     steps = torch.cat([packed(tokens[:, i : i + 1], cache=cache)[0] for i in range(9)], dim=1)
     # Sums of some ten products in another order: a few units in the last place of the largest logit.
     for logits in (packed(tokens)[0], steps):
         assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
-
-
-def test_packed_layers_still_show_their_weight():
-    layer = torch.nn.Linear(5, 7)
-    try:
-        assert torch.equal(PackedLinear(layer.weight, layer.bias).weight, layer.weight)
-    except (RuntimeError, AttributeError):
-        pytest.skip("this torch has no oneDNN")
 
 
 def test_a_row_of_integers_is_within_half_a_step_of_the_weights():
@@ -54,34 +38,13 @@ def test_a_row_of_integers_is_within_half_a_step_of_the_weights():
     assert (integers[2] == 0).all()
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@torch.inference_mode()
-def test_activations_lose_almost_nothing_to_the_8_bit_product(monkeypatch, bias):
-    monkeypatch.setattr("nib.cpu.int8.kernels", lambda: None)
-    if not has_kernel():
-        pytest.skip("this processor has no 8-bit product")
-    torch.manual_seed(0)
-    integers, scale = quantize_rows(torch.randn(40, 96))
-    offset = torch.randn(40) if bias else None
-    layer = Int8Linear(integers, scale, offset)
-    layer.pack()
-    x = torch.randn(2, 5, 96)
-    x[0, 0, 3] = 1000.0  # an outlier, as GPT-2 has them, leaves the rest of its row 1/1000 of the range
-    x[0, 1] = 0
-    exact = x.double() @ (integers * scale[:, None]).double().T + (0 if offset is None else offset)
-    # Half a unit in 32512 of the row's largest activation, for each of 96 terms: their root sum of squares, times 5.
-    size = x.abs().amax(-1, keepdim=True)
-    bound = 5 * 0.3 * size / 32512 * (integers * scale[:, None]).float().norm(dim=-1) + 1e-5 * exact.abs().max()
-    assert ((layer(x) - exact).abs() <= bound).all()
-
-
 @torch.inference_mode()
 def test_an_8_bit_row_does_not_depend_on_its_batch():
     model, tokens = random_model(**LLAMA), random_tokens(8, 6)
     quantize(model)
     pack_int8(model)
     layer, x = model.blocks[0].mlp.up, model.wte(tokens)
-    assert torch.equal(layer(x)[3, 2], layer(x[3, 2]))  # to the bit: sums of integers have no order
+    assert torch.equal(layer(x)[3, 2], layer(x[3, 2]))  # to the bit
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -93,7 +56,7 @@ def test_the_kernel_and_the_plain_product_agree(shape):
     pack_int8(packed)
     plain.head = plain.head or Int8Linear(plain.wte.weight, plain.wte.weight_scale, None)  # what pack_int8 adds
     a, b = packed(tokens)[0], plain(tokens)[0]
-    assert (a - b).abs().max() < 2e-3 * b.abs().max()  # 16-bit activations through two layers
+    assert (a - b).abs().max() < 1e-5 * b.abs().max()
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -123,54 +86,6 @@ def test_8_bits_hardly_change_a_prediction():
     found = model(tokens)[0].log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     assert 0 < divergence < 0.02  # nats; these weights are larger than any trained model's
-
-
-def checkpoint_of(model: GPT, directory: Path) -> Checkpoint:
-    state = {"step": 1, "model_config": vars(model.config)}
-    write_directory(directory, model.state_dict(), {}, state, make_tokenizer("byte"))
-    return Checkpoint(directory)
-
-
-@pytest.mark.parametrize("tie", [True, False])
-def test_a_saved_quantised_model_is_the_same_to_the_bit_and_smaller(tmp_path, tie):
-    model, tokens = random_model(vocab_size=256, n_embd=128, tie_weights=tie), random_tokens(2, 9)
-    source = checkpoint_of(model, tmp_path / "whole")
-    quantize(model)
-    save_quantized(model, source, tmp_path / "small")
-    pack_int8(model)
-    loaded = random_model(vocab_size=256, n_embd=128, tie_weights=tie)
-    quantize_empty(loaded)
-    loaded.load_state_dict(Checkpoint(tmp_path / "small").weights(quantized=True), assign=True)
-    pack_int8(loaded)
-    with torch.inference_mode():
-        assert torch.equal(model(tokens)[0], loaded(tokens)[0])
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "small")]
-    assert sizes[1] < 0.3 * sizes[0]
-
-
-def test_sample_py_writes_the_same_from_a_checkpoint_quantised_now_or_before(tmp_path, capsys):
-    checkpoint_of(random_model(vocab_size=257, block_size=32), tmp_path / "whole")
-    common = ["--prompt", "ab", "--max-new-tokens", "12", "--temperature", "2", "--device", "cpu"]
-    whole, small = str(tmp_path / "whole"), str(tmp_path / "small")
-    assert sample([whole, *common, "--quantize", "int8", "--save-quantized", small]) == 0
-    now = capsys.readouterr()
-    assert sample([small, *common]) == 0
-    before = capsys.readouterr()
-    assert now.out == before.out and "int8" in now.err and "int8" in before.err
-    assert json.loads((tmp_path / "small" / "state.json").read_text())["quantize"] == "int8"
-
-
-def test_what_cannot_be_done_with_a_quantised_model_is_said_in_one_line(tmp_path):
-    model = random_model(vocab_size=257)
-    source = checkpoint_of(model, tmp_path / "whole")
-    quantize(model)
-    save_quantized(model, source, tmp_path / "small")
-    with pytest.raises(InputError, match="exists already"):
-        save_quantized(model, source, tmp_path / "small")
-    with pytest.raises(InputError, match="can only be sampled from"):
-        Checkpoint(tmp_path / "small").weights()
-    with pytest.raises(InputError, match="needs --quantize int8"):
-        sample([str(tmp_path / "whole"), "--save-quantized", str(tmp_path / "other")])
 
 
 def test_a_diverged_model_stays_visible_in_8_bits():

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -264,14 +266,37 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_ends_the_run(data: Path, mo
             dataset.train.read(0, 2500)
 
 
-def test_the_cause_is_named_when_a_shard_cannot_be_opened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+FULL = """
+import os, resource, sys
+from pathlib import Path
+from nib.common.exits import script_errors
+from nib.data.dataset import Dataset
 
-    monkeypatch.setattr(nib.data.dataset.np, "memmap", fail)
-    with pytest.raises(InputError, match="Too many open files") as refused:
-        Dataset(data)
-    assert "Prepare it again" not in str(refused.value)
+with script_errors():
+    kind, path = sys.argv[1], Path(sys.argv[2])
+    dataset = Dataset(path)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    held = []
+    try:
+        while True:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError:
+        pass
+    try:
+        {"meta": lambda: Dataset(path), "opening": lambda: dataset.open_split("val"),
+         "training": lambda: dataset.train.read(0, 9999)}[kind]()
+    finally:
+        list(map(os.close, held))  # Python may need one at its end
+"""
+
+
+@pytest.mark.parametrize(("kind", "status"), [("meta", 2), ("opening", 2), ("training", 1)])
+def test_the_limit_of_open_files_is_named_where_it_is_the_cause(kind: str, status: int, tmp_path: Path) -> None:
+    write_dataset(tmp_path, TRAIN[:600], VAL[:20], shard_tokens=4)
+    command = [sys.executable, "-c", FULL, kind, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Too many open files. Raise the limit of open files (ulimit -n)" in done.stderr, done.stderr
+    assert (done.returncode, done.stderr.count("\n")) == (status, 1)
 
 
 # ---- any meta.json at all ------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def kill_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return counted
 
-    for owner, names in ((Path, ("rename", "unlink", "mkdir")), (shutil, ("rmtree",)), (os, ("fsync",))):
+    for owner, names in ((Path, ("rename", "unlink", "mkdir", "rmdir")), (shutil, ("rmtree",)), (os, ("fsync",))):
         for name in names:
             monkeypatch.setattr(owner, name, counting(getattr(owner, name)))
 
@@ -147,6 +147,32 @@ def test_a_file_with_the_name_of_a_shard_that_meta_json_does_not_list_is_not_rep
     with pytest.raises(InputError, match=r"train-00077.bin is no file of the dataset there. Move it"):
         make(work / "out", OLD)
     assert content(work / "out") == before
+
+
+@pytest.mark.parametrize("place", [".out.staging", "out/.nib-staging", "out/.nib-replacement"])
+@pytest.mark.parametrize("name", ["thesis.txt", "train.tokens", "sub/meta.json", "meta.json"])
+def test_a_hidden_directory_of_the_user_is_not_emptied(work: Path, place: str, name: str) -> None:
+    if place.startswith("out/"):
+        make(work / "out", OLD)
+    (work / place / name).parent.mkdir(parents=True)
+    (work / place / name).write_text("years of work")
+    before = content(work)
+    if place == "out/.nib-replacement":  # not where nib works
+        make(work / "out", NEW)
+    else:
+        with pytest.raises(InputError, match=rf"{place}, where nib would work, holds what nib did not write. Move it"):
+            make(work / "out", NEW, source=work / "text.txt")
+        assert {**content(work), "text.txt": b""} == {**before, "text.txt": b""}
+    assert (work / place / name).read_text() == "years of work"
+
+
+def test_a_link_where_nib_would_work_is_not_followed(work: Path) -> None:
+    (work / "mine/nib-unfinished").mkdir(parents=True)
+    (work / "mine/nib-unfinished/thesis.txt").write_text("years of work")
+    (work / ".out.staging").symlink_to("mine")
+    with pytest.raises(InputError, match="holds what nib did not write"):
+        make(work / "out", NEW)
+    assert (work / "mine/nib-unfinished/thesis.txt").exists()
 
 
 def test_a_meta_json_of_a_stranger_has_nothing_else_removed(work: Path) -> None:

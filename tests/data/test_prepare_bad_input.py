@@ -37,6 +37,11 @@ def bad_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BAD = {
     "no source": ([], "no SOURCE"),
+    "a URL that cannot be read": (["https://["], "https://[ is no URL"),
+    "such a URL and an output": (["https://[", "--out=x"], "https://[ is no URL"),
+    "an empty source": ([""], "no SOURCE, or an empty one"),
+    "an empty source among others": (["t.txt", "", "--out=x"], "no SOURCE, or an empty one"),
+    "an empty tokenizer": (["t.txt", "--tokenizer="], "no tokenizer ''"),
     "a source that is not there": (["missing.txt"], "missing.txt"),
     "a loop of links": (["loop"], "loop"),
     "several sources and no name": (["t.txt", "empty.txt"], "--out"),

@@ -35,7 +35,7 @@ def half_done(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     assert process.stdin is not None
     process.stdin.write(b"some text\n" * 1_500_000)
     process.stdin.flush()
-    wait_for(lambda: any(file.stat().st_size for file in tmp_path.glob("data/.out.staging/*.tokens")))
+    wait_for(lambda: any(file.stat().st_size for file in tmp_path.glob("data/.out.staging/*/*.tokens")))
     yield process
     process.kill()
     process.communicate()
@@ -153,6 +153,17 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     done = run(tmp_path, "t.txt", "--tokenizer=byte", preexec_fn=limit)
     assert done.returncode == 1 and done.stderr.startswith(b"error: cannot write data/t: ")
     assert done.stderr.count(b"\n") == 1 and left_over(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("limit", [7, 12])
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe:300"])
+def test_a_low_limit_of_open_files_is_named(tmp_path: Path, limit: int, tokenizer: str) -> None:
+    (tmp_path / "t.txt").write_text("text\n" * 800_000)  # for three workers
+    lower = functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit))
+    done = run(tmp_path, "t.txt", f"--tokenizer={tokenizer}", "--workers=3", preexec_fn=lower)
+    assert done.returncode == 1 and done.stderr.count(b"\n") == 1, done.stderr
+    assert done.stderr.startswith(b"error: Too many open files. Raise the limit of open files (ulimit -n), or lower")
+    assert left_over(tmp_path / "data") == []
 
 
 # URLs

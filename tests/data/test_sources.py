@@ -14,9 +14,10 @@ import pytest
 
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
-from nib.data.documents import HEAD_BYTES, chat_text, find_sources, read_parts
+from nib.data.documents import HEAD_BYTES, find_sources, read_parts
 from nib.data.encode import part_text
 from nib.data.prepare import prepare
+from nib.data.rows import chat_text
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,13 @@ def test_linked_directories_are_read_once_each(work: Path, capsys: pytest.Captur
     assert capsys.readouterr().err == "passed over d/nothing.txt: it is no file that can be read\n"
     os.link("d/a.txt", "d/hard.txt")  # a file like any other
     assert texts("d", glob="*.txt").count("d/a.txt") == 2
+
+
+def test_what_is_no_file_in_a_directory_is_passed_over_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    write("d/a.txt")
+    os.mkfifo("d/pipe.txt")
+    assert texts("d") == ["d/a.txt"]
+    assert capsys.readouterr().err == "passed over d/pipe.txt: it is no file that can be read\n"
 
 
 def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
@@ -169,12 +177,25 @@ def test_compressed_text_and_rows_are_read(ending: str, pack: Any) -> None:
 
 
 @pytest.mark.parametrize("name", "t.zst t.jsonl.zst t.tar t.tar.gz t.tgz t.zip t.7z t.parquet.gz t.JSONL.LZ4".split())
-def test_what_cannot_be_unpacked_is_refused_by_its_name(name: str) -> None:
+def test_what_cannot_be_unpacked_is_refused_by_its_name_or_passed_over(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(f"d/{name}", "d/a.txt")
-    for source in (f"d/{name}", "d"):
+    for glob in ("", "*", "[at]*"):
+        assert texts("d", glob=glob) == ["d/a.txt"]
+        said = f"passed over 1 packed file: d/{name}. Unpack what belongs to the corpus\n"
+        assert capsys.readouterr().err == said
+    assert texts("d", glob="*.txt") == ["d/a.txt"] and capsys.readouterr().err == ""
+    write(f"d/more/{name}")  # most of the directory: not to be left out
+    for source, glob in ((f"d/{name}", ""), ("d", ""), ("d", "t.*"), ("d/more", "")):
         with pytest.raises(InputError, match=r"is packed.*Unpack it"):
-            texts(source)
-    assert texts("d", glob="*.txt") == ["d/a.txt"]
+            texts(source, glob=glob)
+
+
+def test_no_more_than_three_packed_files_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    write(*(f"d/{number}.{kind}" for number in range(5) for kind in ("zip", "txt")))
+    assert len(texts("d")) == 5
+    assert "passed over 5 packed files: d/0.zip, d/1.zip, d/2.zip, .... Unpack" in capsys.readouterr().err
 
 
 # ---- rows without a text
@@ -231,6 +252,40 @@ def test_rows_of_parquet_without_a_text_are_left_out() -> None:
     assert texts("t.parquet", invalid="skip") == ["user: hi\n", "assistant: \n"]
 
 
+def test_bad_utf_8_inside_the_parts_of_a_column_is_called_so() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    bad = pyarrow.array([b"good", b"bad \xff"]).view(pyarrow.string())
+    struct = pyarrow.StructArray.from_arrays([bad, bad], ["role", "content"])
+    columns = (
+        struct,
+        pyarrow.ListArray.from_arrays([0, 1, 2], struct),
+        pyarrow.ListArray.from_arrays([0, 1, 2], bad),
+        pyarrow.ListArray.from_arrays([0, 1, 2], bad.dictionary_encode()),
+    )
+    for column in columns:
+        parquet.write_table(pyarrow.table({"text": column.slice(1)}), "t.parquet")
+        for invalid in ("error", "replace"):
+            with pytest.raises(InputError, match=r"row 1: column 'text' holds (struct|list).* that is not UTF-8.*skip"):
+                texts("t.parquet", invalid=invalid)
+        assert texts("t.parquet", invalid="skip") == []
+    parquet.write_table(pyarrow.table({"text": bad.dictionary_encode()}), "t.parquet")
+    assert texts("t.parquet", invalid="replace") == ["good", "bad \ufffd"]
+    with pytest.raises(InputError, match=r"row 2: byte 0xff at offset 4 is not UTF-8"):
+        texts("t.parquet")
+
+
+def test_messages_of_both_kinds_may_be_mixed() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    rows = [[{"role": "user", "content": "hi"}], [{"from": "human", "value": "ho"}], [{"from": "gpt", "value": ""}]]
+    kind = pyarrow.list_(pyarrow.struct([(key, pyarrow.string()) for key in ("role", "content", "from", "value")]))
+    parquet.write_table(pyarrow.table({"messages": pyarrow.array(rows, kind)}), "t.parquet")  # null where one lacks it
+    assert texts("t.parquet") == ["user: hi\n", "human: ho\n", "gpt: \n"]
+
+
 @pytest.mark.parametrize("call", [{"tool_calls": [{"type": "function"}]}, {"function_call": {"name": "f"}}])
 @pytest.mark.parametrize("content", [{"content": None}, {}])
 def test_a_message_that_calls_tools_needs_no_content(call: dict[str, Any], content: dict[str, Any]) -> None:
@@ -245,6 +300,10 @@ def test_a_message_that_calls_tools_needs_no_content(call: dict[str, Any], conte
         ([{"type": "image_url", "image_url": {"url": "x"}}, {"type": "input_text", "text": "a"}], "a"),
         ([{"type": "text", "text": None}], None),
         ([7], None),
+        ([{"type": "text"}], ""),
+        # As rows of Parquet have them: null for what other parts have.
+        ([{"type": "image", "text": None, "image": "x"}, {"type": "text", "text": "a", "image": None}], "a"),
+        ([{"type": None, "text": "a"}, {"type": None, "text": None}], None),
     ],
 )
 def test_no_text_in_the_parts_of_a_message_is_lost(parts: list[Any], text: str | None) -> None:

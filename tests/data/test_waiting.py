@@ -14,6 +14,7 @@ import nib.training.distributed
 import nib.training.start
 import train
 from nib.common.exits import InputError, RunError
+from nib.common.files import UNFINISHED
 from nib.data.prepare import BUILTIN_DATASETS, prepare
 from nib.data.shards import staging_path
 from nib.training.distributed import own_place, start_cluster
@@ -98,7 +99,7 @@ def test_a_first_process_that_is_not_at_work_is_not_waited_for(left: str, capsys
 @pytest.mark.usefixtures("second")
 def test_a_first_process_that_is_at_work_is_waited_for() -> None:
     def work() -> None:
-        staging = staging_path(Path("data/tiny"))
+        staging = staging_path(Path("data/tiny")) / UNFINISHED
         staging.mkdir(parents=True)
         for number in range(12):  # longer than either patience
             (staging / "train.tokens").write_bytes(bytes(number))

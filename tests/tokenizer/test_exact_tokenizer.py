@@ -146,6 +146,18 @@ def test_what_is_encoded_is_the_text_and_every_byte_is_counted(what: str) -> Non
     assert bool(lost) == (what in PARTIAL)
 
 
+def test_a_token_of_letters_that_write_no_byte_is_its_own_text() -> None:
+    made, odd = content(lambda made: None), ("\u2581the", "two words", "\u65e5\u672c", "e\u0301")
+    vocab = made["model"]["vocab"]
+    size = 1 + max(*vocab.values(), *(token["id"] for token in made["added_tokens"]))
+    made["model"]["vocab"] = vocab | {token: size + place for place, token in enumerate(odd)}
+    ours, theirs = HuggingFaceTokenizer("x", made, {}, None), Tokenizer.from_str(json.dumps(made))
+    for id, token in enumerate(odd, start=size):
+        assert ours.decode([id]) == theirs.decode([id]) == token
+    for text in [*TEXTS, *odd, "".join(odd)]:
+        assert ours.decode(ours.encode(text)) == text and max(ours.encode(text), default=0) < size
+
+
 @pytest.mark.parametrize("what", [*ACCEPTED, "llama"])
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(what: str) -> None:
     made = content(lambda made: None, "llama") if what == "llama" else ACCEPTED[what]()

@@ -8,6 +8,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,10 @@ from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import (
     SPLIT_PATTERN,
     TOKENIZER_FILE,
+    WORD_CHARACTERS,
     BpeTokenizer,
     Tokenizer,
+    _short_words,
     train_bpe,
     train_char,
 )
@@ -125,6 +128,19 @@ def test_bpe_learns_the_words_and_keeps_the_size() -> None:
     assert train_bpe([words], 300).token_bytes == tokenizer.token_bytes
     small = train_bpe(["abc abc"], 5000)
     assert small.vocab_size == 256 + 3 + 1 and small.name == "bpe:260"  # ab, abc, " abc"
+
+
+@pytest.mark.parametrize("unit", [" ", "GATTACA", "=-", "\n", "\u4e2d\u6587"])
+def test_words_of_any_length_train_in_time_that_grows_with_the_text(unit: str) -> None:
+    ordinary = " ".join("word" * (number % 249) for number in range(300)) + " \n" * 400
+    assert list(_short_words([ordinary])) == [ordinary], "a word below the limit was cut"
+    long = ordinary + unit * (300_000 // len(unit)) + ordinary
+    pieces = list(_short_words([long]))
+    assert "".join(pieces) == long and max(map(len, pieces[1:-1])) <= 2 * WORD_CHARACTERS
+    began = time.monotonic()
+    trained = train_bpe([long], 400)
+    assert time.monotonic() - began < 10  # it was 50 s
+    assert trained.decode(trained.encode(long)) == long
 
 
 def test_training_does_not_depend_on_the_process() -> None:

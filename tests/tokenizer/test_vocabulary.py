@@ -111,8 +111,6 @@ def test_a_tuned_model_ends_its_texts_as_the_one_it_came_from(in_corpus: None, c
     for name in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / "exported" / name).read_text())["eos_token_id"] == [END, 7, 10]
     assert read_tokenizer(tmp_path / "exported").stop_ids == {7, 10}
-    assert call(sample.main, "out/run", *WRITE, "--save-quantized=q", "--quantize=int8", cwd=tmp_path).returncode == 0
-    assert open_checkpoint(tmp_path / "q").tokenizer().stop_ids == {7, 10}
 
 
 # ---- ids that the model has no embedding for -----------------------------------------------------------------------
@@ -120,7 +118,9 @@ def test_a_tuned_model_ends_its_texts_as_the_one_it_came_from(in_corpus: None, c
 
 def refused(done: Any, what: str) -> None:
     assert (done.returncode, done.stderr.count("error:")) == (2, 1), done.stderr
-    assert what in done.stderr and "the model only the ids 0 to 256" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        what in done.stderr and "the model has only the ids 0 to 256" in done.stderr and "Traceback" not in done.stderr
+    )
 
 
 def test_a_prompt_of_ids_beyond_the_model_is_one_line(call: Call, tmp_path: Path) -> None:
@@ -133,9 +133,6 @@ def test_a_prompt_of_ids_beyond_the_model_is_one_line(call: Call, tmp_path: Path
         generate_text(model, tokenizer, ["[PAD]"], SamplingSettings())
     refused(call(sample.main, "hf", "--prompt=a", "--prompt=<think>", cwd=tmp_path), "'<think>', id 258")
     assert call(sample.main, "hf", *WRITE, cwd=tmp_path).returncode == 0
-    # What ends a text, or begins one, stands before an empty prompt.
-    (tmp_path / "hf/tokenizer_config.json").write_text('{"eos_token": "[PAD]"}')
-    refused(call(sample.main, "hf", cwd=tmp_path), "the token '[PAD]', id 257")
 
 
 def test_a_text_of_ids_beyond_the_model_is_not_scored(call: Call, tmp_path: Path) -> None:
@@ -147,8 +144,41 @@ def test_a_text_of_ids_beyond_the_model_is_not_scored(call: Call, tmp_path: Path
     assert call(evaluate.main, "hf", "--data=plain.txt", cwd=tmp_path).returncode == 0
     refused(call(evaluate.main, "hf", "--data=added.txt", cwd=tmp_path), "a text has the token '<think>', id 258")
     refused(call(evaluate.main, "hf", "--data=task.jsonl", cwd=tmp_path), "a question has the token '<think>'")
-    (tmp_path / "hf/tokenizer_config.json").write_text('{"bos_token": "[PAD]"}')
-    refused(call(evaluate.main, "hf", "--data=plain.txt", cwd=tmp_path), "a text has the token '[PAD]'")
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token"])
+def test_what_nib_puts_before_a_text_is_an_id_that_the_model_has(name: str, call: Call, tmp_path: Path) -> None:
+    """Of an end or beginning beyond the embedding it makes no use, as of none."""
+    hf_bytes(tmp_path / "hf", {"[PAD]": True})
+    (tmp_path / "hf/tokenizer_config.json").write_text(json.dumps({name: "[PAD]"}))
+    (tmp_path / "plain.txt").write_text("a text")
+    (tmp_path / "task.jsonl").write_text(json.dumps({"context": "", "endings": ["b", "cd"], "label": 0}))
+    assert call(sample.main, "hf", "--max-new-tokens=2", cwd=tmp_path).returncode == 0
+    done = call(evaluate.main, "hf", "--data=plain.txt", "--data=task.jsonl", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    text, task = map(json.loads, done.stdout.splitlines())
+    assert (text["tokens"], text["bytes"], task["questions"]) == (5, 5, 1), "the first byte is not predicted"
+
+
+def test_a_token_that_the_user_did_not_write_is_not_to_be_left_out(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_bytes(tmp_path / "hf", {"[PAD]": True})
+    (tmp_path / "plain.txt").write_text("a text, " * 40)
+    (tmp_path / "hf/tokenizer_config.json").write_text('{"eos_token": "[PAD]"}')
+    assert call(prepare_data.main, "plain.txt", "--tokenizer=hf", "--workers=1", cwd=tmp_path).returncode == 0
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(InputError, match=r"'\[PAD\]', id 257, is put before or after a text in data/plain, but .* Add"):
+        tiny_train("--init_from=hf", "--dataset=plain", "--block_size=16")
+    path = tmp_path / "hf/tokenizer.json"
+    single = [{"SpecialToken": {"id": "[PAD]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    tokens = {"[PAD]": {"id": "[PAD]", "ids": [257], "tokens": ["[PAD]"]}}
+    added = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": added}))
+    for script, options in ((sample, ["--prompt=a"]), (sample, []), (evaluate, ["--data=plain.txt"])):
+        done = call(script.main, "hf", *options, cwd=tmp_path)
+        refused(done, "the token '[PAD]', id 257, is put before or after ")
+        assert "Leave it out" not in done.stderr
 
 
 def test_a_model_is_tuned_on_data_of_a_larger_tokenizer_that_have_none_of_its_further_ids(
@@ -164,6 +194,6 @@ def test_a_model_is_tuned_on_data_of_a_larger_tokenizer_that_have_none_of_its_fu
     tiny_train("--init_from=hf", "--max_iters=2", "--dataset=plain", "--block_size=16", "--sample_interval=1")
     refused(call(sample.main, "out/run", "--prompt=[PAD]", cwd=tmp_path), "'[PAD]', id 257")
     assert call(evaluate.main, "out/run", cwd=tmp_path).returncode == 0
-    with pytest.raises(InputError, match="data/added has the token '<think>', id 258, but the model only") as found:
+    with pytest.raises(InputError, match="data/added has the token '<think>', id 258, but the model has only") as found:
         tiny_train("--init_from=hf", "--max_iters=2", "--dataset=added", "--block_size=16", "--out_dir=out/other")
     assert "--tokenizer=hf" not in str(found.value), "which the data were prepared with"

@@ -164,6 +164,19 @@ def test_the_advice_after_nan_works_as_it_is_typed(monkeypatch: pytest.MonkeyPat
         assert losses("out/my run-2")[0] < losses("out/my run")[0]
 
 
+@pytest.mark.parametrize(("place", "out"), [("mine", "."), ("mine/inside", ".."), ("mine", "inside/..")])
+def test_the_advice_names_a_directory_beside_one_without_a_name(
+    place: str, out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine/inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / place)
+    with monkeypatch.context() as spoiled, pytest.raises(RunError) as found:
+        spoil_loss(spoiled, set(range(1, 20)))
+        dataset = f"--dataset={tmp_path / 'data/words'}"
+        train(f"--out_dir={out}", dataset, "--max_iters=3", "--max_skipped_steps=2")
+    assert f"--out_dir={tmp_path / 'mine-2'}" in shlex.split(str(found.value))
+
+
 SPOILED = """
 import sys
 import torch, torch.distributed as dist

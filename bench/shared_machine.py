@@ -1,0 +1,236 @@
+"""How much of its speed a job keeps on a machine that is not idle: alone, beside busy loops, beside another run.
+
+    python bench/shared_machine.py [--jobs train,sample] [--sizes 0.8m,1.1m,10m,124m] [--old CHECKOUT] [--rounds 3]
+
+The jobs are train.py and sample.py themselves, as a user starts them, on 2 cores best. A loop is `while True: pass`;
+the run is train.py with config/small.py's model, of the same checkout. With --old another checkout of nib takes turns
+with this one; with --nanogpt a clone trains the smallest model beside the same neighbours; transformers' generate and
+llama.cpp, where transformers, llama-cpp-python and gguf are installed, decode 124 M with --jobs peers.
+Prints the shares of the speed alone first, medians over the rounds, then the speeds, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NEIGHBOURS = ("alone", "loop", "two loops", "run")
+TARGETS = {"loop": 0.5, "two loops": 0.3, "run": 0.5}
+WARM_SECONDS = 1.5  # of training, not counted
+PATIENCE = 12.0  # seconds that sample.py may take, its start included
+# For train.py; 124 M in deeper blocks than GPT-2's, since the vocabulary is config/small.py's.
+SIZES = {
+    "0.8m": "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --mlp=gelu --optimizer=adamw",
+    "1.1m": "config/small.py",
+    "10m": "--n_layer=6 --n_head=6 --n_embd=384 --block_size=256 --batch_size=4",
+    "124m": "--n_layer=17 --n_head=12 --n_embd=768 --block_size=256 --batch_size=1 --optimizer=adamw",
+}
+TOKENS = {"0.8m": 6000, "1.1m": 8000, "10m": 2000, "124m": 150}  # sampled in a turn, some seconds' worth
+SAMPLES = {"sample": "", "sample_int8": "--quantize=int8", "sample_x8": "--num-samples=8"}
+
+
+def python(checkout: Path, script: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, str(checkout / script), *arguments, "--device=cpu"]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def training(checkout: Path, size: str, data: Path, out: Path) -> subprocess.Popen[str]:
+    """train.py without an end."""
+    shape = SIZES[size].replace("config/", f"{checkout}/config/").split()
+    endless = "--max_iters=1000000 --eval_interval=0 --checkpoint_interval=0 --log_interval=1".split()
+    return python(checkout, "train.py", *shape, *endless, f"--dataset={data}", f"--out_dir={out}", cwd=out.parent)
+
+
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def metrics(out: Path) -> list[tuple[float, int]]:
+    """Seconds of training and tokens so far, for every step."""
+    file = out / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    return [(line["seconds"], line["tokens"]) for line in lines]
+
+
+def training_speed(checkout: Path, size: str, data: Path, seconds: float) -> float:
+    """Tokens a second of train.py, by its own count, once it is warm."""
+    with tempfile.TemporaryDirectory() as name:
+        out = Path(name, "run")
+        with ended(training(checkout, size, data, out)) as process:
+            while True:
+                time.sleep(0.2)
+                found = [each for each in metrics(out) if each[0] > WARM_SECONDS]
+                if len(found) > 1 and found[-1][0] - found[0][0] > seconds:
+                    break
+                if process.poll() is not None:
+                    sys.exit(f"train.py ended: {process.args}")
+    (began, before), (end, after) = found[0], found[-1]
+    return (after - before) / (end - began)
+
+
+def sampling_speed(checkout: Path, size: str, run: Path, options: str) -> float:
+    """Tokens a second of sample.py, by its own count."""
+    arguments = [str(run), "--json", f"--max-new-tokens={TOKENS[size]}", "--prompt=import os", *options.split()]
+    with ended(python(checkout, "sample.py", *arguments, cwd=run.parent)) as process:
+        try:
+            out, _ = process.communicate(timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # ends the text, and says how fast it was so far
+            out, _ = process.communicate()
+    return float(json.loads(out.splitlines()[0])["tokens_per_second"])
+
+
+def nanogpt_speed(clone: Path, seconds: float) -> float:
+    """Steps a second of nanoGPT's README job on its own random tokens, from the times it prints."""
+    shape = "--device=cpu --compile=False --eval_interval=100000 --eval_iters=1 --log_interval=5 --block_size=64"
+    shape += " --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0 --max_iters=100000"
+    command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *shape.split()]
+    times: list[float] = []
+    popen = subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    with ended(popen) as process:
+        began = time.perf_counter()
+        for line in process.stdout or ():
+            if match := re.match(r"iter \d+: .* time ([\d.]+)ms", line):
+                times.append(float(match[1]) / 1000)
+                if len(times) > 10 and time.perf_counter() - began > 2 * seconds:
+                    break
+    return 1 / statistics.mean(times[3:])
+
+
+def peer_speed(name: str, tokens: int = 60) -> float:
+    """Tokens a second of a peer's decoding of 124 M random weights, in a process of its own."""
+    command = [sys.executable, __file__, "--peer", name, "--tokens", str(tokens)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def decode_as(name: str, tokens: int) -> None:
+    """Print how fast transformers, or llama.cpp with weights of f32 or q8_0, decodes: run in its own process."""
+    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    from common import GPT2
+    from decode import llama_speed, open_llama, transformers_speed
+
+    if name == "transformers":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        theirs = GPT2LMHeadModel(GPT2Config(eos_token_id=None, bos_token_id=None)).eval()
+        print(transformers_speed(theirs, 64, tokens)[1])
+        return
+    from model import GPT, GPTConfig
+
+    with tempfile.TemporaryDirectory() as directory:
+        llama = open_llama(GPT(GPTConfig(**GPT2)), Path(directory), name.endswith("q8_0"))
+        print(llama_speed(llama, 64, tokens)[1])
+
+
+def installed(name: str) -> bool:
+    modules = "transformers" if name == "transformers" else "llama_cpp, gguf"
+    return not subprocess.run([sys.executable, "-c", f"import {modules}"], capture_output=True).returncode
+
+
+@contextmanager
+def beside(neighbour: str, checkout: Path, data: Path) -> Iterator[None]:
+    """Keep the machine busy with these neighbours meanwhile."""
+    with ExitStack() as stack:
+        if neighbour == "run":
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory()), "run")
+            stack.enter_context(ended(training(checkout, "1.1m", data, out)))
+            while len(metrics(out)) < 5:
+                time.sleep(0.1)
+        for _ in range({"loop": 1, "two loops": 2}.get(neighbour, 0)):
+            stack.enter_context(ended(subprocess.Popen([sys.executable, "-c", "while True: pass"], text=True)))
+        yield
+
+
+def main() -> None:
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each job; the figures are medians")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of training that a turn measures")
+    parser.add_argument(
+        "--jobs", default=",".join(["train", *SAMPLES]), help="of train, sample, sample_int8, sample_x8 and peers"
+    )
+    parser.add_argument("--sizes", default=",".join(SIZES), help="of nib's models")
+    parser.add_argument("--neighbours", default=",".join(NEIGHBOURS))
+    parser.add_argument("--data", type=Path, help="a prepared dataset; default: the built-in stdlib, prepared here")
+    parser.add_argument("--runs", type=Path, help="where the sampled models are, or will be made")
+    parser.add_argument("--old", type=Path, help="another checkout of nib, to take turns with this one")
+    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT with its data prepared")
+    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
+    parser.add_argument("--peer", help="used by the script itself")
+    parser.add_argument("--tokens", type=int, default=60, help="used by the script itself")
+    arguments = parser.parse_args()
+    if arguments.peer:
+        decode_as(arguments.peer, arguments.tokens)
+        return
+    neighbours, jobs = arguments.neighbours.split(","), arguments.jobs.split(",")
+    checkouts = {"nib": ROOT} | ({"old": arguments.old.resolve()} if arguments.old else {})
+    with tempfile.TemporaryDirectory() as name:
+        data = (arguments.data or Path(name, "data/stdlib")).resolve()
+        runs = (arguments.runs or Path(name)).resolve()
+        runs.mkdir(parents=True, exist_ok=True)
+        if not data.exists():
+            subprocess.run(
+                [sys.executable, ROOT / "prepare_data.py", "stdlib", f"--out={data}", "--tokenizer=bpe:2048"],
+                check=True, capture_output=True,
+            )  # fmt: skip
+        tasks = {}
+        for size in arguments.sizes.split(","):
+            for who, checkout in checkouts.items():
+                if "train" in jobs:
+                    tasks[f"{who} train {size}"] = (checkout, training_speed, checkout, size, data, arguments.seconds)
+                for job in [job for job in jobs if job in SAMPLES]:
+                    tasks[f"{who} {job} {size}"] = (checkout, sampling_speed, checkout, size, runs / size, SAMPLES[job])
+            if any(job in SAMPLES for job in jobs) and not (runs / size).exists():
+                shape = SIZES[size].replace("config/", f"{ROOT}/config/").split()
+                short = "--max_iters=20 --eval_interval=0 --eval_tokens=1000".split()
+                python(ROOT, "train.py", *shape, *short, f"--dataset={data}", f"--out_dir={runs / size}",
+                       cwd=runs).communicate()  # fmt: skip
+        if arguments.nanogpt:
+            tasks["nanoGPT train 0.8m"] = (ROOT, nanogpt_speed, arguments.nanogpt.resolve(), arguments.seconds)
+        if "peers" in jobs:
+            for peer in ("transformers", "llama.cpp f32", "llama.cpp q8_0"):
+                if installed(peer):
+                    tasks[f"{peer} 124m"] = (ROOT, peer_speed, peer)
+                else:
+                    print(f"{peer} was left out: it is not installed")
+        found: dict[str, dict[str, list[float]]] = {task: {each: [] for each in neighbours} for task in tasks}
+        for _ in range(arguments.rounds):
+            for neighbour in neighbours:
+                for task, (checkout, measure, *how) in tasks.items():
+                    with beside(neighbour, checkout, data):
+                        found[task][neighbour].append(measure(*how))
+    speeds = {task: {each: statistics.median(values) for each, values in row.items()} for task, row in found.items()}
+    shares = {task: {each: row[each] / row["alone"] for each in row if "alone" in row} for task, row in speeds.items()}
+    for title, table, form in (("share of the speed alone", shares, "12.2f"), ("tokens/s", speeds, "12,.0f")):
+        print(f"{title:28}" + "".join(f"{each:>12}" for each in neighbours))
+        for task, row in table.items():
+            print(f"{task:28}" + "".join(f"{value:{form}}" for value in row.values()), flush=True)
+    ours = [(share, TARGETS[each]) for task, row in shares.items() if task.startswith("nib")
+            for each, share in row.items() if each in TARGETS]  # fmt: skip
+    met = all(share >= target for share, target in ours)
+    result = dict(shares=shares, speeds=speeds, turns=found, met=met, cpus=os.cpu_count())
+    print(json.dumps(result))
+    if arguments.check and not met:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
