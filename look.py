@@ -82,6 +82,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
 
     options, device = parsed.settings, pick_device(parsed.settings.device)
     source = open_source(parsed.arguments[0] if parsed.arguments else None)
+    sources: Sequence[Source] = checkpoints_beside(source) if options.checkpoints else [source]
     tokenizer, config = source.tokenizer(), read_config(source, GPTConfig)
     prompt_ids = tokenizer.encode_prompt(prompt)
     tokenizer.check_ids(prompt_ids, config.vocab_size, "the prompt")
@@ -96,7 +97,6 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     model, settings = load(source), SamplingSettings(max_new_tokens=new)
     (sample,) = generate_text(model, tokenizer, [prompt], settings)
     ids = sample.prompt_tokens + sample.tokens
-    sources: Sequence[Source] = checkpoints_beside(source) if options.checkpoints else [source]
     snapshots = []
     for each in sources:
         snapshot = take_snapshot(model if each is source else load(each), ids, tokenizer)
