@@ -24,7 +24,7 @@ from nib.tokenizer.tokenizer import CharTokenizer
 
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on PATH: apt-get install chromium")
 VOCABULARY = 700  # more than the logits that a page holds
-DRAWS = 20000
+DRAWS = 10000
 # Temperature, top-k, top-p.
 SETTINGS = [(0.8, 200, 1.0), (1.5, 0, 0.9), (0.5, 20, 0.6), (2.0, 0, 1.0), (0.0, 0, 1.0), (2.0, 0, 0.98)]
 
