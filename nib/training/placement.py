@@ -134,7 +134,8 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
     """
     device = precision.device
     try:
-        room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         with precision.autocast():
             _, loss = ready(tokens, targets)

@@ -23,6 +23,7 @@ from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
+from nib.training.lora import MARK
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import fit_to_device, place
 from nib.training.report import Reporter, command_line, way_back
@@ -35,6 +36,7 @@ from nib.training.validation import Validation, validate
 class Run:
     """One run while it is trained. `start` in nib/training/start.py makes it; train.py's loop calls its methods."""
 
+    adapter: dict[str, Any] | None = None  # with lora_rank: what is trained of which base
     lock: IO[str] | None = None
     stop: StopSignal | None = None
     model: Any  # model.GPT
@@ -110,7 +112,8 @@ class Run:
         if self.steps:
             budget = f"{counted(self.steps, 'step')}, {self.steps * self.tokens_per_step / 1e6:.1f}M tokens"
         processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
-        self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP a token")
+        trained = f"{num_parameters(model, trained=True) / 1e6:.2f}M of them trained, " if self.adapter else ""
+        self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {trained}{self.flops / 1e6:.1f} MFLOP a token")
         self.report.say(
             f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
             f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, "
@@ -311,7 +314,8 @@ class Run:
 
         Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
         """
-        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first)
+        trained = MARK if self.adapter else ""
+        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first, part=trained)
         finite = all(tensor.isfinite().all() for tensor in weights.values())
         if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
             self.report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
@@ -326,6 +330,7 @@ class Run:
             "best": self.best,
             "settings": as_dict(self.settings),
             "corpus": self.dataset.fingerprint(),
+            **({"adapter": self.adapter} if self.adapter else {}),
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,
             "micro_batch_size": self.micro_batch_size,

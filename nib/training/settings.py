@@ -25,9 +25,13 @@ else:
     ModelSettings = model_settings(GPTConfig, COMMENTS)
 
 MODEL_KEYS = [field.name for field in fields(ModelSettings)]
+LORA_KEYS = ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
+# What users of peft expect where they do not say: the rate of TRL's LoRA recipes, the decay of transformers' Trainer.
+LORA_DEFAULTS = {"learning_rate": 2e-4, "weight_decay": 0.0}
 # What decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
+    *LORA_KEYS,
     *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
     *"weight_decay beta1 beta2".split(),
     *"grad_clip warmup_iters schedule decay_fraction min_lr dtype".split(),
@@ -46,6 +50,15 @@ class TrainSettings(ModelSettings):
     resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
                          choices=("auto", "never", "must"), group="run")
 
+    lora_rank: int = option(0, "train low-rank differences from init_from's weights, of this rank, in place of the "
+                            "weights (arXiv 2106.09685); 0: the weights", at_least=0, group="adapter")
+    lora_alpha: float = option(0.0, "the differences are multiplied by lora_alpha / lora_rank; 0: twice the rank",
+                               at_least=0, group="adapter")
+    lora_targets: str = option("all", "what is adapted in the blocks, of q,k,v,o,gate,up,down; all: every linear layer",
+                               group="adapter")
+    lora_dropout: float = option(0.0, "share of the adapter's inputs dropped while training", at_least=0, below=1,
+                                 group="adapter")
+
     dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
                              group="data")
@@ -54,11 +67,13 @@ class TrainSettings(ModelSettings):
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                             choices=("adamw", "muon"), group="optimizer")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, group="optimizer")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW; with lora_rank 2e-4 if not set", above=0,
+                                  group="optimizer")
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
     muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
                                   group="optimizer")
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only", at_least=0, group="optimizer")
+    weight_decay: float = option(0.1, "decoupled decay, on matrices only; with lora_rank 0 if not set",
+                                 at_least=0, group="optimizer")
     beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
     grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: never", at_least=0, group="optimizer")
@@ -108,6 +123,15 @@ class TrainSettings(ModelSettings):
         """What model.GPTConfig takes, without the vocab_size, which the dataset decides."""
         return {name: getattr(self, name) for name in MODEL_KEYS}
 
+    def complete(self, given: set[str]) -> None:
+        """Fill in what depends on other settings, where it is not among the names `given`."""
+        if not self.lora_rank:
+            return
+        for name, value in LORA_DEFAULTS.items():
+            if name not in given:
+                setattr(self, name, value)
+        self.lora_alpha = self.lora_alpha or 2.0 * self.lora_rank
+
     def check(self) -> None:
         """Raise InputError for settings that are each fine but not together."""
         own = {"block_size": self.block_size, "dropout": self.dropout}  # the rest is the shape of init_from's model
@@ -117,6 +141,11 @@ class TrainSettings(ModelSettings):
             raise InputError(str(error)) from None
         if not (self.max_iters or self.max_tokens or self.max_seconds):
             raise InputError("max_iters, max_tokens and max_seconds are all 0: the run has no end. Set one of them")
+        if self.lora_rank and self.init_from == "scratch":
+            raise InputError("lora_rank adapts a model that is there, but init_from is scratch. Give --init_from")
+        for name in LORA_KEYS:
+            if not self.lora_rank and getattr(self, name) != getattr(TrainSettings, name):
+                raise InputError(f"{name} is set, but lora_rank is 0. Set lora_rank, 16 for example, or leave it out")
         if self.min_lr > self.learning_rate:
             raise InputError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}. Lower min_lr")
         if self.micro_batch_size > self.batch_size:
@@ -135,7 +164,7 @@ class TrainSettings(ModelSettings):
 def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
     """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
     # What a run's checkpoint lacks was added to GPTConfig later; init was in every model before it was an option.
-    added = {name: getattr(TrainSettings, name) for name in MODEL_KEYS if name != "init"}
+    added = {name: getattr(TrainSettings, name) for name in (*MODEL_KEYS, *LORA_KEYS) if name != "init"}
     for name, before in {**added, **saved}.items():
         if name in IDENTITY_KEYS and before != getattr(settings, name):
             raise InputError(

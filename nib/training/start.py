@@ -19,8 +19,9 @@ from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
-from nib.formats.load import build, open_source, read_config, take_vocabulary
+from nib.formats.load import Source, base_name, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
+from nib.training.lora import adapt
 from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
@@ -46,7 +47,9 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
         raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
-    model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    model, source = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    if settings.lora_rank:
+        run.adapter = adapt(model, source, settings, checkpoint)
     try:
         run.open()
         run.take(model, checkpoint)
@@ -132,10 +135,11 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
 
 def build_model(
     parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
-) -> Any:
+) -> tuple[Any, Source | None]:
     """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
 
-    Raises InputError for a shape that cannot be, or that is not the one init_from has.
+    With lora_rank the weights are those of the base in any case. Returns also where they come from. Raises InputError
+    for a shape that cannot be, or that is not the one init_from has.
     """
     settings = parsed.settings
     torch.manual_seed(settings.seed)
@@ -143,8 +147,11 @@ def build_model(
         # Before a model with a table of that many positions is built.
         WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
         config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
-        return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
-    source = checkpoint or open_source(settings.init_from)
+        return (build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)), checkpoint
+    if checkpoint and settings.lora_rank:
+        source: Source = open_source(base_name(checkpoint))
+    else:
+        source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
     added = {name: options[name] for name in parsed.given & {*options} - {*source.model_config}}  # to model.py since
     config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
@@ -162,4 +169,4 @@ def build_model(
         raise InputError(
             f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
         )
-    return build(source, lambda: GPT(config))
+    return build(source, lambda: GPT(config)), source
