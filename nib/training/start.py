@@ -50,6 +50,7 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     model, source = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
     if settings.lora_rank:
         run.adapter = adapt(model, source, settings, checkpoint)
+    del source  # and with it the files that it has mapped
     try:
         run.open()
         run.take(model, checkpoint)
