@@ -36,8 +36,11 @@ def check_gguf(
     if ACTIVATION.get(architecture.model_type) != model["mlp"] or model["window"]:
         asked = f"{architecture.name} with mlp={model['mlp']}" + (f", window={model['window']}" * bool(model["window"]))
         raise InputError(f"GGUF is written for {', '.join(ACTIVATION)}, not for {asked}. Use --format=hf")
-    if model["rope_scaling"] == "llama3" and architecture.model_type not in INTERLEAVED:
+    kind, scaling = model["rope_scaling"], rope_scaling(model)
+    if kind == "llama3" and architecture.model_type not in INTERLEAVED:
         raise InputError(f"llama.cpp has no rope_scaling=llama3 for {architecture.name}. Use --format=hf")
+    if kind == "yarn" and (scaling["beta_slow"], scaling["beta_fast"]) != (1, 32):  # it reads no others in these
+        raise InputError("llama.cpp has rope_scaling=yarn with rope_slow=1 and rope_fast=32 only. Use --format=hf")
     if len(tokenizer.stop_ids) > 2:
         ids = ", ".join(map(str, sorted(tokenizer.stop_ids)))
         raise InputError(f"llama.cpp takes an end of text and two more; this model also has {ids}. Use --format=hf")
@@ -119,8 +122,6 @@ def add_shape(writer: Any, model: dict[str, Any]) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
     if model["rope_scaling"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        writer.add_rope_scaling_yarn_beta_slow(scaling["beta_slow"])
-        writer.add_rope_scaling_yarn_beta_fast(scaling["beta_fast"])
         usual = 0.1 * math.log(scaling["factor"]) + 1.0  # by which llama.cpp multiplies
         writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / usual)
 

@@ -280,8 +280,10 @@ def test_gguf_has_the_scaling_in_llama_cpp_s_words(tmp_path: Path) -> None:
     options: dict[str, Any] = dict(rope_scaling="yarn", rope_factor=4.0, rope_original=8, rope_attention=1.5)
     yarn = in_gguf(tmp_path / "yarn", **options)
     assert yarn.pop("llama.rope.scaling.attn_factor") == pytest.approx(1.5 / 1.138629, rel=1e-6)
-    parts = {"type": "yarn", "factor": 4.0, "original_context_length": 8, "yarn_beta_slow": 1, "yarn_beta_fast": 32}
+    parts = {"type": "yarn", "factor": 4.0, "original_context_length": 8}
     assert yarn == {f"llama.rope.scaling.{name}": value for name, value in parts.items()}
+    with pytest.raises(InputError, match=r"rope_slow=1 and rope_fast=32 only. Use --format=hf"):
+        in_gguf(tmp_path / "ends", **options, rope_fast=20.0)
 
 
 def test_gguf_of_llama3_divides_the_frequencies(tmp_path: Path) -> None:
@@ -309,3 +311,50 @@ def test_gguf_has_every_id_that_ends_a_text(tmp_path: Path) -> None:
     save_run(tmp_path / "many", random_model(**LLAMA, vocab_size=257), tokenizer)
     with pytest.raises(InputError, match=r"two more; this model also has 7, 8, 10. Use --format=hf"):
         exported(tmp_path / "many", tmp_path / "no", kind="gguf")
+
+
+def llama_cpp_logprobs(path: Path, tokens: list[int]) -> torch.Tensor:
+    """Of all ids after the tokens, by the server in the package xllamacpp, which is compiled."""
+    llama = pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
+    options = llama.CommonParams()
+    options.model.path, options.warmup, options.cpuparams.n_threads = str(path), False, 1
+    options.n_ctx = options.n_batch = options.n_ubatch = 2048
+    options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
+    options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    written = llama.Server(options).handle_completions(
+        {
+            "prompt": tokens,
+            "n_predict": 1,
+            "n_probs": 257,
+            "logit_bias": [[97, 1000.0]],
+        }  # of "a", which is a whole text
+    )
+    found = written["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+    return torch.tensor([each["logprob"] for each in sorted(found, key=lambda each: each["id"])])
+
+
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "none": {},
+    "linear": dict(rope_scaling="linear", rope_factor=3.0),
+    "dynamic": dict(rope_scaling="dynamic", rope_factor=3.0),
+    "llama3": dict(rope_scaling="llama3", rope_factor=5.0, rope_original=256, rope_slow=2.0, rope_fast=8.0),
+    "llama3, Arcee": dict(rope_scaling="llama3", rope_factor=8.0, rope_original=256, mlp="relu2"),
+    "yarn": dict(rope_scaling="yarn", rope_factor=4.0, rope_original=512),
+    "yarn, attention": dict(rope_scaling="yarn", rope_factor=4.0, rope_original=512, rope_attention=1.3),
+    "yarn, Qwen3": dict(rope_scaling="yarn", rope_factor=4.0, rope_original=512, qk_norm=True, n_kv_head=2),
+}
+
+
+@pytest.mark.parametrize("name", IN_GGUF)
+def test_llama_cpp_has_the_same_logprobs_far_into_a_text(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    settings = {**LLAMA, "vocab_size": 257, "block_size": 2048, "n_embd": 64, "mlp_hidden": 64, "tie_weights": True}
+    model = random_model(**{**settings, **IN_GGUF[name]})
+    save_run(tmp_path / "run", model)
+    exported(tmp_path / "run", tmp_path / "out", kind="gguf")
+    tokens = random_tokens(1, 1500, vocab_size=256, seed=1)
+    with torch.no_grad():
+        expected = model(tokens)[0][0, -1].log_softmax(-1)
+    actual = llama_cpp_logprobs(tmp_path / "out/out.gguf", tokens[0].tolist())
+    likely = expected > -30
+    torch.testing.assert_close(actual[likely], expected[likely], rtol=0, atol=1e-4 * float(-expected[likely].min()))
