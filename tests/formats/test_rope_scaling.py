@@ -62,7 +62,7 @@ def test_tables_are_those_of_transformers_bit_by_bit(name: str, head_dim: int, t
         config = LlamaConfig(**settings)
         config.architectures = ["LlamaForCausalLM"]
         config.save_pretrained(tmp_path)
-        architecture, options = read_config_json(json.loads((tmp_path / "config.json").read_text()))
+        architecture, options, *_ = read_config_json(json.loads((tmp_path / "config.json").read_text()))
         ours = GPTConfig(**options)
         again = read_config_json(write_config_json(architecture, dataclasses.asdict(ours)))[1]
         assert torch.equal(rotary_frequencies(GPTConfig(**again)), rotary_frequencies(ours))
