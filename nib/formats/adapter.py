@@ -90,7 +90,8 @@ class AdaptedModel:
     def __init__(self, base: Checkpoint | HuggingFaceModel | NanoGPTCheckpoint | AdaptedModel, adapter: Any) -> None:
         self.base, self.adapter = base, adapter
         self.directory: Path = adapter.directory
-        self.model_config: dict[str, Any] = base.model_config
+        # A run may have given its base a longer context.
+        self.model_config: dict[str, Any] = getattr(adapter, "model_config", base.model_config)
         self.architecture: Architecture | None = getattr(base, "architecture", None)
         self.state: dict[str, Any] = getattr(adapter, "state", {})
 

@@ -23,7 +23,7 @@ class Browser:
 
     def __init__(self) -> None:
         assert CHROMIUM
-        self.profile = tempfile.TemporaryDirectory()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)  # it may write while it ends
         to_browser, self.write = os.pipe()
         self.read, from_browser = os.pipe()
 
