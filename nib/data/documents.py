@@ -27,7 +27,7 @@ from nib.common.exits import InputError
 from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
-from nib.data.rows import MESSAGES, row_text
+from nib.data.rows import CHAT_COLUMNS, MESSAGES, row_text
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
@@ -168,7 +168,7 @@ def _content_of(path: Path, format: str) -> str:
     """What a file of that name holds; "" where it is packed in a way that is not read here."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
-    found = FORMATS.get(ending, "text") if format == "auto" else format
+    found = FORMATS.get(ending, "jsonl" if format == "chat" else "text") if format in ("auto", "chat") else format
     return "" if ending in PACKED or (found == "parquet" and last in COMPRESSED) else found
 
 
@@ -182,8 +182,10 @@ def _format_of(path: Path, format: str) -> str:
     )
 
 
-def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
+def read_parts(sources: list[Source], field: str, chat: bool = False) -> Iterator[Part]:
     """The documents of all sources, in order. `field` is the Parquet or hub column that holds the text.
+
+    Of Parquet a `chat` is a row of JSON.
 
     Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is found later.
     """
@@ -192,7 +194,7 @@ def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
             if source.format == "hub":
                 yield from _hub_rows(source)
             elif source.format == "parquet":
-                yield from _parquet_rows(source, field)
+                yield from _parquet_rows(source, field, chat)
             elif source.path is None:
                 yield from _stream(source, io.BufferedReader(StandardInput(), 2**20))
             else:
@@ -276,7 +278,7 @@ def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
         number, at = number + 1, end
 
 
-def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
+def _parquet_rows(source: Source, field: str, chat: bool) -> Iterator[Part]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -286,6 +288,12 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
         # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
+            if chat:
+                rows = file.iter_batches(batch_size=256, columns=[n for n in columns if n in (field, *CHAT_COLUMNS)])
+                for number, values in enumerate((row for batch in rows for row in batch.to_pylist()), start=1):
+                    line = json.dumps(_without_nulls(values), default=str)
+                    yield Part(f"{source.name}, row {number}", line.encode(), is_json=True)
+                return
             if field == "text" and field not in columns and MESSAGES in columns:
                 field = MESSAGES
             if field not in columns:
@@ -307,6 +315,13 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
     except pyarrow.ArrowException as error:
         raise InputError(f"{source.name} is no valid Parquet file: {str(error)[:120]}. Give a whole file") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of Parquet has null for every key that any row has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_rows(source: Source) -> Iterator[Part]:

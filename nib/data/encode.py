@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nib.common.exits import InputError
+from nib.data.chat import Chat
 from nib.data.documents import Part
-from nib.data.rows import MESSAGES, row_text
+from nib.data.rows import MESSAGES, conversation, row_text
+from nib.data.shards import FIRST, LEARNED
 from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
@@ -40,6 +42,7 @@ class EncoderSettings:
     invalid: str  # error, replace, skip
     seed: int
     dtype: str
+    train_on: str = ""  # of chats: assistant or all
 
 
 class Encoder:
@@ -49,9 +52,13 @@ class Encoder:
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer_file)
         self.key = str(settings.seed).encode()
+        if settings.train_on:
+            self.chat, self.lengths = Chat(self.tokenizer), self.tokenizer.byte_lengths()
 
     def __call__(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
         """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
+        if self.settings.train_on:
+            return self.chats(parts)
         results, arrays = [], []
         end = self.tokenizer.end_of_text
         end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
@@ -72,14 +79,33 @@ class Encoder:
             results.append(Encoded(count, len(data), replaced, content_hash, invalid))
         return results, np.concatenate(arrays)
 
+    def chats(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
+        """The same of conversations; a token's bits LEARNED and FIRST say what it is."""
+        results, arrays = [], [np.zeros(0, dtype=np.uint32)]
+        invalid = self.settings.invalid
+        for part in parts:
+            text, replaced, fault = part_text(part, self.settings.field, invalid, chat=True)
+            ids = np.zeros(0, dtype=np.uint32)
+            if not fault:
+                try:
+                    ids, mask = self.chat.encode_conversation(**json.loads(text), train_on=self.settings.train_on)
+                    ids |= mask * np.uint32(LEARNED)
+                    ids[0] |= FIRST
+                except InputError as error:
+                    _, _, fault = without_text(f"{part.where}: {error}", "skip" if part.skip_invalid else invalid)
+            arrays.append(ids)
+            size = int(self.lengths[ids & ~np.uint32(LEARNED | FIRST)].sum())
+            results.append(Encoded(len(ids), size, replaced, self.content_hash(text.encode("utf-8")), fault))
+        return results, np.concatenate(arrays)
+
     def content_hash(self, data: bytes) -> int:
         """64 bits from the seed and the first piece of a document: equal for equal documents from any source."""
         first = data if len(data) < PIECE_BYTES else data[: cut(data[:PIECE_BYTES])]
         return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=self.key).digest(), "big")
 
 
-def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
-    """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
+def part_text(part: Part, field: str, invalid: str, chat: bool = False) -> tuple[str, int, str]:
+    """The text of a part (a chat: JSON), how many U+FFFD were put in, and why its document is to be left out, or "".
 
     `invalid` says what to do about invalid UTF-8: error, replace or skip. A row that is not an object with a text in
     `field` can only be left out, by skip. Raises InputError.
@@ -102,7 +128,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     if not part.is_json:
         return text, replaced, ""
-    text, fault = _json_text(text, field)
+    text, fault = _json_text(text, field, chat)
     if fault:
         return without_text(f"{part.where}: {fault}", invalid)
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
@@ -124,7 +150,7 @@ def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
     )
 
 
-def _json_text(line: str, field: str) -> tuple[str, str]:
+def _json_text(line: str, field: str, chat: bool) -> tuple[str, str]:
     """The text in a row of JSON, and what is wrong with it, or ""."""
     try:
         document = json.loads(line)
@@ -132,6 +158,9 @@ def _json_text(line: str, field: str) -> tuple[str, str]:
         return "", f"not valid JSON: {error}"
     if not isinstance(document, dict):
         return "", f"{type(document).__name__}, not an object"
+    if chat:
+        found, fault = conversation(document, field)
+        return json.dumps(found, ensure_ascii=False), fault
     if field == "text" and field not in document and MESSAGES in document:
         field = MESSAGES
     if field not in document:

@@ -2,9 +2,50 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 MESSAGES = "messages"  # the column of a chat, where there is none called text
+# What a row of chat data may have, and the names that ShareGPT's roles have elsewhere.
+CHAT_COLUMNS = (MESSAGES, "conversations", "conversation", "prompt", "completion", "system", "tools")
+ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assistant"}
+
+
+def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """The messages of a row and its tools, as {"messages": [...], "tools": ...}, and what is wrong with it, or "".
+
+    They are in `field`, messages or conversations (ShareGPT), or in prompt and completion, texts or messages.
+    """
+    found = next((row[key] for key in (field, *CHAT_COLUMNS[:3]) if row.get(key) is not None and key != "text"), None)
+    if found is None and row.get("prompt") is not None and row.get("completion") is not None:
+        sides = zip(("user", "assistant"), (row["prompt"], row["completion"]), strict=True)
+        turns = [[{"role": role, "content": said}] if isinstance(said, str) else said for role, said in sides]
+        found = [*turns[0], *turns[1]] if all(isinstance(turn, list) for turn in turns) else turns
+    if not isinstance(found, list):
+        given = f"no messages, conversations, or prompt and completion among {', '.join(map(str, list(row)[:10]))}"
+        return {}, given if found is None else f"its messages are {type(found).__name__}, not a list"
+    if isinstance(row.get("system"), str) and row["system"]:
+        found = [{"role": "system", "content": row["system"]}, *found]
+    messages = []
+    for number, message in enumerate(found, start=1):
+        if not isinstance(message, dict):
+            return {}, f"message {number} is {type(message).__name__}, not an object"
+        kept = {key: value for key, value in message.items() if key not in ("from", "value")}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or not role:
+            return {}, f"message {number} has no role"
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            return {}, f"message {number} has no content"
+        messages.append(kept | {"role": ROLES.get(role, role), "content": content})
+    if not messages:
+        return {}, "an empty conversation"
+    tools = row.get("tools") or None
+    if isinstance(tools, str):  # as some data sets have it
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return {}, "its tools are not valid JSON"
+    return {"messages": messages, "tools": tools}, ""
 
 
 def chat_text(messages: list[Any]) -> str | None:
