@@ -17,7 +17,8 @@ from nib.common.options import option, parse
 
 USAGE = "python prepare_data.py SOURCE... [--option=value]..."
 ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSON, Parquet), a directory, - for
-standard input, an http(s) URL, or one of stdlib, stdlib_char, shakespeare, shakespeare_char, openwebtext, fineweb-edu.
+standard input, an http(s) URL, or one of stdlib, stdlib_char, questions (chats), shakespeare, shakespeare_char,
+openwebtext, fineweb-edu.
 Each text file, JSONL line, element of a JSON array or Parquet row is a document; a column of chat messages becomes
 plain text, unless --format=chat makes conversations of rows of messages, of prompt and completion or of conversations
 (ShareGPT), with a mask of what is learned. A directory of nanoGPT's train.bin and val.bin is taken over."""
@@ -68,7 +69,7 @@ def main() -> None:
     builtin = dict(BUILTIN_DATASETS.get(sources[0], {})) if len(sources) == 1 else {}
     if builtin:
         sources = [builtin.pop("source")]
-    for name in ("tokenizer", "val_fraction"):
+    for name in ("tokenizer", "val_fraction", "format"):
         if name not in parsed.given or settings[name] == "auto":
             settings[name] = builtin.get(name, "gpt2" if name == "tokenizer" else settings[name])
     if settings["chat_template"]:

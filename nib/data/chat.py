@@ -114,7 +114,7 @@ class Chat:
 
     def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
         """The ids that a model goes on from as the assistant. Special tokens in messages stay text."""
-        return self._encode(self._guarded_render(messages, tools, True))[0]
+        return self._encode(self._guarded_render(messages, tools, True))[0].tolist()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:

@@ -27,6 +27,7 @@ from nib.common.exits import InputError
 from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
+from nib.data.questions import write_questions
 from nib.data.rows import CHAT_COLUMNS, MESSAGES, row_text
 from nib.tokenizer.chunking import read_pieces
 
@@ -44,7 +45,7 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
-BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
+BUILTIN_SOURCES = ("stdlib", "questions", "shakespeare", *HUB)
 # Tests, installed packages, and what is there on one machine and not on the next.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -85,6 +86,9 @@ def find_sources(names: list[str], format: str, glob: str, directory: Path, spoo
         copy = directory / str(index)
         if name == "stdlib":
             found += _standard_library()
+        elif name == "questions":
+            write_questions(copy)
+            found.append(Source(name, "jsonl", copy, copy.stat().st_size))
         elif name in HUB:
             found.append(Source(name, "hub"))
         elif name == "shakespeare" or name.startswith(("http://", "https://")):

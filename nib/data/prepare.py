@@ -32,6 +32,7 @@ from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
     "stdlib": {"source": "stdlib", "tokenizer": "bpe:2048", "val_fraction": 0.05},
     "stdlib_char": {"source": "stdlib", "tokenizer": "char", "val_fraction": 0.05},
+    "questions": {"source": "questions", "tokenizer": "byte", "val_fraction": 0.02, "format": "chat"},
     "shakespeare": {"source": "shakespeare", "tokenizer": "gpt2", "val_fraction": 0.1},
     "shakespeare_char": {"source": "shakespeare", "tokenizer": "char", "val_fraction": 0.1},
     "openwebtext": {"source": "openwebtext", "tokenizer": "gpt2"},

@@ -61,6 +61,10 @@ def write_gguf(
     if begin is not None and tokenizer.end_of_text is not None:
         writer.add_bos_token_id(begin)
         writer.add_eos_token_id(tokenizer.end_of_text)
+    for end in sorted(tokenizer.stop_ids)[:1]:  # of a turn; llama.cpp knows others by their names
+        writer.add_eot_token_id(end)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
     writer.add_add_bos_token(is_added)
     writer.add_tokenizer_pre(pre)
 
