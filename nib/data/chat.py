@@ -120,7 +120,8 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: the tokenizer's, and the one by which the template ends a turn."""
         stops = self.tokenizer.stop_ids | {self.tokenizer.end_of_text}
-        for text in ("Hi", [{"type": "text", "text": "Hi"}]):  # some templates take parts only
+        word = getattr(self.tokenizer, "characters", "Hi")[-1]  # one that a tokenizer of characters has
+        for text in (word, [{"type": "text", "text": word}]):  # some templates take parts only
             try:
                 ids, mask = self.encode_conversation(
                     [{"role": "user", "content": text}, {"role": "assistant", "content": text}]

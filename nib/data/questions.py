@@ -82,12 +82,14 @@ class Questions:
         count = self.random.randint(2, 3)
         while True:
             people, things = self.random.sample(PEOPLE, count), self.random.sample(THINGS, count)
-            has = [f"{people[place]} has {self.random.randint(2, 9)} {things[place]}" for place in range(count)]
+            things = [f"{self.random.randint(2, 9)} {thing}" for thing in things]
+            has = [f"{person} has {thing}" for person, thing in zip(people, things, strict=True)]
             if self.fits("facts", *sorted(has)):
                 break
-        place = self.random.randrange(count)
-        question = f"What does {people[place]} have?" if self.random.randrange(2) else f"Who has {things[place]}?"
-        return ask(f"{', '.join(has[:-1])} and {has[-1]}. {question}", f"{has[place]}.")
+        place, told = self.random.randrange(count), f"{', '.join(has[:-1])} and {has[-1]}."
+        if self.random.randrange(2):
+            return ask(f"{told} What does {people[place]} have?", f"{things[place]}")
+        return ask(f"{told} Who has {things[place]}?", people[place])
 
     def own_name(self) -> Messages:
         name = self.name()
