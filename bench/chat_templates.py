@@ -134,7 +134,7 @@ def compare_texts(theirs: Any, chat: Chat, messages: Any, tools: Any, prompt: bo
         errors.append(str(error))
     if len(texts) == 2:
         return "equal" if texts[0] == texts[1] else f"differs: {texts}"
-    return "error" if len(errors) == 2 and errors[0] in errors[1] else f"differs: {texts} {errors}"
+    return "error" if len(errors) == 2 and errors[0].strip(": .") in errors[1] else f"differs: {texts} {errors}"
 
 
 def compare_masks(theirs: Any, chat: Chat, messages: Any, tools: Any, same_ids: bool) -> str:

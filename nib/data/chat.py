@@ -20,7 +20,7 @@ from nib.common.exits import InputError
 from nib.common.files import plain_file
 from nib.common.wording import printable
 from nib.data.shards import FIRST, LEARNED
-from nib.data.template import CLOSE, GUARD, OPEN, ChatTemplate
+from nib.data.template import CLOSE, GUARD, OPEN, ChatTemplate, TemplateFault
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -126,6 +126,8 @@ class Chat:
                 ids, mask = self.encode_conversation(
                     [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
                 )
+            except TemplateFault:
+                raise
             except InputError:
                 continue
             learned = ids[mask == 1]
@@ -245,8 +247,8 @@ class Chat:
                 after = after[: end.start()]  # the end of the text, which some templates put after the last turn only
             if not after.startswith(before) or not text.startswith(after):
                 raise InputError(
-                    f"the chat template writes message {index + 1} in another way than by adding to what was before. "
-                    "Give one with {% generation %} by --chat-template=FILE"
+                    f"the chat template writes message {index + 1} in another way than by adding to what was before, "
+                    "and has no {% generation %} that shows it"
                 )
             if not self.turn_end.search(after, len(before)):
                 raise InputError(f"the chat template ends message {index + 1} with no special token, to be learned")
