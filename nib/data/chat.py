@@ -20,7 +20,7 @@ from nib.common.exits import InputError
 from nib.common.files import plain_file
 from nib.common.wording import printable
 from nib.data.shards import FIRST, LEARNED
-from nib.data.template import CLOSE, GUARD, OPEN, ChatTemplate
+from nib.data.template import CLOSE, GUARD, OPEN, ChatTemplate, TemplateFault
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -107,6 +107,7 @@ class Chat:
         self.has_generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         specials = sorted((token for token in tokenizer.special_tokens if len(token) > 1), key=len, reverse=True)
         self.specials = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+        self.turn_end = re.compile(rf"(?:{self.specials.pattern})\s*\Z")
 
     def render(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text that transformers renders. Raises InputError where the template fails."""
@@ -126,10 +127,13 @@ class Chat:
                 ids, mask = self.encode_conversation(
                     [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
                 )
+            except TemplateFault:
+                raise
             except InputError:
                 continue
-            special = set(self.tokenizer.special_tokens.values())
-            stops |= {next((int(id) for id in ids[mask == 1][::-1] if id in special), None)}
+            learned = ids[mask == 1]
+            said = np.flatnonzero(np.isin(learned, self.tokenizer.encode("Hi")))[-1]
+            stops |= set(self.tokenizer.special_tokens.values()).intersection(learned[said:].tolist())
             break
         return frozenset(id for id in stops if id is not None)
 
@@ -150,7 +154,7 @@ class Chat:
             return ids, np.ones(len(ids), dtype=np.uint8)
         if not any(message.get("role") == "assistant" for message in messages):
             raise InputError("there is no turn of the assistant")
-        spans = self._marked(rendered) if self.has_generation else self._subtracted(messages, tools, text)
+        spans = self._marked(rendered, text) if self.has_generation else self._subtracted(messages, tools, text)
         mask = np.zeros(len(ids), dtype=np.uint8)
         for begin, end in spans:
             mask[(places[:, 0] < end) & (places[:, 1] > begin)] = 1
@@ -200,7 +204,8 @@ class Chat:
                     raise InputError(f"message {number} has a part that is no text")
                 last = said.strip().rpartition("\n")[2].strip()
                 if message.get("role") in ("system", "user", "assistant") and last not in text:
-                    raise InputError(f"the chat template leaves out what message {number} says, {last[:40]!r}")
+                    shown = last.replace(GUARD, "")[:40]
+                    raise InputError(f"the chat template leaves out what message {number} says, {shown!r}")
             if isinstance(content, list) and content and str(content) in text:
                 raise InputError(f"the chat template does not take content in parts, which message {number} has")
         if tools and self.render(messages) == self.render(messages, tools):
@@ -214,23 +219,22 @@ class Chat:
             if same:
                 raise InputError("the chat template does not show the calls of tools")
 
-    def _marked(self, rendered: str) -> list[tuple[int, int]]:
+    def _marked(self, rendered: str, text: str) -> list[tuple[int, int]]:
         """The spans in {% generation %}, with the token that ends a turn where it comes right after."""
         spans, at, ended = [], 0, True
         for index, piece in enumerate(re.split(f"[{OPEN}{CLOSE}]", rendered)):
             if index % 2 == 1:
-                spans.append((at, at + len(piece)))
-                ended = self._ends_turn(piece)
-            elif not ended:
+                if piece:
+                    spans.append((at, at + len(piece)))
+                if piece.strip():
+                    ended = self.turn_end.search(piece) is not None
+            elif not ended and (piece or at == len(text)):  # nothing between two blocks: they are one
                 token = self.specials.match(piece)
                 if token is None:
                     raise InputError("{% generation %} in the chat template leaves out the token that ends a turn")
-                spans[-1] = (spans[-1][0], at + token.end())
+                spans[-1], ended = (spans[-1][0], at + token.end()), True
             at += len(piece)
         return spans
-
-    def _ends_turn(self, span: str) -> bool:
-        return any(found.end() == len(span.rstrip()) for found in self.specials.finditer(span.rstrip()))
 
     def _subtracted(self, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:
         """What each turn of the assistant adds to the turns before it, up to the token that ends it."""
@@ -239,16 +243,15 @@ class Chat:
             if message.get("role") != "assistant":
                 continue
             before = self._guarded_render(messages[:index], tools, True)
-            after = self._guarded_render(messages[: index + 1], tools, False).rstrip()
-            turn = f"turn {index + 1} of the assistant's"
+            after = self._guarded_render(messages[: index + 1], tools, False)
+            while not text.startswith(after) and (end := self.turn_end.search(after)):
+                after = after[: end.start()]  # the end of the text, which some templates put after the last turn only
             if not after.startswith(before) or not text.startswith(after):
                 raise InputError(
-                    f"the chat template writes {turn} in another way than by adding to what was before, and has no "
-                    "{% generation %} that shows it"
+                    f"the chat template writes message {index + 1} in another way than by adding to what was before, "
+                    "and has no {% generation %} that shows it"
                 )
-            if not self._ends_turn(after[len(before) :]):
-                raise InputError(
-                    f"the chat template ends {turn} with no special token, so that it would not be learned"
-                )
-            spans.append((len(before), len(after)))
+            if not self.turn_end.search(after, len(before)):
+                raise InputError(f"the chat template ends message {index + 1} with no special token, to be learned")
+            spans.append((len(before), len(after.rstrip())))
         return spans

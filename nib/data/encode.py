@@ -17,6 +17,7 @@ from nib.data.chat import Chat
 from nib.data.documents import Part
 from nib.data.rows import MESSAGES, conversation, row_text
 from nib.data.shards import FIRST, LEARNED
+from nib.data.template import TemplateFault
 from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
@@ -92,7 +93,12 @@ class Encoder:
                     ids |= mask * np.uint32(LEARNED)
                     ids[0] |= FIRST
                 except InputError as error:
-                    _, _, fault = without_text(f"{part.where}: {error}", "skip" if part.skip_invalid else invalid)
+                    fault = f"{part.where}: {error}"
+                    if isinstance(error, TemplateFault):
+                        raise InputError(fault) from None
+                    if invalid != "skip":
+                        how = "Mend it, give another --chat-template, or leave such rows out with --invalid=skip"
+                        raise InputError(f"{fault}. {how}") from None
             arrays.append(ids)
             size = int(self.lengths[ids & ~np.uint32(LEARNED | FIRST)].sum())
             results.append(Encoded(len(ids), size, replaced, self.content_hash(text.encode("utf-8")), fault))

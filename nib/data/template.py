@@ -24,11 +24,16 @@ from nib.common.exits import InputError
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 # A rendering of a long conversation takes milliseconds and a few MB.
 CPU_SECONDS, OUTPUT_CHARACTERS, MEMORY_BYTES, NUMBER_BITS = 5.0, 1 << 26, 1 << 31, 1 << 12
+OTHER = "Give another one with --chat-template=FILE"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class TemplateFault(InputError):
+    """A template that no conversation can be rendered by: it is no jinja, does not end or reaches for internals."""
+
+
 class ChatTemplate:
-    """A compiled template. Raises InputError for one that is no jinja."""
+    """A compiled template. Raises TemplateFault."""
 
     def __init__(self, source: str, variables: dict[str, str]) -> None:
         """`variables` are what templates know the special tokens by: bos_token, eos_token and so on."""
@@ -37,11 +42,15 @@ class ChatTemplate:
             with limits():
                 self.template = environment.from_string(source)
         except Exception as error:
-            raise InputError(f"the chat template is not valid: {_reason(error)}. Correct it") from None
+            raise TemplateFault(f"the chat template is not valid: {_reason(error)}. {OTHER}") from None
         self.variables = variables
 
     def render(self, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The text, with the characters OPEN and CLOSE around what is in {% generation %}. Raises InputError."""
+        """The text, with the characters OPEN and CLOSE around what is in {% generation %}. Raises InputError.
+
+        What a template says against some messages is an InputError, and what it does wrong whatever they are is a
+        TemplateFault.
+        """
         blocks, size = [], 0
         given: dict[str, Any] = {"messages": [_message(message) for message in messages], "tools": tools}
         given |= {"documents": None, "add_generation_prompt": add_generation_prompt}
@@ -53,16 +62,16 @@ class ChatTemplate:
                     if size > OUTPUT_CHARACTERS:
                         raise OverflowError("it writes without end")
             return "".join(blocks)
-        except MemoryError:
-            reason = "it takes too much memory"
         except Exception as error:  # the template is a program, and this is its failure
-            reason = _reason(error)
+            reason, kind = _reason(error), type(error).__name__
+        if kind in ("TimeoutError", "MemoryError", "OverflowError", "SecurityError"):
+            raise TemplateFault(f"the chat template was stopped: {reason}. {OTHER}")
         raise InputError(f"the chat template does not render it: {reason}")
 
 
 def _reason(error: Exception) -> str:
     place = f", line {line}" if (line := getattr(error, "lineno", None)) else ""
-    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())[:200]}".strip(": .")
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
