@@ -115,7 +115,7 @@ class Chat:
 
     def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
         """The ids that a model goes on from as the assistant. Special tokens in messages stay text."""
-        return self._encode(self._guarded_render(messages, tools, True))[0]
+        return self._encode(self._guarded_render(messages, tools, True))[0].tolist()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -180,7 +180,7 @@ class Chat:
                 raise InputError("the chat template takes a special token in a message for its own")
         return rendered
 
-    def _encode(self, text: str) -> tuple[Any, np.ndarray]:
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a rendered text without its guards, and the characters of it that each stands for, (T, 2)."""
         ids: list[int] = []
         places: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
