@@ -39,7 +39,6 @@ def main() -> int:
 def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
     """The settings from the config file and the command line, checked. Raises InputError."""
     parsed = parse(TrainSettings, argv, usage=USAGE, about=ABOUT, config_file=True)
-    parsed.settings.complete(parsed.given)
     parsed.settings.check()
     if not parsed.settings.out_dir:
         name = Path((parsed.arguments or ["run"])[0]).stem

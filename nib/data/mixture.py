@@ -49,6 +49,7 @@ class Mixture:
         first = self.parts[0]
         self.directory = ", ".join(str(part.directory) for part in self.parts)  # for messages
         self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
+        self.kind = "preference" if any(part.kind == "preference" for part in self.parts) else first.kind
         for part in self.parts[1:]:
             one, other = ((each.token_bytes, each.end_of_text) for each in (self.tokenizer, part.tokenizer))
             if one != other:

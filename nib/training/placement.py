@@ -80,18 +80,24 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 
 
 def fit_to_device(
-    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
+    model: nn.Module,
+    settings: TrainSettings,
+    precision: Precision,
+    cluster: Cluster,
+    report: Reporter,
+    rows: int = 1,
 ) -> tuple[int, nn.Module]:
     """The micro-batch size of a process, and the model ready to train: compiled where asked, wrapped in DDP.
 
-    An automatic size is the largest that an uncompiled trial forward and backward pass has memory for, up to one that
-    is known to be large enough. Raises RunError when not even one sequence fits.
+    A sequence of the batch has so many `rows`. An automatic size is the largest that an uncompiled trial forward and
+    backward pass has memory for, up to one that is known to be large enough. Raises RunError when not even one
+    sequence fits.
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     if not settings.micro_batch_size:
-        sizes = large_enough(sizes, settings.block_size, model.config, cluster.device)
+        sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
     while True:
-        failure = trial(model, model, sizes[0], settings.block_size, precision)
+        failure = trial(model, model, rows * sizes[0], settings.block_size, precision)
         out_of_memory = failure is not None and is_out_of_memory(failure)
         short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
         if broken:
@@ -105,7 +111,7 @@ def fit_to_device(
     if is_compiled(settings, cluster.device):
         # For this shape alone: torch's kernels for any shape are slower.
         ready = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        failure = trial(ready, model, sizes[0], settings.block_size, precision)
+        failure = trial(ready, model, rows * sizes[0], settings.block_size, precision)
         (broken,) = cluster.total([float(failure is not None)])
         if broken:
             reason = str(failure or "another process failed").strip().splitlines()[0]
@@ -145,7 +151,7 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         with precision.autocast():
             _, loss = ready(tokens, targets)
-        loss.backward()
+        loss.sum().backward()
         del room, loss
     except (RuntimeError, MemoryError) as error:
         return error.with_traceback(None) if is_out_of_memory(error) else error

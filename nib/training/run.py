@@ -8,11 +8,11 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nib.common.device import Precision, device_name, is_out_of_memory, peak_flops, peak_memory
 from nib.common.exits import RunError
@@ -20,20 +20,24 @@ from nib.common.signals import StopSignal
 from nib.common.wording import counted, typed
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
-from nib.data.sequences import Batch, BatchesAhead, describe, micro_batches, training_sequences, validation_sequences
+from nib.data.sequences import BatchesAhead, describe
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, name_restored
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
 from nib.training.lora import MARK
+from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.schedule import finished, rate_factor
 from nib.training.settings import TrainSettings, as_dict
 from nib.training.state import Progress, Saver, load_optimizer_tensors, lock_run, parameter_names, snapshot
-from nib.training.validation import Validation, mean_of, validate
+from nib.training.validation import Validation
+
+if TYPE_CHECKING:
+    from nib.training.dpo import PreferenceValidation
 
 
 class Run:
@@ -54,6 +58,7 @@ class Run:
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
         self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
+        self.measured: dict[str, float] = {}  # of the last step, besides loss and gradient
         self.rate_factor = 1.0  # of the peak learning rates
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
 
@@ -67,15 +72,15 @@ class Run:
 
     def open(self) -> None:
         """Take the directory for this run alone, and the signals. Raises InputError."""
-        self.training = training_sequences(self.dataset, self.settings.block_size, self.settings.seed)
-        self.validation = validation_sequences(self.dataset, self.settings.block_size, self.settings.eval_tokens)
+        self.objective = make_objective(self.settings, self.dataset)
+        self.training, self.validation = self.objective.training, self.objective.validation
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
         self.stop = StopSignal(at_once=self.settings.eval_only)  # a validation has nothing to save
         self.saver = Saver(self.out_dir, self.settings.keep_checkpoints, self.dataset.tokenizer)
         self.batch_of = self.load_batch
-        if self.cluster.device.type == "cuda":
+        if self.cluster.device.type == "cuda" and self.objective.reads_ahead:
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
@@ -94,6 +99,7 @@ class Run:
         """
         settings, cluster = self.settings, self.cluster
         self.model = place(model, settings, self.precision, cluster)
+        self.objective.prepare(model)
         self.optimizers = make_optimizers(
             model, kind=settings.optimizer, learning_rate=settings.learning_rate,
             betas=(settings.beta1, settings.beta2), muon_learning_rate=settings.muon_learning_rate,
@@ -101,7 +107,10 @@ class Run:
         )  # fmt: skip
         if checkpoint is not None:
             self.restore(checkpoint)
-        self.micro_batch_size, self.ready = fit_to_device(model, settings, self.precision, cluster, self.report)
+        self.micro_batch_size, self.ready = fit_to_device(
+            model, settings, self.precision, cluster, self.report, self.objective.rows
+        )
+        self.objective.begin(self, checkpoint)
         self.flops = flops_per_token(model, settings.block_size)
         self.peak = peak_flops(cluster.device, self.precision.dtype) * cluster.world
         self.logged_tokens, self.logged_seconds = self.progress.tokens, self.progress.seconds
@@ -189,14 +198,18 @@ class Run:
         )  # fmt: skip
         set_learning_rate(self.optimizers, self.rate_factor)
 
-    def next_batch(self) -> list[Batch]:
+    def next_batch(self) -> list[Any]:
         """This process's share of the global batch, in micro-batches: inputs and targets, each (sequences, T)."""
         return self.batch_of(self.progress.step)
 
-    def load_batch(self, step: int) -> list[Batch]:
+    def load_batch(self, step: int) -> list[Any]:
         own = np.array_split(self.sequences(step), self.cluster.world)[self.cluster.rank]
         widths = COMPILED_WIDTHS if is_compiled(self.settings, self.cluster.device) else 0
-        return micro_batches(self.training.rows(own), self.micro_batch_size, self.settings.block_size, widths)
+        return self.objective.batches(own, self.micro_batch_size, widths)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        device = self.cluster.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def sequences(self, step: int) -> np.ndarray:
         """The numbers of the sequences in the global batch of a step."""
@@ -239,18 +252,10 @@ class Run:
         due_now = self.finished() or due(self.progress.step, self.settings.eval_interval)
         return due_now and bool(self.validation)
 
-    def validate(self) -> Validation:
-        """Over the validation split; of a mixture over that of each dataset, and their mean by the shares."""
-        # The model is not compiled here: a pass without gradients, and its last batch, would each be compiled anew.
-        return mean_of([
-            (name, share, validate(
-                self.model, sequences, self.dataset.tokenizer.byte_lengths(), batch=self.micro_batch_size,
-                cluster=self.cluster, autocast=self.precision.autocast(),
-            ))
-            for name, share, sequences in self.validation
-        ])  # fmt: skip
+    def validate(self) -> Validation | PreferenceValidation:
+        return self.objective.validate(self)
 
-    def log(self, loss: float, grad_norm: float, validation: Validation | None) -> None:
+    def log(self, loss: float, grad_norm: float, validation: Validation | PreferenceValidation | None) -> None:
         """Move the progress bar, and write a line of metrics where it is time for one."""
         progress, settings = self.progress, self.settings
         rate = self.tokens_per_second
@@ -267,12 +272,11 @@ class Run:
         self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
         known = {"mfu": round(rate * self.flops / self.peak, 4)} if self.peak < math.inf else {}
         if validation:
-            known |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
-            known |= {f"val_loss/{name}": part.loss for name, part in validation.parts.items()}
+            known |= validation.metrics()
         self.report.metrics(
             step=progress.step, epoch=round(self.epoch(progress.step), 4), tokens=progress.tokens, loss=loss,
             lr=self.rate_factor * settings.learning_rate, grad_norm=grad_norm, tokens_per_second=round(rate, 1),
-            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **known,
+            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **self.measured, **known,
         )  # fmt: skip
 
     def sample_due(self) -> bool:
@@ -284,7 +288,7 @@ class Run:
         (sample,) = generate_text(self.model, self.dataset.tokenizer, [""], settings)
         self.report.sample(self.progress.step, sample.text)
 
-    def save_due(self, validation: Validation | None) -> bool:
+    def save_due(self, validation: Validation | PreferenceValidation | None) -> bool:
         """Whether it is time to save: after the best validation so far, by the steps, or by the first process's clock.
 
         Not while all steps are skipped: the same weights again and again would push out older ones.
@@ -348,6 +352,7 @@ class Run:
             "best": self.best,
             "settings": as_dict(self.settings),
             "corpus": self.dataset.fingerprint(),
+            **self.objective.state(),
             **({"adapter": self.adapter} if self.adapter else {}),
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,

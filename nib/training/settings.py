@@ -30,12 +30,13 @@ MODEL_KEYS = [field.name for field in fields(ModelSettings)]
 LORA_KEYS = ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
 # What users of peft expect where they do not say: the rate of TRL's LoRA recipes, the decay of transformers' Trainer.
 LORA_DEFAULTS = {"learning_rate": 2e-4, "weight_decay": 0.0}
+DPO_DEFAULTS = {"learning_rate": 1e-6, "weight_decay": 0.0, "optimizer": "adamw"}  # TRL's; of LoRA ten times that rate
 # What decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
     *LORA_KEYS,
-    *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
-    *"weight_decay beta1 beta2".split(),
+    *"objective dpo_beta seed init_from dataset batch_size optimizer learning_rate muon_learning_rate".split(),
+    *"muon_momentum weight_decay beta1 beta2".split(),
     *"grad_clip warmup_iters schedule decay_fraction min_lr dtype".split(),
 ]
 
@@ -51,6 +52,11 @@ class TrainSettings(ModelSettings):
                             "directory or hub name, nanoGPT's ckpt.pt", group="run")
     resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
                          choices=("auto", "never", "must"), group="run")
+
+    objective: str = option("auto", "lm: the next token; dpo: to prefer the chosen of two answers (arXiv 2305.18290); "
+                            "auto: what the dataset is for", choices=("auto", "lm", "dpo"), group="run")
+    dpo_beta: float = option(0.1, "dpo: how dear it is to move away from the model at the beginning", above=0,
+                             group="run")
 
     lora_rank: int = option(0, "train low-rank differences from init_from's weights, of this rank, in place of the "
                             "weights (arXiv 2106.09685); 0: the weights", at_least=0, group="adapter")
@@ -70,12 +76,13 @@ class TrainSettings(ModelSettings):
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                             choices=("adamw", "muon"), group="optimizer")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW; with lora_rank 2e-4 if not set", above=0,
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW; if not set, 2e-4 with lora_rank, "
+                                  "1e-6 with dpo, 1e-5 with both", above=0,
                                   group="optimizer")
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
     muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
                                   group="optimizer")
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only; with lora_rank 0 if not set",
+    weight_decay: float = option(0.1, "decoupled decay, on matrices only; 0 with lora_rank or dpo if not set",
                                  at_least=0, group="optimizer")
     beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
@@ -130,9 +137,11 @@ class TrainSettings(ModelSettings):
 
     def complete(self, given: set[str]) -> None:
         """Fill in what depends on other settings, where it is not among the names `given`."""
-        if not self.lora_rank:
-            return
-        for name, value in LORA_DEFAULTS.items():
+        dpo, lora = self.objective == "dpo", bool(self.lora_rank)
+        values: dict[str, Any] = (LORA_DEFAULTS if lora else {}) | (DPO_DEFAULTS if dpo else {})
+        if dpo and lora:
+            values["learning_rate"] = 1e-5
+        for name, value in values.items():
             if name not in given:
                 setattr(self, name, value)
         self.lora_alpha = self.lora_alpha or 2.0 * self.lora_rank
@@ -176,6 +185,7 @@ def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None
     """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
     # What a run's checkpoint lacks was added to GPTConfig later; init was in every model before it was an option.
     added = {name: getattr(TrainSettings, name) for name in (*MODEL_KEYS, *LORA_KEYS) if name != "init"}
+    added["objective"] = "lm"
     for name, before in {**added, **saved}.items():
         if name in IDENTITY_KEYS and before != getattr(settings, name):
             raise InputError(

@@ -25,6 +25,7 @@ from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import Source, base_name, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
 from nib.training.lora import adapt
+from nib.training.objective import settle_objective
 from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
@@ -42,6 +43,9 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     """
     settings = parsed.settings
     dataset = open_mixture(settings.dataset)
+    settle_objective(settings, dataset)
+    settings.complete(parsed.given)
+    settings.check()  # again: not all of them were known
     cluster = start_cluster(settings.device)
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
