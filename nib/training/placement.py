@@ -53,10 +53,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 
     Blocks go to the device one by one, so that no device ever holds the whole model.
     """
-    model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
-    if cluster.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(cluster.device).total_memory
-        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE  # type: ignore[assignment]
+    set_limits(model, settings, cluster.device)
     if settings.parallel == "ddp" or cluster.world == 1:
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
@@ -75,6 +72,14 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> None:
+    """Tell the model what it may keep in memory on the device."""
+    model.activation_checkpointing = settings.activation_checkpointing
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE
 
 
 def fit_to_device(
