@@ -135,9 +135,11 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
     """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
 
+    What a pass leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
+
     Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
     """
-    device = precision.device
+    device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
@@ -149,6 +151,8 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
         return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:
         model.zero_grad(set_to_none=True)
+        for name, buffer in before.items():
+            model.get_buffer(name).copy_(buffer)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,116 @@
+"""What the labs share: each trains its variants beside each other on the same data and prints one table.
+
+    python labs/NAME.py [CONFIG.py] [--seeds=2] [--name=value ...]    train and compare; the settings are train.py's
+    python labs/NAME.py sample.py RUN [...]                           any script of nib, with the lab's model
+
+The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command goes on where it stopped, and one that is
+complete prints its table again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model
+from nib.common.exits import InputError, RunError, run_script
+from nib.common.options import Parsed, option, parse
+from nib.training.settings import TrainSettings
+
+DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 10 seconds where nothing else runs
+Variants = dict[str, dict[str, Any]]  # name: options of the model that make it, the baseline first
+
+
+@dataclasses.dataclass
+class LabSettings(TrainSettings):
+    seeds: int = option(2, "how many seeds each variant is trained with", at_least=1, group="run")
+
+
+def main(file: str, variants: Variants, notes: Callable[[Any], str] | None = None, **parts: Any) -> None:
+    """Run the lab in `file`, or a script with the lab's model, and leave the process.
+
+    `parts` replace what has these names in model.py; `notes` says of a trained model what belongs into its row.
+    """
+    for name, part in parts.items():
+        setattr(model, name, part)
+    arguments = sys.argv[1:]
+    if arguments and (ROOT / arguments[0]).is_file() and "/" not in arguments[0]:
+        sys.argv = arguments
+        run_script(importlib.import_module(Path(arguments[0]).stem).main)
+    run_script(lambda: compare(Path(file).stem, variants, arguments, notes))
+
+
+def compare(lab: str, variants: Variants, arguments: list[str], notes: Callable[[Any], str] | None = None) -> None:
+    """Train all variants with all seeds; print the table as it comes about. Raises InputError."""
+    arguments = arguments if arguments and not arguments[0].startswith("-") else [DEFAULT, *arguments]
+    usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=2] [--name=value ...]"
+    parsed = parse(LabSettings, arguments, usage=usage, about=f"Lab: {lab}.", config_file=True)
+    seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
+    width = max(map(len, variants)) + 2
+    print(f"{'':{width}}{'parameters':>11}{'bits per byte':>15}{'- baseline':>12}   each seed", flush=True)
+    first: float | None = None
+    noise = []
+    for name, options in variants.items():
+        found, trained = [], None
+        for seed in seeds:
+            out = Path("out/labs", lab, f"{name.replace(' ', '_')}-{seed}")
+            value, trained = train_one(parsed, out, seed, options)
+            found.append(value)
+        parameters = sum(each.numel() for each in trained.parameters()) if trained is not None else 0
+        mean = statistics.mean(found)
+        first = mean if first is None else first
+        noise += [max(found) - min(found)] if len(found) > 1 else []
+        row = f"{name:{width}}{parameters:>11,}{mean:15.3f}{mean - first:+12.3f}   "
+        said = f"   {notes(trained)}" if notes and trained is not None else ""
+        print(row + " ".join(f"{each:.3f}" for each in found) + said, flush=True)
+    if noise:
+        print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(noise):.3f} apart on average")
+    else:
+        print("one seed: how much another would differ is not known. Use --seeds=2")
+
+
+def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]) -> tuple[float, Any]:
+    """Validation bits per byte at the end of a run, infinite where it failed, and the trained model, if there is one.
+
+    `options` that train.py does not know are fields of the lab's GPTConfig: they become its defaults.
+    """
+    import train
+    from nib.formats.load import build, open_source, read_config
+
+    known = {field.name for field in dataclasses.fields(LabSettings)}
+    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **pick(options, known))
+    base, own = model.GPTConfig, {name: value for name, value in options.items() if name not in known}
+    hints = get_type_hints(base)
+    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in own.items()]
+    try:
+        model.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields, bases=(base,))  # type: ignore[assignment, misc]
+        with contextlib.redirect_stdout(io.StringIO()):  # it is in the run's log.txt
+            if status := train.train(Parsed(settings, parsed.arguments, parsed.given)):
+                sys.exit(status)
+    except RunError as error:
+        print(f"{out}: {error}", file=sys.stderr)
+        return float("inf"), None
+    finally:
+        model.GPTConfig = base  # type: ignore[misc]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    values = [line["val_bits_per_byte"] for line in lines if "val_bits_per_byte" in line]
+    if not values:
+        raise InputError(f"{settings.dataset} has no validation split. Prepare it with a larger --val-fraction")
+    source = open_source(str(out))
+    config = read_config(source, base)
+    return values[-1], build(source, lambda: model.GPT(config))
+
+
+def pick(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
