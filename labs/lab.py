@@ -14,6 +14,7 @@ import dataclasses
 import importlib
 import io
 import json
+import re
 import statistics
 import sys
 from collections.abc import Callable
@@ -37,10 +38,15 @@ class LabSettings(TrainSettings):
     seeds: int = option(2, "how many seeds each variant is trained with", at_least=1, group="run")
 
 
-def main(file: str, variants: Variants, notes: Callable[[Any], str] | None = None, **parts: Any) -> None:
+def main(
+    text: str, file: str, variants: Variants, notes: Callable[[Any], str] | None = None, common: tuple[str, ...] = (),
+    **parts: Any,
+) -> None:  # fmt: skip
     """Run the lab in `file`, or a script with the lab's model, and leave the process.
 
-    `parts` replace what has these names in model.py; `notes` says of a trained model what belongs into its row.
+    `text` is the lab's docstring, whose last paragraph says what to conclude. `parts` replace what has these names in
+    model.py; `notes` says of a trained model what belongs into its row. `common` are options of all variants, which
+    the command line overrides.
     """
     for name, part in parts.items():
         setattr(model, name, part)
@@ -48,12 +54,15 @@ def main(file: str, variants: Variants, notes: Callable[[Any], str] | None = Non
     if arguments and (ROOT / arguments[0]).is_file() and "/" not in arguments[0]:
         sys.argv = arguments
         run_script(importlib.import_module(Path(arguments[0]).stem).main)
-    run_script(lambda: compare(Path(file).stem, variants, arguments, notes))
+    if not arguments or arguments[0].startswith("-"):
+        arguments.insert(0, DEFAULT)
+    run_script(lambda: compare(Path(file).stem, variants, [arguments[0], *common, *arguments[1:]], notes, text))
 
 
-def compare(lab: str, variants: Variants, arguments: list[str], notes: Callable[[Any], str] | None = None) -> None:
+def compare(
+    lab: str, variants: Variants, arguments: list[str], notes: Callable[[Any], str] | None = None, text: str = ""
+) -> None:
     """Train all variants with all seeds; print the table as it comes about. Raises InputError."""
-    arguments = arguments if arguments and not arguments[0].startswith("-") else [DEFAULT, *arguments]
     usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=2] [--name=value ...]"
     parsed = parse(LabSettings, arguments, usage=usage, about=f"Lab: {lab}.", config_file=True)
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
@@ -62,10 +71,9 @@ def compare(lab: str, variants: Variants, arguments: list[str], notes: Callable[
     first: float | None = None
     noise = []
     for name, options in variants.items():
-        found, trained = [], None
+        found, trained, folder = [], None, re.sub(r"[^\w-]+", "_", name).strip("_")
         for seed in seeds:
-            out = Path("out/labs", lab, f"{name.replace(' ', '_')}-{seed}")
-            value, trained = train_one(parsed, out, seed, options)
+            value, trained = train_one(parsed, Path("out/labs", lab, f"{folder}-{seed}"), seed, options)
             found.append(value)
         parameters = sum(each.numel() for each in trained.parameters()) if trained is not None else 0
         mean = statistics.mean(found)
@@ -78,6 +86,7 @@ def compare(lab: str, variants: Variants, arguments: list[str], notes: Callable[
         print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(noise):.3f} apart on average")
     else:
         print("one seed: how much another would differ is not known. Use --seeds=2")
+    print(text.strip().rpartition("\n\n")[2])
 
 
 def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]) -> tuple[float, Any]:

@@ -96,4 +96,4 @@ VARIANTS: Variants = {
 }
 
 if __name__ == "__main__":
-    main(__file__, VARIANTS, notes, Block=Block, GPT=GPT, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, notes, Block=Block, GPT=GPT, GPTConfig=GPTConfig)

@@ -2,7 +2,15 @@
 
     python labs/norm_placement.py
 
-TABLE
+Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 2 seeds, 0.013 apart on average:
+
+    pre-norm             3.217
+    post-norm            3.353   +0.135
+    norm of the output   3.667   +0.450
+
+Conclusion: with the same rates, pre-norm learns fastest at this depth, far beyond the noise. Post-norm follows: every
+gradient goes through all norms. Norms of the outputs begin as noise of size 1 on embeddings of size 0.02, which other
+recipes meet with larger embeddings, lower rates and a warm-up. One setting of the rates does not rank the three.
 """
 
 from __future__ import annotations
@@ -37,12 +45,12 @@ class Block(model.Block):
 
 
 # init=gpt2, since matrices that begin at zero ("modern") have no scale that a norm of the output could set.
-COMMON: dict[str, Any] = dict(n_layer=6, init="gpt2", qk_norm=False)
+COMMON = ("--n_layer=6", "--init=gpt2", "--no-qk_norm")
 VARIANTS: Variants = {
-    "pre-norm": COMMON | dict(placement="pre"),
-    "post-norm": COMMON | dict(placement="post"),
-    "norm of the output": COMMON | dict(placement="output"),
+    "pre-norm": dict(placement="pre"),
+    "post-norm": dict(placement="post"),
+    "norm of the output": dict(placement="output"),
 }
 
 if __name__ == "__main__":
-    main(__file__, VARIANTS, Block=Block, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, None, COMMON, Block=Block, GPTConfig=GPTConfig)

@@ -2,7 +2,17 @@
 
     python labs/normalisation.py
 
-TABLE
+Measured: config/tiny.py (200 steps, characters of the standard library), 2 seeds, 0.034 apart on average. Also: how far
+changing the last token of a text moves the logits at its first one, in training mode, where it should not.
+
+    rmsnorm     3.256           0.0 %
+    layernorm   3.283   +0.028  0.0 %
+    none        4.024   +0.768  0.0 %
+    batchnorm   3.668   +0.412  5.4 %
+
+Conclusion: a norm is needed, and which of RMSNorm and LayerNorm is within the noise. BatchNorm's means are over all
+positions, so that each token is told about the ones after it. The model learns to use them, and does not have them when
+it is validated or writes, with running means. One token at a time, in training mode, it has no variance at all.
 """
 
 from __future__ import annotations
@@ -59,13 +69,13 @@ def notes(trained: Any) -> str:
     return f"the last token moves the first one's logits by {100 * leak(trained):.3f} %; {one_token(trained)}"
 
 
-COMMON: dict[str, Any] = dict(qk_norm=False)
+COMMON = ("--no-qk_norm",)
 VARIANTS: Variants = {
-    "rmsnorm": COMMON | dict(norm="rmsnorm"),
-    "layernorm": COMMON | dict(norm="layernorm"),
-    "none": COMMON | dict(norm_kind="none"),
-    "batchnorm": COMMON | dict(norm_kind="batch"),
+    "rmsnorm": dict(norm="rmsnorm"),
+    "layernorm": dict(norm="layernorm"),
+    "none": dict(norm_kind="none"),
+    "batchnorm": dict(norm_kind="batch"),
 }
 
 if __name__ == "__main__":
-    main(__file__, VARIANTS, notes, make_norm=make_any_norm, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, notes, COMMON, make_norm=make_any_norm, GPTConfig=GPTConfig)

@@ -2,7 +2,20 @@
 
     python labs/positions.py
 
-TABLE
+Measured: config/tiny.py (200 steps, characters of the standard library), 2 seeds, 0.015 apart on average; 2 layers
+unless said. Also: how far reversing a text, but for its last token, moves the logits after it.
+
+                parameters  bits per byte  - baseline   reversing
+    rope           121,152          3.263                   5.8 %
+    learned        125,248          3.569      +0.306       8.4 %
+    sinusoidal     121,152          3.474      +0.211      20.6 %
+    none           121,152          3.669      +0.406       5.3 %
+    rope, 1 layer   67,712          3.403      +0.140       6.4 %
+    none, 1 layer   67,712          3.727      +0.464       0.0 %
+
+Conclusion: without positions a single layer sees a set of tokens, and order is really lost. From two layers on it is
+not: the causal mask lets a token see how many came before it (arXiv 2203.16634), and the next layer can use that. It is
+learned slowly, though: in these few steps RoPE is worth more than the second layer.
 """
 
 from __future__ import annotations
@@ -38,4 +51,4 @@ def notes(model: Any) -> str:
 
 
 if __name__ == "__main__":
-    main(__file__, VARIANTS, notes)
+    main(__doc__ or "", __file__, VARIANTS, notes)

@@ -49,14 +49,14 @@ class Block(model.Block):
 
 
 # init=gpt2: with "modern" each sublayer begins at zero, and without residuals nothing would come through.
-COMMON: dict[str, Any] = dict(n_layer=6, n_head=4, init="gpt2", qk_norm=False)
+COMMON = ("--n_layer=6", "--n_head=4", "--init=gpt2", "--no-qk_norm")
 VARIANTS: Variants = {
-    "whole": COMMON,
-    "no residual": COMMON | dict(residual=False),
-    "no feed-forward": COMMON | dict(feed_forward=False),
-    "one head": COMMON | dict(n_head=1),
-    "no 1/sqrt(d)": COMMON | dict(scaled=False),
+    "whole": {},
+    "no residual": dict(residual=False),
+    "no feed-forward": dict(feed_forward=False),
+    "one head": dict(n_head=1),
+    "no 1/sqrt(d)": dict(scaled=False),
 }
 
 if __name__ == "__main__":
-    main(__file__, VARIANTS, Block=Block, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, None, COMMON, Block=Block, GPTConfig=GPTConfig)
