@@ -10,9 +10,9 @@ apart on average; bytes of a token in the cache, float32.
     latent of 32        3.442   +0.126    320
     latent of 16        3.476   +0.160    192
 
-Conclusion: a latent makes the cache a third or a fifth as large, and here it costs more than sharing one key/value head,
-which costs nothing that two seeds could show. At 64 channels heads have little to share; the paper compares at widths
-of thousands, where one key/value head loses and the latent does not.
+Conclusion: a latent makes the cache a third or a fifth as large, and here it costs more than sharing one key/value
+head, which costs nothing that two seeds could show. At 64 channels heads have little to share; the paper compares at
+widths of thousands, where one key/value head loses and the latent does not.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class GPT(model.GPT):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)
         if config.kv_rank:
-            turn = model.angles(config.block_size, config.rope_size, config.rope_base)
+            frequencies = model.rotary_frequencies(dataclasses.replace(config, head_size=config.rope_size))
+            turn = torch.outer(torch.arange(config.block_size).float(), frequencies)
             self.rope_cos = turn.cos().repeat(1, 2)
             self.rope_sin = torch.cat((-turn.sin(), turn.sin()), dim=1)
 

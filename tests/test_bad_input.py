@@ -66,7 +66,7 @@ CASES: dict[str, tuple[str, str]] = {
     "unknown resume": ("train.py tiny.py --resume=yes", r"--resume must be one of auto, never, must, not 'yes'"),
     "unknown parallel": ("train.py tiny.py --parallel=tensor", r"--parallel must be one of ddp, fsdp, not 'tensor'"),
     # prepare_data.py
-    "no source": ("prepare_data.py", r"no SOURCE\. Give a file"),
+    "no source": ("prepare_data.py", r"no SOURCE, or an empty one\. Give a file"),
     "missing source": ("prepare_data.py nothere.txt", r"no source nothere\.txt"),
     "source with too long a name": (f"prepare_data.py {LONG} --out=data/x", r"x{300}"),
     "source that cannot be read": ("prepare_data.py dangling.txt --tokenizer=byte", r"no source dangling\.txt"),

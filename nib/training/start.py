@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -28,6 +29,7 @@ from nib.training.settings import TrainSettings, same_run
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
 # its files stay as they are. A network file system shows a new name after up to a minute.
 ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
+SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
 
 def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
@@ -153,20 +155,45 @@ def choose_shape(
         return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
-    added = {name: options[name] for name in parsed.given & {*options} - {*source.model_config}}  # to model.py since
+    since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
+    added = {name: options[name] for name in since}
     config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     take_vocabulary(source, dataset, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
+    longer = checkpoint is None and "block_size" in parsed.given and settings.block_size > config.block_size
+    free = {"block_size", "init"} | (SCALING if longer else set()) | ({*SCALING, "rope_base"} if checkpoint else set())
     for name, wanted in options.items():
         has = getattr(config, name)
         automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # as mlp_hidden=0
-        if name in parsed.given - {"block_size", "init"} and wanted != has and not automatic:
+        if name in parsed.given - free and wanted != has and not automatic:
             raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
-    if "block_size" not in parsed.given and checkpoint is None:
+    if longer:
+        asked = {name: options[name] for name in parsed.given & SCALING}
+        try:
+            config = dataclasses.replace(config, **lengthen(config, settings.block_size, asked, settings.init_from))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    elif "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size
-    elif settings.block_size > config.block_size:
-        raise InputError(
-            f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
-        )
     return source, config
+
+
+def lengthen(config: Any, block_size: int, asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """What changes in the GPTConfig of the model `name` for a longer context; `asked` are options of its scaling.
+
+    Raises InputError where the rotation cannot be scaled, or how is not said.
+    """
+    kind = asked.get("rope_scaling", config.rope_scaling)
+    if config.position != "rope" or kind == "none":
+        fix = "Lower it, or name a --rope_scaling such as yarn" if config.position == "rope" else "Lower it"
+        raise InputError(f"block_size {block_size} is above the {config.block_size} of {name}. {fix}")
+    if config.rope_scaling not in ("none", kind):
+        raise InputError(f"rope_scaling is {kind!r} but {name} has {config.rope_scaling!r}. Leave rope_scaling out")
+    original = asked.get("rope_original") or config.rope_original or config.block_size
+    factor = asked.get("rope_factor") or max(config.rope_factor, block_size / original)
+    changes = {**asked, "block_size": block_size, "rope_scaling": kind, "rope_factor": factor}
+    if kind == "dynamic":  # as transformers has it for a text of block_size tokens, here for shorter ones too
+        growth, D = factor * block_size / original - (factor - 1), config.head_size
+        return changes | {"rope_base": config.rope_base * growth ** (D / max(1, D - 2)), "rope_original": 0}
+    return changes | {"rope_original": original}
