@@ -1,6 +1,6 @@
 """What the labs share: each trains its variants beside each other on the same data and prints one table.
 
-    python labs/NAME.py [CONFIG.py] [--seeds=2] [--name=value ...]    train and compare; the settings are train.py's
+    python labs/NAME.py [CONFIG.py] [--seeds=3] [--name=value ...]    train and compare; the settings are train.py's
     python labs/NAME.py sample.py RUN [...]                           any script of nib, with the lab's model
 
 The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command goes on where it stopped, and one that is
@@ -13,40 +13,45 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import itertools
 import json
+import math
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from nib.cpu.threads import choose_threads
+
+choose_threads()  # before torch is imported
 import model
 from nib.common.exits import InputError, RunError, run_script
 from nib.common.options import Parsed, option, parse
 from nib.training.settings import TrainSettings
 
-DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 10 seconds where nothing else runs
+DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds where nothing else runs
 Variants = dict[str, dict[str, Any]]  # name: options of the model that make it, the baseline first
+Measures = Mapping[str, Callable[[Any], str]]  # heading: what to print below it of a trained model
 
 
 @dataclasses.dataclass
 class LabSettings(TrainSettings):
-    seeds: int = option(2, "how many seeds each variant is trained with", at_least=1, group="run")
+    seeds: int = option(3, "how many seeds each variant is trained with", at_least=1, group="run")
 
 
 def main(
-    text: str, file: str, variants: Variants, notes: Callable[[Any], str] | None = None, common: tuple[str, ...] = (),
+    text: str, file: str, variants: Variants, measures: Measures | None = None, common: tuple[str, ...] = (),
     **parts: Any,
 ) -> None:  # fmt: skip
     """Run the lab in `file`, or a script with the lab's model, and leave the process.
 
     `text` is the lab's docstring, whose last paragraph says what to conclude. `parts` replace what has these names in
-    model.py; `notes` says of a trained model what belongs into its row. `common` are options of all variants, which
-    the command line overrides.
+    model.py. `common` are options of all variants, which the command line overrides.
     """
     for name, part in parts.items():
         setattr(model, name, part)
@@ -56,36 +61,39 @@ def main(
         run_script(importlib.import_module(Path(arguments[0]).stem).main)
     if not arguments or arguments[0].startswith("-"):
         arguments.insert(0, DEFAULT)
-    run_script(lambda: compare(Path(file).stem, variants, [arguments[0], *common, *arguments[1:]], notes, text))
+    run_script(lambda: compare(Path(file).stem, variants, [arguments[0], *common, *arguments[1:]], measures, text))
 
 
 def compare(
-    lab: str, variants: Variants, arguments: list[str], notes: Callable[[Any], str] | None = None, text: str = ""
+    lab: str, variants: Variants, arguments: list[str], measures: Measures | None = None, text: str = ""
 ) -> None:
     """Train all variants with all seeds; print the table as it comes about. Raises InputError."""
-    usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=2] [--name=value ...]"
+    usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=3] [--name=value ...]"
     parsed = parse(LabSettings, arguments, usage=usage, about=f"Lab: {lab}.", config_file=True)
+    parsed.settings.check()
+    if parsed.settings.dry_run or parsed.settings.eval_only:
+        raise InputError("a lab trains. Give dry_run and eval_only to train.py")
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
-    width = max(map(len, variants)) + 2
-    print(f"{'':{width}}{'parameters':>11}{'bits per byte':>15}{'- baseline':>12}   each seed", flush=True)
-    first: float | None = None
-    noise = []
+    width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
+    head = f"{'':{width}}{'parameters':>10}  bits per byte  - baseline   {'each seed':{wide}}"
+    print(head, *measures or {}, sep="  ", flush=True)
     for name, options in variants.items():
-        found, trained, folder = [], None, re.sub(r"[^\w-]+", "_", name).strip("_")
-        for seed in seeds:
-            value, trained = train_one(parsed, Path("out/labs", lab, f"{folder}-{seed}"), seed, options)
-            found.append(value)
-        parameters = sum(each.numel() for each in trained.parameters()) if trained is not None else 0
+        folder = re.sub(r"[^\w-]+", "_", name).strip("_")
+        results = [train_one(parsed, Path("out/labs", lab, f"{folder}-{seed}"), seed, options) for seed in seeds]
+        found, trained = [value for value, _ in results], [each for _, each in results if each is not None]
+        parameters = sum(each.numel() for each in trained[0].parameters()) if trained else 0
         mean = statistics.mean(found)
         first = mean if first is None else first
-        noise += [max(found) - min(found)] if len(found) > 1 else []
-        row = f"{name:{width}}{parameters:>11,}{mean:15.3f}{mean - first:+12.3f}   "
-        said = f"   {notes(trained)}" if notes and trained is not None else ""
-        print(row + " ".join(f"{each:.3f}" for each in found) + said, flush=True)
-    if noise:
-        print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(noise):.3f} apart on average")
+        apart += [abs(one - other) for one, other in itertools.combinations(filter(math.isfinite, found), 2)]
+        row = f"{name:{width}}{parameters:>10,}{mean:15.3f}{mean - first:+12.3f}   "
+        row += f"{' '.join(f'{each:.3f}' for each in found):{wide}}"
+        for heading, measure in (measures or {}).items():
+            row += f"  {' '.join(dict.fromkeys(map(measure, trained))):{len(heading)}}"
+        print(row.rstrip(), flush=True)
+    if apart:
+        print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(apart):.3f} apart on average")
     else:
-        print("one seed: how much another would differ is not known. Use --seeds=2")
+        print("one seed: how much another would differ is not known. Use --seeds=3")
     print(text.strip().rpartition("\n\n")[2])
 
 

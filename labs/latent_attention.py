@@ -41,7 +41,7 @@ class LatentAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         H, D, R = config.n_head, config.head_size, config.rope_size
-        self.layer, self.dropout, self.shape = layer, config.dropout, (H, D, R)
+        self.layer, self.dropout, self.rank, self.shape = layer, config.dropout, config.kv_rank, (H, D, R)
         self.query = nn.Linear(config.n_embd, H * (D + R), bias=False)
         self.compress = nn.Linear(config.n_embd, config.kv_rank + R, bias=False)
         self.latent_norm = model.RMSNorm(config.kv_rank, eps=config.norm_eps)
@@ -52,11 +52,11 @@ class LatentAttention(nn.Module):
         (B, T, _), (H, D, R) = x.shape, self.shape
         q, turned = self.query(x).view(B, T, H, D + R).transpose(1, 2).split_with_sizes([D, R], -1)
         q = torch.cat((q, model.rotate(turned, *rotation)), -1)  # (B, H, T, D + R)
-        latent, shared = self.compress(x)[:, None].split_with_sizes([self.expand.in_features, R], -1)
+        latent, shared = self.compress(x)[:, None].split_with_sizes([self.rank, R], -1)
         latent, shared = self.latent_norm(latent), model.rotate(shared, *rotation)  # (B, 1, T, ...)
         if cache is not None:  # which has two buffers of the same size: half of the numbers are in each
             held = cache.update(self.layer, positions, *torch.cat((latent, shared), -1).chunk(2, -1))
-            latent, shared = torch.cat(held, -1).split_with_sizes([self.expand.in_features, R], -1)
+            latent, shared = torch.cat(held, -1).split_with_sizes([self.rank, R], -1)
         S = latent.shape[2]
         k, v = self.expand(latent).view(B, S, H, 2 * D).transpose(1, 2).chunk(2, -1)  # (B, H, S, D)
         k = torch.cat((k, shared.expand(B, H, S, R)), -1)
@@ -92,10 +92,6 @@ class GPT(model.GPT):
         return model.KVCache(shape, batch_size, max_length, next(self.parameters()))
 
 
-def notes(trained: Any) -> str:
-    return f"{4 * trained.make_cache(1, 1).memory.numel():,} bytes a token in the cache"
-
-
 COMMON = ("--n_head=4", "--no-qk_norm")
 VARIANTS: Variants = {
     "4 heads": {},
@@ -104,5 +100,7 @@ VARIANTS: Variants = {
     "latent of 16": dict(kv_rank=16, rope_size=8),
 }
 
+MEASURES = {"bytes a token": lambda trained: f"{4 * trained.make_cache(1, 1).memory.numel():,}"}
+
 if __name__ == "__main__":
-    main(__doc__ or "", __file__, VARIANTS, notes, COMMON, Block=Block, GPT=GPT, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, MEASURES, COMMON, Block=Block, GPT=GPT, GPTConfig=GPTConfig)

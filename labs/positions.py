@@ -46,9 +46,8 @@ def order_effect(model: Any) -> float:
     return float((after - before).norm() / before.norm())
 
 
-def notes(model: Any) -> str:
-    return f"reversing the text moves the logits by {100 * order_effect(model):.4f} %"
+MEASURES = {"reversed, %": lambda trained: f"{100 * order_effect(trained):.2f}"}
 
 
 if __name__ == "__main__":
-    main(__doc__ or "", __file__, VARIANTS, notes)
+    main(__doc__ or "", __file__, VARIANTS, MEASURES)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import latent_attention
@@ -17,10 +20,13 @@ from conftest import Call, run_script
 from lab import compare, train_one
 from model_helpers import random_tokens, randomise
 from safetensors.torch import load_file
+from test_look import read_page
 from torch import Tensor, nn
 
 import export as export_script
+import look
 import model
+import sample
 
 LABS = {
     "positions": positions, "norm_placement": norm_placement, "what_carries": what_carries,
@@ -47,29 +53,54 @@ def put(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", LABS)
-def test_a_lab_runs_and_prints_its_table(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_lab_prints_its_table_and_its_runs_are_sampled_and_looked_at(
+    name: str, monkeypatch: pytest.MonkeyPatch, call: Call, tmp_path: Path
 ) -> None:
+    """The file as it is run, but in this process."""
     lab = LABS[name]
     put(lab, monkeypatch)
-    arguments = [*getattr(lab, "COMMON", ()), *FEW, "--n_layer=2"]
-    compare(name, lab.VARIANTS, arguments, getattr(lab, "notes", None), "One.\n\nThus.")
-    head, *rows, noise, conclusion = capsys.readouterr().out.splitlines()
-    assert conclusion == "Thus."
-    assert "bits per byte" in head and [row.split("  ")[0] for row in rows] == list(lab.VARIANTS)
-    assert "nan" not in "".join(rows) and "inf" not in "".join(rows) and noise.startswith("one seed")
-    assert model.GPTConfig is getattr(lab, "GPTConfig", model.GPTConfig)
+    main, code = ModuleType("__main__"), compile(Path(lab.__file__).read_text(), lab.__file__, "exec")
+    main.__file__ = lab.__file__
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    done = call(lambda: exec(code, main.__dict__), *FEW, "--n_layer=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    head, *rows = done.stdout.partition("\none seed: ")[0].splitlines()
+    headings = ["parameters", "bits per byte", *getattr(lab, "MEASURES", ())]
+    assert all(heading in head for heading in headings), head
+    assert [row.split("  ")[0] for row in rows] == list(lab.VARIANTS)
+    assert "nan" not in "".join(rows) and "inf" not in "".join(rows)
+    assert done.stdout.endswith("\n" + lab.__doc__.strip().split("\n\n")[-1] + "\n") and "\nConclusion: " in done.stdout
+    runs = sorted(map(str, Path("out/labs", name).iterdir()))
+    assert len(runs) == len(lab.VARIANTS)
+    for run in runs:
+        shown = call(look.main, run, "--prompt=line", "--max-new-tokens=4", cwd=tmp_path)
+        assert shown.returncode == 0 and "look.html: 8 tokens" in shown.stdout, shown.stderr
+        written = call(sample.main, run, "--prompt=line", "--max-new-tokens=4", "--json", cwd=tmp_path)
+        assert written.returncode == 0, written.stderr
+        page = read_page(Path("look.html"))
+        assert page["tokens"] == [*b"line", *json.loads(written.stdout)["tokens"]]
+        print(name, run, page["snapshots"][0]["missing"])
 
 
-def test_the_scripts_work_on_a_labs_runs(tmp_path: Path) -> None:
-    """In processes of their own: the lab itself, sampling by it, and by nib alone, which lacks its option."""
-    done = run_script("labs/norm_placement.py", *FEW, cwd=tmp_path)
-    assert done.returncode == 0 and "Conclusion: " in done.stdout, done.stderr
-    run = "out/labs/norm_placement/post-norm-1337"
+def test_scripts_need_the_lab_in_front(tmp_path: Path, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling by the lab, in a process of its own, and by nib alone, which lacks its option."""
+    with monkeypatch.context() as patch:
+        put(norm_placement, patch)
+        compare("placed", {"post, norm": dict(placement="post")}, FEW)
+    run = "out/labs/placed/post_norm-1337"
     done = run_script("labs/norm_placement.py", "sample.py", run, "--max-new-tokens=5", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout, done.stderr
-    done = run_script("sample.py", run, "--max-new-tokens=5", cwd=tmp_path)
+    done = call(sample.main, run, "--max-new-tokens=5", cwd=tmp_path)
     assert done.returncode == 2 and "does not fit this model.py" in done.stderr and "placement" in done.stderr
+
+
+def test_the_table_says_how_far_seeds_are_apart(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    values = iter((1.0, 2.0, 4.0, 3.0, 3.0, 3.0))
+    monkeypatch.setattr("lab.train_one", lambda *_: (next(values), None))
+    compare("seeds", {"one": {}, "other": {}}, [*FEW, "--seeds=3"])
+    _, one, other, noise = capsys.readouterr().out.splitlines()[:4]
+    assert "+0.000" in one and "1.000 2.000 4.000" in one and "+0.667" in other
+    assert noise == "3 seeds; two seeds of the same variant are 1.000 apart on average"  # 1, 3, 2 and thrice 0
 
 
 def test_export_names_an_architecture_or_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, call: Call) -> None:
@@ -124,7 +155,7 @@ def test_only_batchnorm_leaks_and_only_it_needs_more_than_a_token(monkeypatch: p
             model.GPTConfig(vocab_size=40, block_size=32, n_embd=32, n_head=4, n_layer=2, qk_norm=False, **options)
         )
         randomise(made)
-        leaks, works = normalisation.leak(made) > 1e-3, normalisation.one_token(made) == "one token works"
+        leaks, works = normalisation.leak(made) > 1e-3, normalisation.one_token(made) == "works"
         assert (leaks, works) == ((True, False) if name == "batchnorm" else (False, True)), name
 
 
@@ -247,7 +278,7 @@ def test_biases_bring_back_an_expert_that_is_not_chosen() -> None:
             mixture.router.weight[:, 0] = torch.tensor([0.3, 0.0, 0.0, -0.5])
             for _ in range(100):
                 mixture(x)
-                counts.append(mixture.counts)
+                counts.append(mixture.counts.clone())
         used = torch.stack(counts[-20:]).mean(0)
         assert counts[0].min() < 0.4 * counts[0].mean()
         assert (used.max() < 1.1 * used.mean() and used.min() > 0.9 * used.mean()) == even, used
