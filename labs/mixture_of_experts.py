@@ -2,7 +2,18 @@
 
     python labs/mixture_of_experts.py
 
-TABLE
+Measured: config/tiny.py (200 steps, characters of the standard library), 3 seeds, 0.040 apart on average. Also: what
+the most used expert had in the last batch of training, as a multiple of an even share, for each seed.
+
+                              parameters  bits per byte  - baseline   busiest expert
+    dense, 2 x 96                121,152          3.271
+    8 experts of 96, 2 chosen    343,360          3.246      -0.025   1.68 1.27 1.29
+    the same, not balanced       343,360          3.239      -0.032   2.93 3.64 3.51
+    dense, 8 x 96                342,336          3.140      -0.131
+
+Conclusion: the biases spread the tokens over the experts and cost nothing that can be seen. But with the same work for
+each token the experts' further parameters do not show yet, while the dense layer that uses all of them does. An expert
+sees a quarter of the tokens: of 200 steps it learns from as many as fill 50. Sparse layers need longer runs.
 """
 
 from __future__ import annotations
