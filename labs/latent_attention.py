@@ -20,8 +20,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from lab import Variants, main, model
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -21,8 +21,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import torch
 from lab import Variants, main, model
+
+import torch
 from torch import Tensor, nn
 
 

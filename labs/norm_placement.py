@@ -19,6 +19,7 @@ import dataclasses
 from typing import Any, Literal
 
 from lab import Variants, main, model
+
 from torch import Tensor
 
 

@@ -23,8 +23,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
 from lab import Variants, main, model
+
+import torch
 from torch import Tensor, nn
 
 make_norm = model.make_norm

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lab import Variants, main
+
+import torch
 
 VARIANTS: Variants = {
     "rope": dict(position="rope"),

@@ -12,6 +12,7 @@ import math
 from typing import Any
 
 from lab import Variants, main, model
+
 from torch import Tensor, nn
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lab import compare, train_one
+
 import latent_attention
 import mixture_of_experts
 import norm_placement
@@ -17,7 +19,6 @@ import pytest
 import torch
 import what_carries
 from conftest import Call, run_script
-from lab import compare, train_one
 from model_helpers import random_tokens, randomise
 from safetensors.torch import load_file
 from test_look import read_page
