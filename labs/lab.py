@@ -76,7 +76,7 @@ def compare(
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
     width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
     head = f"{'':{width}}{'parameters':>10}  bits per byte  - baseline   {'each seed':{wide}}"
-    print(head, *measures or {}, sep="  ", flush=True)
+    print("  ".join([head, *(measures or ())]).rstrip(), flush=True)
     for name, options in variants.items():
         folder = re.sub(r"[^\w-]+", "_", name).strip("_")
         results = [train_one(parsed, Path("out/labs", lab, f"{folder}-{seed}"), seed, options) for seed in seeds]

@@ -2,7 +2,19 @@
 
     python labs/what_carries.py
 
-TABLE
+Measured: config/tiny.py with 6 layers of 4 heads (200 steps, characters of the standard library), 3 seeds, 0.027 apart
+on average:
+
+                       parameters  bits per byte  - baseline
+    whole                 334,528          3.243
+    no residual           334,528          4.787      +1.544
+    no feed-forward       112,960          3.613      +0.370
+    one head              334,528          3.201      -0.042
+    no 1/sqrt(d)          334,528          3.125      -0.118
+
+Conclusion: only the residuals are needed for learning anything: without them the model knows how often each letter
+occurs (4.77 bits) and no more. Feed-forward layers, two thirds of the parameters, come next. One head is not worse, nor
+less stable, in so small a model. Larger scores even help one that begins with small weights and heads of 16 channels.
 """
 
 from __future__ import annotations
