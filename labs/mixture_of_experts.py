@@ -39,6 +39,7 @@ class Mixture(nn.Module):
 
     Balance without an auxiliary loss (arXiv 2408.15664): a bias is added to each expert's score where the best are
     chosen, not where they are weighted. After a batch the biases of experts with more than their share fall.
+    With activation_checkpointing, which computes a layer again after that, torch says that the two differ, and stops.
     """
 
     counts: Tensor

@@ -2,11 +2,12 @@
 
     python labs/norm_placement.py
 
-Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 2 seeds, 0.013 apart on average:
+Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 3 seeds, 0.014 apart on average:
 
-    pre-norm             3.217
-    post-norm            3.353   +0.135
-    norm of the output   3.667   +0.450
+                          bits per byte  - baseline
+    pre-norm                      3.214
+    post-norm                     3.345      +0.131
+    norm of the output            3.671      +0.457
 
 Conclusion: with the same rates, pre-norm learns fastest at this depth, far beyond the noise. Post-norm follows: every
 gradient goes through all norms. Norms of the outputs begin as noise of size 1 on embeddings of size 0.02, which other
