@@ -2,16 +2,17 @@
 
     python labs/latent_attention.py
 
-Measured: config/tiny.py with 4 heads of 16 channels (200 steps, characters of the standard library), 2 seeds, 0.030
-apart on average; bytes of a token in the cache, float32.
+Measured: config/tiny.py with 4 heads of 16 channels (200 steps, characters of the standard library), 3 seeds, 0.031
+apart on average; bytes that a token takes in the cache, in float32.
 
-    4 heads             3.316           1,024
-    1 key/value head    3.282   -0.034    256
-    latent of 32        3.442   +0.126    320
-    latent of 16        3.476   +0.160    192
+                        bits per byte  - baseline  bytes a token
+    4 heads                     3.299              1,024
+    1 key/value head            3.275      -0.025  256
+    latent of 32                3.440      +0.141  320
+    latent of 16                3.478      +0.178  192
 
 Conclusion: a latent makes the cache a third or a fifth as large, and here it costs more than sharing one key/value
-head, which costs nothing that two seeds could show. At 64 channels heads have little to share; the paper compares at
+head, which costs nothing that three seeds could show. At 64 channels heads have little to share; the paper compares at
 widths of thousands, where one key/value head loses and the latent does not.
 """
 
