@@ -4,7 +4,7 @@
     python labs/NAME.py sample.py RUN [...]                           any script of nib, with the lab's model
 
 The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command goes on where it stopped, and one that is
-complete prints its table again.
+complete prints its table again. Other settings take another --out_dir.
 """
 
 from __future__ import annotations
@@ -74,12 +74,13 @@ def compare(
     if parsed.settings.dry_run or parsed.settings.eval_only:
         raise InputError("a lab trains. Give dry_run and eval_only to train.py")
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
+    root = Path(parsed.settings.out_dir or Path("out/labs", lab))
     width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
     head = f"{'':{width}}{'parameters':>10}  bits per byte  - baseline   {'each seed':{wide}}"
     print("  ".join([head, *(measures or ())]).rstrip(), flush=True)
     for name, options in variants.items():
         folder = re.sub(r"[^\w-]+", "_", name).strip("_")
-        results = [train_one(parsed, Path("out/labs", lab, f"{folder}-{seed}"), seed, options) for seed in seeds]
+        results = [train_one(parsed, root / f"{folder}-{seed}", seed, options) for seed in seeds]
         found, trained = [value for value, _ in results], [each for _, each in results if each is not None]
         parameters = sum(each.numel() for each in trained[0].parameters()) if trained else 0
         mean = statistics.mean(found)
@@ -94,7 +95,8 @@ def compare(
         print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(apart):.3f} apart on average")
     else:
         print("one seed: how much another would differ is not known. Use --seeds=3")
-    print(text.strip().rpartition("\n\n")[2])
+    if text:
+        print(f"\nFrom the table in labs/{lab}.py:\n" + text.strip().rpartition("\n\n")[2])
 
 
 def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]) -> tuple[float, Any]:

@@ -90,8 +90,8 @@ def test_scripts_need_the_lab_in_front(tmp_path: Path, call: Call, monkeypatch: 
     """Sampling by the lab, in a process of its own, and by nib alone, which lacks its option."""
     with monkeypatch.context() as patch:
         put(norm_placement, patch)
-        compare("placed", {"post, norm": dict(placement="post")}, FEW)
-    run = "out/labs/placed/post_norm-1337"
+        compare("placed", {"post, norm": dict(placement="post")}, [*FEW, "--out_dir=out/own"])
+    run = "out/own/post_norm-1337"
     done = run_script("labs/norm_placement.py", "sample.py", run, "--max-new-tokens=5", cwd=tmp_path)
     assert done.returncode == 0 and done.stdout, done.stderr
     done = call(sample.main, run, "--max-new-tokens=5", cwd=tmp_path)
