@@ -123,7 +123,7 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: the tokenizer's, and the one by which the template ends a turn."""
         stops = self.tokenizer.stop_ids | {self.tokenizer.end_of_text}
-        word = getattr(self.tokenizer, "characters", "Hi")[-1]  # one that a tokenizer of characters has
+        word = getattr(self.tokenizer, "characters", "")[-1:] or "Hi"  # one that a tokenizer of characters has
         for text in (word, [{"type": "text", "text": word}]):  # some templates take parts only
             try:
                 ids, mask = self.encode_conversation(
@@ -134,7 +134,7 @@ class Chat:
             except InputError:
                 continue
             learned = ids[mask == 1]
-            said = np.flatnonzero(np.isin(learned, self.tokenizer.encode("Hi")))[-1]
+            said = np.flatnonzero(np.isin(learned, self.tokenizer.encode(word)))[-1]
             stops |= set(self.tokenizer.special_tokens.values()).intersection(learned[said:].tolist())
             break
         return frozenset(id for id in stops if id is not None)

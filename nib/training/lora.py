@@ -26,7 +26,9 @@ class Pair(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(rank, inputs).uniform_(-1, 1, generator=generator) * inputs**-0.5)
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs))
+        if self.lora_A.device == generator.device:  # not where only shapes are wanted
+            nn.init.uniform_(self.lora_A, -(inputs**-0.5), inputs**-0.5, generator)
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
 
 
@@ -94,6 +96,16 @@ def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: f
         model.set_submodule(module, adapted)
 
 
+def with_adapter(model: Any, settings: TrainSettings) -> Any:
+    """The model, with the adapter that the settings ask for, if any. Raises InputError."""
+    if settings.lora_rank:
+        add_adapter(
+            model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets,
+            dropout=settings.lora_dropout, seed=settings.seed,
+        )  # fmt: skip
+    return model
+
+
 def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of a checkpoint into the adapter. Raises RuntimeError for those of another."""
     own = {name: parameter for name, parameter in model.named_parameters() if MARK in name}
@@ -115,10 +127,7 @@ def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: 
         "base": settings.init_from, "base_directory": str(base.directory.resolve()),
         "base_sha256": weights_checksum(model.state_dict()),
     }  # fmt: skip
-    add_adapter(
-        model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets,
-        dropout=settings.lora_dropout, seed=settings.seed,
-    )  # fmt: skip
+    with_adapter(model, settings)
     if checkpoint is not None:
         before = checkpoint.state.get("adapter", {}).get("base_sha256")
         if before != about["base_sha256"]:

@@ -53,6 +53,9 @@ class TrainSettings(ModelSettings):
     resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
                          choices=("auto", "never", "must"), group="run")
 
+    dry_run: bool = option(False, "say what the run would cost, and stop; nothing is written to out_dir", group="run")
+    json: bool = option(False, "with dry_run: say it as a JSON object", group="run")
+
     objective: str = option("auto", "lm: the next token; dpo: to prefer the chosen of two answers (arXiv 2305.18290); "
                             "auto: what the dataset is for", choices=("auto", "lm", "dpo"), group="run")
     dpo_beta: float = option(0.1, "dpo: how dear it is to move away from the model at the beginning", above=0,
@@ -148,6 +151,8 @@ class TrainSettings(ModelSettings):
 
     def check(self) -> None:
         """Raise InputError for settings that are each fine but not together."""
+        if self.json and not self.dry_run:
+            raise InputError("json is what dry_run prints. Add --dry-run, or leave out --json")
         own = {"block_size": self.block_size, "dropout": self.dropout}  # the rest is the shape of init_from's model
         try:
             GPTConfig(**(self.model_options() if self.init_from == "scratch" else own))

@@ -157,18 +157,27 @@ def build_model(
     With lora_rank the weights are those of the base in any case. Returns also where they come from. Raises InputError
     for a shape that cannot be, or that is not the one init_from has.
     """
+    torch.manual_seed(parsed.settings.seed)
+    source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
+    if checkpoint and parsed.settings.lora_rank:  # which has the shape, but the adapter alone
+        source = open_source(base_name(checkpoint))
+    return (build(source, lambda: GPT(config)) if source else GPT(config)), source
+
+
+def choose_shape(
+    parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPTConfig: type
+) -> tuple[Source | None, Any]:
+    """Whose weights the model begins with, if anyone's, and its GPTConfig. Raises InputError as `build_model` does."""
     settings = parsed.settings
-    torch.manual_seed(settings.seed)
     if settings.init_from == "scratch":
         # Before a model with a table of that many positions is built.
         training_sequences(dataset, settings.block_size, settings.seed)
-        config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
-        return (build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)), checkpoint
-    source: Source = checkpoint or open_source(settings.init_from)
+        return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
+    source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
     since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
     added = {name: options[name] for name in since}
-    config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
+    config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     for part in dataset.parts:
         take_vocabulary(source, part, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
@@ -188,9 +197,7 @@ def build_model(
             raise InputError(str(error)) from None
     elif "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size
-    if checkpoint and settings.lora_rank:  # which has the shape, but the adapter alone
-        source = open_source(base_name(checkpoint))
-    return build(source, lambda: GPT(config)), source
+    return source, config
 
 
 def lengthen(config: Any, block_size: int, asked: dict[str, Any], name: str) -> dict[str, Any]:
