@@ -16,7 +16,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
@@ -62,6 +62,8 @@ def main() -> None:
         source = open_source(parsed.arguments[0])
         config = read_config(source, GPTConfig)
         check_adapter(source, settings)
+        if settings.format == "peft":
+            same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
         weights = read_weights(source, lambda: GPT(config))
         name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
     print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
@@ -78,6 +80,13 @@ def check_adapter(source: Source, settings: Settings) -> None:
         raise InputError(f"{source.directory} has no adapter: it was not trained with lora_rank. Leave out the option")
     if adapted and not settings.merge and settings.format != "peft":
         raise InputError(f"{source.directory} is an adapter. Add --merge for a whole model, or --format=peft")
+
+
+def same_rotation(config: Any, base: Any) -> None:
+    """Raise InputError where a run has given its base a longer context: peft's files say nothing of positions."""
+    for name, value in vars(base).items():
+        if name.startswith("rope_") and value != getattr(config, name):
+            raise InputError(f"{name} is another than the base's, which no file of peft's can say. Use --merge")
 
 
 def parse_size(text: str) -> int:
