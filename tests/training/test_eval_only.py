@@ -98,7 +98,7 @@ def test_a_signal_ends_a_validation_at_once(number: int, monkeypatch: pytest.Mon
         os.kill(os.getpid(), number)
         time.sleep(60)
 
-    monkeypatch.setattr(nib.training.run, "validate", validating)
+    monkeypatch.setattr(objective, "validate", validating)
     if (child := os.fork()) == 0:
         signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored where the tests run under nohup
         try:
