@@ -25,17 +25,17 @@ def answer_of(question: str, before: list[tuple[str, str]], system: str) -> str:
         return str(int(found[1]) + int(found[2]))
     if found := re.fullmatch(r"Add (\d) to that\.", question):
         return str(int(before[-1][1]) + int(found[1]))
-    if found := re.fullmatch(r"Reverse ([a-z]{3,6})\.", question):
+    if found := re.fullmatch(r"Reverse ([a-z]{3,5})\.", question):
         return found[1][::-1]
-    if found := re.fullmatch(r"Sort the letters of ([a-z]{3,6})\.", question):
+    if found := re.fullmatch(r"Sort the letters of ([a-z]{3,5})\.", question):
         return "".join(sorted(found[1]))
-    if found := re.fullmatch(r"Sort (\d+(, \d+){2,3})\.", question):
+    if found := re.fullmatch(r"Sort (\d(, \d){2,5})\.", question):
         return ", ".join(sorted(found[1].split(", "), key=int))
-    if found := re.fullmatch(r"(.*)\. (What does (\w+) have|Who has (\w+))\?", question):
+    if found := re.fullmatch(r"(.*)\. What does (\w+) have\?", question):
         facts = re.findall(r"(\w+) has (\d) (\w+)", found[1])
         assert len({who for who, _, _ in facts}) == len({what for _, _, what in facts}) == len(facts) >= 2
-        ((who, number, what),) = [fact for fact in facts if found[3] == fact[0] or found[4] == fact[2]]
-        return f"{who} has {number} {what}."
+        ((_, number, what),) = [fact for fact in facts if found[2] == fact[0]]
+        return f"{number} {what}"
     if found := re.fullmatch(r"My name is (\w+)\.", question):
         return f"Hello, {found[1]}!"
     if question == "What is my name?":
@@ -88,7 +88,7 @@ def test_every_answer_is_right_and_every_kind_of_question_is_there(held_out):
 def test_no_problem_that_is_held_out_is_learned():
     learned = set[object]().union(*map(problems, conversations(4000)))
     asked = set[object]().union(*map(problems, conversations(400, seed=7, held_out=True)))
-    assert len(learned) > 10_000 and len(asked) > 1000 and not learned & asked
+    assert len(learned) > 10_000 and len(asked) > 500 and not learned & asked
 
 
 def test_a_seed_gives_the_same_questions_each_time_and_another_gives_others():
