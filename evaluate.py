@@ -3,6 +3,7 @@
 python evaluate.py small                                     on the validation split it was trained beside
 python evaluate.py small gpt2 --data notes.txt --data stdlib
 python evaluate.py out/small --data questions.jsonl --json
+python evaluate.py small --data notes.txt --tokens           each token with its surprise
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nib.cpu.threads import choose_threads
 if TYPE_CHECKING:
     from nib.formats.load import Source
 
-USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--option=value]..."
+USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--tokens] [--option=value]..."
 ABOUT = """Scores models on whole texts: each text by itself, each of its tokens once. --data is a prepared dataset,
 whose validation split is taken, or a file of text, JSONL or Parquet; JSONL of {"context", "endings", "label"} is a task
 of multiple choice."""
@@ -42,6 +43,7 @@ class Settings:
     max_tokens: int = option(0, "stop after so many tokens of each data; 0: never", at_least=0)
     batch_size: int = option(8, "windows at once", at_least=1)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
+    tokens: bool = option(False, "also print each token of the texts with its surprise in nats: -ln(its probability)")
     json: bool = option(False, "print a JSON object a line in place of the tables")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     dtype: str = option(
@@ -99,8 +101,18 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     for parameter in model.parameters():
         parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
     results: list[dict[str, Any]] = []
+
+    def show(id: int, surprise: float) -> None:
+        text = tokenizer.token_text(id)
+        if settings.json:
+            write_result(json.dumps({"model": name, "id": id, "text": text, "surprise": surprise}))
+        else:
+            write_result(f"{surprise:8.4f}  {text!r}")
+
     for data, questions in tasks:
         if questions is not None:
+            if settings.tokens:
+                raise InputError(f"{data} holds questions, and --tokens is for texts. Leave out --tokens")
             found = score_choices(model, tokenizer, questions, settings.batch_size)
             results.append({
                 "model": name, "data": data, "questions": found.questions,
@@ -115,7 +127,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
         )
         score = score_texts(
             model, tokenizer, texts, context=context, stride=stride, batch=settings.batch_size,
-            max_tokens=settings.max_tokens,
+            max_tokens=settings.max_tokens, each=show if settings.tokens else None,
         )  # fmt: skip
         if not score.tokens:
             raise InputError(f"there is no text in {data}. Give a source that has some")

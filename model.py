@@ -39,6 +39,12 @@ class GPTConfig:
     norm_eps: float = 1e-5  # added to the variance before its root is taken
     position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"  # how the model knows positions
     rope_base: float = 10000.0  # base of the rotary frequencies
+    rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"  # slower rotation, longer context
+    rope_factor: float = 1.0  # how many times longer rope_scaling makes the context
+    rope_original: int = 0  # the context before rope_scaling; 0: block_size
+    rope_slow: float = 0.0  # llama3, yarn: pairs with fewer turns in rope_original are slowed by the factor; 0: 1
+    rope_fast: float = 0.0  # llama3, yarn: pairs with more turns in it are not slowed; 0: 4 for llama3, 32 for yarn
+    rope_attention: float = 0.0  # factor of the rotated queries and keys; 0: 1, with yarn 1 + ln(rope_factor) / 10
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "swiglu"  # feed-forward layer
     qk_norm: bool = True  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
     window: int = 0  # positions each position attends to, itself included; 0: all before it
@@ -46,8 +52,9 @@ class GPTConfig:
     tie_weights: bool = True  # the head that makes logits is the token embedding (arXiv 1608.05859)
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "rope_base"), 1)
-        least |= dict.fromkeys(("n_kv_head", "head_size", "mlp_hidden", "window", "dropout", "norm_eps"), 0)
+        least = dict.fromkeys("vocab_size block_size n_layer n_head n_embd rope_base rope_factor".split(), 1)
+        least |= dict.fromkeys("n_kv_head head_size mlp_hidden window dropout norm_eps rope_original".split(), 0)
+        least |= dict.fromkeys(("rope_slow", "rope_fast", "rope_attention"), 0)
         for name, low in least.items():
             if not getattr(self, name) >= low:  # NaN is wrong too
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}. Correct it")
@@ -68,6 +75,9 @@ class GPTConfig:
             raise ValueError(f"position=rope needs an even head size, not {self.head_size}. Change n_embd or n_head")
         if self.position == "sinusoidal" and self.n_embd % 2:
             raise ValueError(f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd")
+        scaled = self.rope_scaling != "none"
+        if scaled != (self.rope_factor > 1) or (scaled and (self.position != "rope" or self.rope_base == 1)):
+            raise ValueError("rope_scaling takes position=rope, rope_factor and rope_base above 1. Give all, or none")
         hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
         self.mlp_hidden = self.mlp_hidden or hidden
 
@@ -85,10 +95,21 @@ def make_norm(size: int, config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(size, eps=config.norm_eps, bias=config.bias)
 
 
-def angles(length: int, size: int, base: float) -> Tensor:
-    """Position times frequency, (length, size / 2): at position p, pair i is rotated by p / base^(2i / size)."""
-    frequency = base ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
-    return torch.outer(torch.arange(length, dtype=torch.float64), frequency).float()
+def rotary_frequencies(config: GPTConfig) -> Tensor:
+    """Radians a position for each pair of channels (D / 2,), as in transformers (arXiv 2306.15595, 2309.00071)."""
+    D, base, original = config.head_size, config.rope_base, config.rope_original or config.block_size
+    factor, slow = config.rope_factor, config.rope_slow or 1.0
+    period = base ** (torch.arange(0, D, 2).float() / D)  # over 2 pi
+    frequency = 1.0 / period
+    if config.rope_scaling == "llama3":
+        kept = ((original / (math.tau / frequency) - slow) / ((config.rope_fast or 4.0) - slow)).clamp(0, 1)
+        return (1 - kept) * frequency / factor + kept * frequency
+    if config.rope_scaling == "yarn":  # a ramp from the pair with rope_fast turns to the one with rope_slow
+        low, high = (D / 2 * math.log(original / (turns * math.tau), base) for turns in (config.rope_fast or 32, slow))
+        low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
+        kept = 1 - ((torch.arange(D // 2) - low) / (high - low or 0.001)).clamp(0, 1)
+        return 1.0 / (factor * period) * (1 - kept) + frequency * kept
+    return frequency / factor if config.rope_scaling == "linear" else frequency  # dynamic acts beyond block_size
 
 
 def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
@@ -230,13 +251,15 @@ class GPT(nn.Module):
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         elif config.position == "sinusoidal":  # arXiv 1706.03762, section 3.5
-            turn = angles(config.block_size, config.n_embd, 10000.0)
+            frequency = 10000.0 ** (-torch.arange(0, config.n_embd, 2).double() / config.n_embd)
+            turn = torch.outer(torch.arange(config.block_size).double(), frequency).float()
             table = torch.stack((turn.sin(), turn.cos()), dim=-1).flatten(1)
             self.register_buffer("sinusoid", table, persistent=False)
         elif config.position == "rope":
-            turn = angles(config.block_size, config.head_size, config.rope_base)
-            sin = turn.sin()
-            self.register_buffer("rope_cos", turn.cos().repeat(1, 2), persistent=False)  # (block_size, D)
+            turn = torch.outer(torch.arange(config.block_size).float(), rotary_frequencies(config))
+            by_kind = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
+            cos, sin = (table * (config.rope_attention or by_kind) for table in (turn.cos(), turn.sin()))
+            self.register_buffer("rope_cos", cos.repeat(1, 2), persistent=False)  # (block_size, D)
             self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config.n_embd, config)

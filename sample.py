@@ -22,7 +22,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
@@ -30,7 +29,14 @@ from nib.common.options import option, parse
 from nib.common.streams import write_result
 from nib.common.wording import counted, printable
 from nib.cpu.threads import choose_threads
-from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples
+from nib.generation.request import (
+    BYTE_ORDER_MARK,
+    Sample,
+    SamplingSettings,
+    TextStream,
+    make_samples,
+    read_prompt,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from model import GPT
@@ -38,7 +44,6 @@ if TYPE_CHECKING:
 
 Encode = Callable[[list[dict[str, Any]]], list[int]]
 INTERRUPTED = 130
-BYTE_ORDER_MARK = "\ufeff"  # some programs begin a text with it
 SAMPLE_BYTES = 2500  # of what a sample takes beside its cache and logits: its text, generator and random numbers
 USAGE = "python sample.py [RUN|CHECKPOINT|HF_DIR] [--prompt TEXT|FILE:path|-]... [--name=value]..."
 ABOUT = (
@@ -61,7 +66,8 @@ class Options(SamplingSettings):
     )  # fmt: skip
     system: str = option("", "the system message of a --chat", group="input and output")
     json: bool = option(
-        False, "print a JSON object a sample: prompt, text, tokens, finish_reason, tokens_per_second",
+        False, "print a JSON object a sample: prompt, text, tokens, finish_reason, tokens_per_second, and logprobs "
+        "with --top-logprobs",
         group="input and output",
     )  # fmt: skip
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
@@ -87,6 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     TextStream(options.stop)  # says now what is wrong with them
     if options.compile and not options.cache:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
+    if options.top_logprobs and not options.json:
+        raise InputError("--top-logprobs is printed by --json. Add --json")
+    if options.top_logprobs and options.compile:
+        raise InputError("--compile keeps no probabilities. Leave out --compile or --top-logprobs")
     from nib.common.memory import memory_errors
 
     with memory_errors("Use a smaller model, or --quantize int8"):
@@ -141,21 +151,6 @@ def read_messages(prompt: str, system: str) -> list[dict[str, Any]]:
     if system and messages[0]["role"] == "system":
         raise InputError("--prompt has a system message. Leave out --system")
     return [{"role": "system", "content": system}] * bool(system) + messages
-
-
-def read_prompt(source: str) -> str:
-    if source != "-" and not source.startswith("FILE:"):
-        return source
-    name = "standard input" if source == "-" else source.removeprefix("FILE:")
-    try:
-        data = sys.stdin.buffer.read() if source == "-" else Path(name).read_bytes()
-        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
-    except MemoryError:
-        raise InputError(f"the prompt in {name} is larger than memory. Give a shorter one") from None
-    except OSError as error:
-        raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
 
 
 def load_model(
@@ -292,13 +287,23 @@ def warn_of_long_prompts(samples: list[Sample], block_size: int) -> None:
 
 def as_json(sample: Sample) -> dict[str, Any]:
     speed = sample.tokens_per_second
-    return {
+    shown: dict[str, Any] = {
         "prompt": sample.prompt,
         "text": sample.text,
         "tokens": sample.tokens,
         "finish_reason": sample.finish_reason,
         "tokens_per_second": None if speed is None else round(speed, 1),
     }
+    if sample.logprobs:  # of the model itself, before temperature and filters
+        of = sample.tokenizer.token_text
+        shown["logprobs"] = [
+            {
+                "id": token, "text": of(token), "logprob": logprob,
+                "top": [{"id": id, "text": of(id), "logprob": value} for id, value in top],
+            }
+            for token, (logprob, top) in zip(sample.tokens, sample.logprobs, strict=False)  # without the end of text's
+        ]  # fmt: skip
+    return shown
 
 
 class Printer:

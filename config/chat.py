@@ -3,7 +3,7 @@
     make chat
 
 2 CPU cores, about 3 minutes. It learns the assistant's turns only, of questions that are generated with their answers
-(nib/data/questions.py). bench/chat.py counts how many of those held out it answers; python sample.py chat --chat asks it.
+(nib/data/questions.py). bench/chat.py counts how many of those held out it answers; sample.py chat --chat asks it.
 """
 
 dataset = "questions"  # made and prepared when it is missing: bytes, and tokens for the turns of a chat

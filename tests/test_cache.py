@@ -18,6 +18,7 @@ CACHED = [
     *({"position": position} for position in POSITIONS),
     {"position": "rope", "n_kv_head": 2, "qk_norm": True, "norm": "rmsnorm", "mlp": "swiglu"},
     {"position": "rope", "n_kv_head": 1, "window": 5},
+    {"position": "rope", "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 8},
     {"position": "learned", "window": 1},
     {"position": "none", "window": 9, "bias": False},
 ]

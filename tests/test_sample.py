@@ -115,6 +115,34 @@ def test_json_is_one_object_a_sample_and_nothing_else(run):
     assert json.loads(run("--json", "--max-new-tokens=1")[1])["tokens_per_second"] is None
 
 
+def test_top_logprobs_are_the_models_own(run, place):
+    from nib.formats.load import build, open_source
+
+    arguments = ["bytes", "--prompt=abc", "--prompt=b", "--num-samples=2", "--max-new-tokens=9", "--json"]
+    code, out, _ = run(*arguments, "--top-logprobs=3", "--temperature=1.7", "--top-k=40", "--repetition-penalty=1.2")
+    source = open_source(str(place / "out/bytes"))
+    model = build(source, lambda: GPT(GPTConfig(**source.model_config))).eval()
+    for found in map(json.loads, out.splitlines()):
+        ids = [*found["prompt"].encode(), *found["tokens"]]
+        with torch.no_grad():
+            log_probs = model(torch.tensor([ids]))[0][0].log_softmax(-1)[len(found["prompt"]) - 1 :]
+        assert code == 0 and [each["id"] for each in found["logprobs"]] == found["tokens"]
+        for token, expected in zip(found["logprobs"], log_probs[:-1], strict=True):
+            best = expected.topk(3)
+            assert abs(token["logprob"] - expected[token["id"]]) < 1e-4
+            assert [each["id"] for each in token["top"]] == best.indices.tolist()
+            assert (
+                max(abs(each["logprob"] - value) for each, value in zip(token["top"], best.values, strict=True)) < 1e-4
+            )
+            assert token["text"] == bytes([token["id"]]).decode("utf-8", errors="replace")
+    plain = [json.loads(line) for line in run(*arguments)[1].splitlines()]
+    asked = [json.loads(line) for line in run(*arguments, "--top-logprobs=1")[1].splitlines()]
+    assert [each["tokens"] for each in plain] == [each["tokens"] for each in asked] and "logprobs" not in plain[0]
+    assert run("--prompt=a", "--top-logprobs=2")[0] == 2
+    assert "Add --json" in run("--prompt=a", "--top-logprobs=2")[2]
+    assert "Leave out --compile" in run("--prompt=a", "--json", "--compile", "--top-logprobs=2")[2]
+
+
 def test_several_samples_are_printed_in_order_under_headers(run):
     arguments = ["chars", "--prompt=abba", "--prompt=c", "--num-samples=2", "--max-new-tokens=30", "--stop=a"]
     samples = [json.loads(line) for line in run(*arguments, "--json")[1].splitlines()]

@@ -71,10 +71,12 @@ def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
     tokenizer.stop_ids |= Chat(tokenizer).stop_ids - {tokenizer.end_of_text}
 
 
-def said(messages: Messages) -> Iterator[str]:
-    """The texts of the messages."""
-    for message in messages:
-        content = message["content"]
+def said(side: dict[str, Any]) -> Iterator[str]:
+    """The texts in what `nib.data.rows.learned_sides` gives."""
+    for content in [message["content"] for message in side.get("messages", [])] + [
+        side.get("prompt"),
+        side.get("text"),
+    ]:
         for part in content if isinstance(content, list) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
@@ -121,7 +123,7 @@ class Chat:
     def stop_ids(self) -> frozenset[int]:
         """The ids that end an answer: the tokenizer's, and the one by which the template ends a turn."""
         stops = self.tokenizer.stop_ids | {self.tokenizer.end_of_text}
-        word = getattr(self.tokenizer, "characters", "Hi")[-1]  # one that a tokenizer of characters has
+        word = getattr(self.tokenizer, "characters", "")[-1:] or "Hi"  # one that a tokenizer of characters has
         for text in (word, [{"type": "text", "text": word}]):  # some templates take parts only
             try:
                 ids, mask = self.encode_conversation(
@@ -132,17 +134,18 @@ class Chat:
             except InputError:
                 continue
             learned = ids[mask == 1]
-            said = np.flatnonzero(np.isin(learned, self.tokenizer.encode("Hi")))[-1]
+            said = np.flatnonzero(np.isin(learned, self.tokenizer.encode(word)))[-1]
             stops |= set(self.tokenizer.special_tokens.values()).intersection(learned[said:].tolist())
             break
         return frozenset(id for id in stops if id is not None)
 
     def encode_conversation(
-        self, messages: Messages, tools: Any = None, train_on: str = "assistant"
+        self, messages: Messages, tools: Any = None, train_on: str = "assistant", first: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids, uint32 (T,), and the mask, uint8 (T,): 1 where the token is learned.
 
-        `train_on` is assistant, what the assistant writes with the token that ends its turn, or all. The ids are
+        `train_on` is assistant, what the assistant writes with the token that ends its turn, or all; of the messages
+        before number `first`, counted from 0, nothing is learned by the former. The ids are
         those of transformers' apply_chat_template, but that special tokens in messages stay text. Raises InputError
         where the template fails, leaves something out, or does not show what the assistant writes.
         """
@@ -152,9 +155,18 @@ class Chat:
         ids, places = self._encode(text)
         if train_on == "all":
             return ids, np.ones(len(ids), dtype=np.uint8)
-        if not any(message.get("role") == "assistant" for message in messages):
+        if not any(message.get("role") == "assistant" for message in messages[first:]):
             raise InputError("there is no turn of the assistant")
-        spans = self._marked(rendered, text) if self.has_generation else self._subtracted(messages, tools, text)
+        if self.has_generation:
+            spans = self._marked(rendered, text)
+            prompt = (
+                re.sub(f"[{OPEN}{CLOSE}]", "", self._guarded_render(messages[:first], tools, False)) if first else ""
+            )
+            if not text.startswith(prompt):
+                raise InputError("the chat template writes the prompt in another way where an answer follows")
+            spans = [span for span in spans if span[0] >= len(prompt)]
+        else:
+            spans = self._subtracted(messages, tools, text, first)
         mask = np.zeros(len(ids), dtype=np.uint8)
         for begin, end in spans:
             mask[(places[:, 0] < end) & (places[:, 1] > begin)] = 1
@@ -181,7 +193,7 @@ class Chat:
                 raise InputError("the chat template takes a special token in a message for its own")
         return rendered
 
-    def _encode(self, text: str) -> tuple[Any, np.ndarray]:
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """The ids of a rendered text without its guards, and the characters of it that each stands for, (T, 2)."""
         ids: list[int] = []
         places: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
@@ -236,11 +248,11 @@ class Chat:
             at += len(piece)
         return spans
 
-    def _subtracted(self, messages: Messages, tools: Any, text: str) -> list[tuple[int, int]]:
+    def _subtracted(self, messages: Messages, tools: Any, text: str, first: int) -> list[tuple[int, int]]:
         """What each turn of the assistant adds to the turns before it, up to the token that ends it."""
         spans = []
         for index, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if message.get("role") != "assistant" or index < first:
                 continue
             before = self._guarded_render(messages[:index], tools, True)
             after = self._guarded_render(messages[: index + 1], tools, False)

@@ -28,7 +28,7 @@ from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
 from nib.data.questions import write_questions
-from nib.data.rows import CHAT_COLUMNS, MESSAGES, row_text
+from nib.data.rows import CHAT_COLUMNS, MESSAGES, ROWS, row_text
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
@@ -172,7 +172,7 @@ def _content_of(path: Path, format: str) -> str:
     """What a file of that name holds; "" where it is packed in a way that is not read here."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
-    found = FORMATS.get(ending, "jsonl" if format == "chat" else "text") if format in ("auto", "chat") else format
+    found = FORMATS.get(ending, "text" if format == "auto" else "jsonl") if format in ("auto", *ROWS) else format
     return "" if ending in PACKED or (found == "parquet" and last in COMPRESSED) else found
 
 
@@ -186,10 +186,10 @@ def _format_of(path: Path, format: str) -> str:
     )
 
 
-def read_parts(sources: list[Source], field: str, chat: bool = False) -> Iterator[Part]:
+def read_parts(sources: list[Source], field: str, kind: str = "") -> Iterator[Part]:
     """The documents of all sources, in order. `field` is the Parquet or hub column that holds the text.
 
-    Of Parquet a `chat` is a row of JSON.
+    Of Parquet a row of a `kind` (chat, preference) is a row of JSON.
 
     Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is found later.
     """
@@ -198,7 +198,7 @@ def read_parts(sources: list[Source], field: str, chat: bool = False) -> Iterato
             if source.format == "hub":
                 yield from _hub_rows(source)
             elif source.format == "parquet":
-                yield from _parquet_rows(source, field, chat)
+                yield from _parquet_rows(source, field, kind)
             elif source.path is None:
                 yield from _stream(source, io.BufferedReader(StandardInput(), 2**20))
             else:
@@ -282,7 +282,7 @@ def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
         number, at = number + 1, end
 
 
-def _parquet_rows(source: Source, field: str, chat: bool) -> Iterator[Part]:
+def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -292,7 +292,7 @@ def _parquet_rows(source: Source, field: str, chat: bool) -> Iterator[Part]:
         # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
-            if chat:
+            if kind:
                 rows = file.iter_batches(batch_size=256, columns=[n for n in columns if n in (field, *CHAT_COLUMNS)])
                 for number, values in enumerate((row for batch in rows for row in batch.to_pylist()), start=1):
                     line = json.dumps(_without_nulls(values), default=str)

@@ -23,6 +23,7 @@ from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read
 from nib.data.download import url_path
 from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
+from nib.data.rows import ROWS
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
 from nib.data.workers import Worker
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
@@ -78,23 +79,23 @@ def prepare(
     began = time.monotonic()
     workers = workers or _cores()
     check_tokenizer_name(tokenizer)
-    chat = format == "chat"
+    kind = format if format in ROWS else ""
     try:
         with staging_directory(out, overwrite) as staging:
             spool = tokenizer == "char" or tokenizer.startswith("bpe:")
             fetched = staging / "fetched"
             fetched.mkdir()
-            ready = is_dataset(sources) and not chat
+            ready = is_dataset(sources) and not kind
             if ready:
                 fitted = dataset_tokenizer(Path(sources[0]), tokenizer)
             else:
                 found = find_sources(sources, format, glob, fetched, spool)
-                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging, chat)
-            if chat:
+                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging, kind)
+            # Pairs of texts need no template, and no special tokens of one.
+            if kind == "chat" or (kind and (chat_template or fitted.chat_template)):
                 fit_tokenizer(fitted, chat_template)
-            learns = train_on if chat else ""
-            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted), learns)
-            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction, chat)
+            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted), kind, train_on)
+            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction, bool(kind))
             try:
                 if ready:
                     copy_tokens(Path(sources[0]), fitted, writer)
@@ -120,8 +121,8 @@ def prepare(
                 "val_fraction": val_fraction,
                 "seed": seed,
             }
-            if chat:
-                meta |= {"kind": "chat", "learned": writer.learned}
+            if kind:
+                meta |= {"kind": kind, "learned": writer.learned}
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
     except OSError as error:
@@ -153,19 +154,17 @@ def check_tokenizer_name(name: str) -> None:
             raise InputError(f"--tokenizer={name}: N is 257 (bytes and end-of-text) to 1000000. Write bpe:8192")
 
 
-def _fit_tokenizer(
-    name: str, sources: list[Source], field: str, invalid: str, directory: Path, chat: bool
-) -> Tokenizer:
+def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, directory: Path, kind: str) -> Tokenizer:
     """The tokenizer of that name, trained on the corpus where it is of that kind."""
     if name == "char":
         _say("collecting the characters of the corpus")
-        return train_char(_texts(read_parts(sources, field, chat), field, invalid, chat))
+        return train_char(_texts(read_parts(sources, field, kind), field, invalid, kind))
     if not name.startswith("bpe:"):
         return make_tokenizer(name)
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
     # In a process of its own, since the memory that training took is not given back, and Ctrl-C would have to wait.
-    with contextlib.closing(Worker(_BpeTraining, sources, field, invalid, chat)) as worker:
+    with contextlib.closing(Worker(_BpeTraining, sources, field, invalid, kind)) as worker:
         tokenizer = load_tokenizer(worker(size, directory))
     if tokenizer.vocab_size < size:
         _say(f"the corpus has words for {tokenizer.vocab_size} tokens only, so the vocabulary is {tokenizer.name}")
@@ -175,18 +174,18 @@ def _fit_tokenizer(
 class _BpeTraining:
     """Trains a tokenizer on the sources and saves it."""
 
-    def __init__(self, sources: list[Source], field: str, invalid: str, chat: bool) -> None:
-        self.sources, self.field, self.invalid, self.chat = sources, field, invalid, chat
+    def __init__(self, sources: list[Source], field: str, invalid: str, kind: str) -> None:
+        self.sources, self.field, self.invalid, self.kind = sources, field, invalid, kind
 
     def __call__(self, size: int, directory: Path) -> Path:
-        parts = _sample(read_parts(self.sources, self.field, self.chat), self.sources)
-        return train_bpe(_texts(parts, self.field, self.invalid, self.chat), size).save(directory)
+        parts = _sample(read_parts(self.sources, self.field, self.kind), self.sources)
+        return train_bpe(_texts(parts, self.field, self.invalid, self.kind), size).save(directory)
 
 
-def _texts(parts: Iterable[Part], field: str, invalid: str, chat: bool) -> Iterator[str]:
+def _texts(parts: Iterable[Part], field: str, invalid: str, kind: str) -> Iterator[str]:
     for part in parts:
-        text = part_text(part, field, invalid, chat)[0]
-        yield from said(json.loads(text)["messages"]) if chat and text else [text]
+        text = part_text(part, field, invalid, kind)[0]
+        yield from (words for side in json.loads(text) for words in said(side)) if kind and text else [text]
 
 
 def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
@@ -207,9 +206,9 @@ def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
 def _encode(
     sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter, tokenizer: Tokenizer, show: int
 ) -> None:
-    """Encode all documents into `writer`, in order, and print the first chats."""
+    """Encode all documents into `writer`, in order, and print the first rows."""
     left_out = 0
-    encoded = encode_all(read_parts(sources, settings.field, writer.chat), settings, workers)
+    encoded = encode_all(read_parts(sources, settings.field, settings.kind), settings, workers)
     with contextlib.closing(encoded), _Progress(sources) as progress:
         for parts, (results, tokens) in encoded:
             position = 0

@@ -7,14 +7,14 @@ not by its hash: one that a model is asked afterwards is in no conversation that
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 Messages = list[dict[str, str]]
-COUNT = 40_000  # conversations of the corpus
+COUNT = 20_000  # conversations of the corpus
 HELD_OUT = 0.1  # of all problems
 CHARACTERS = 130  # after which a conversation ends
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -44,17 +44,18 @@ class Questions:
         return messages
 
     def fits(self, *problem: object) -> bool:
-        return (zlib.crc32(repr(problem).encode()) < HELD_OUT * 2**32) == self.held_out
+        digest = hashlib.sha256(repr(problem).encode()).digest()
+        return (int.from_bytes(digest[:4], "big") < HELD_OUT * 2**32) == self.held_out
 
     def add(self) -> Messages:
         left, right = self.summands()
         return ask(f"What is {left} + {right}?", f"{left + right}")
 
     def add_twice(self) -> Messages:
-        left, right = self.summands()
-        more = self.random.randrange(10)
-        while not self.fits("sum", *sorted((left + right, more))):
-            left, right = self.summands()
+        while True:
+            (left, right), more = self.summands(), self.random.randrange(10)
+            if self.fits("sum", *sorted((left + right, more))):
+                break
         return [
             *ask(f"What is {left} + {right}?", f"{left + right}"),
             *ask(f"Add {more} to that.", f"{left + right + more}"),

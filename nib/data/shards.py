@@ -133,7 +133,7 @@ class SplitWriter:
     directory: Path
     dtype: np.dtype
     val_fraction: float
-    chat: bool = False
+    rows: bool = False  # of conversations, which are learned in part
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -142,7 +142,7 @@ class SplitWriter:
 
     def __post_init__(self) -> None:
         self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
-        self.stored = np.dtype("<u4") if self.chat else self.dtype  # with the bits LEARNED and FIRST
+        self.stored = np.dtype("<u4") if self.rows else self.dtype  # with the bits LEARNED and FIRST
         self.document: _Document | None = None
         self.lowest: _Document | None = None  # of all in train
 
@@ -202,7 +202,7 @@ class SplitWriter:
             self.tokens, self.bytes, self.documents = (
                 {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
             )
-        if self.chat:
+        if self.rows:
             return  # it is a row of its own, in one piece
         total = self.tokens["train"]
         start = int(total * (1 - self.val_fraction))
@@ -247,14 +247,14 @@ class SplitWriter:
             for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
                 shard = self.directory / f"{split}-{index:05d}.bin"
                 start = index * shard_tokens * size
-                if index == 0 and not self.chat:
+                if index == 0 and not self.rows:
                     file.flush()
                     os.rename(file.name, shard)
                 else:
                     row_end = self._write_shard(split, shard, index * shard_tokens, end // size, row_end)
                     file.truncate(start)
                     end = start
-                for path in (shard, shard.with_suffix(".mask"), shard.with_suffix(".rows"))[: 3 if self.chat else 1]:
+                for path in (shard, shard.with_suffix(".mask"), shard.with_suffix(".rows"))[: 3 if self.rows else 1]:
                     sha256[path.name] = file_sha256(path)
             file.close()
             Path(file.name).unlink(missing_ok=True)
@@ -268,7 +268,7 @@ class SplitWriter:
         """
         size = self.stored.itemsize
         chunks = _chunks(self.files[split], start * size, (end - start) * size)
-        if not self.chat:
+        if not self.rows:
             with open(shard, "wb") as file:
                 file.writelines(chunks)
             return row_end

@@ -6,6 +6,7 @@ names of its modules. What an architecture can say and model.py cannot do is ref
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,11 @@ LLAMA_KEYS = {
     "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size",
     "head_size": "head_dim", "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "mlp": "hidden_act",
     "tie_weights": "tie_word_embeddings",
+}  # fmt: skip
+ROPE_KEYS = {  # the same of rope_parameters, by their kind of scaling
+    "default": {}, "linear": {}, "dynamic": {},
+    "llama3": {"rope_slow": "low_freq_factor", "rope_fast": "high_freq_factor"},
+    "yarn": {"rope_slow": "beta_slow", "rope_fast": "beta_fast", "rope_attention": "attention_factor"},
 }  # fmt: skip
 RMS = {"norm": ("rmsnorm",), "position": ("rope",)}
 
@@ -118,7 +124,8 @@ ARCHITECTURES = [
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
 # The fields of GPTConfig that an architecture says, restricts, or need not know.
-KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, "qk_norm", "window", "bias", "rope_base", "dropout", "init"}
+KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, *ROPE_KEYS["yarn"], "qk_norm", "window", "bias", "dropout", "init"}
+KNOWN |= {"rope_base", "rope_scaling", "rope_factor", "rope_original"}
 # What config.json may ask for besides, and the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
@@ -157,7 +164,7 @@ def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, An
         model[name] = architecture.options[name][0] if name in architecture.options else model[name]
     model["window"] = read_window(architecture, value, model["n_layer"])
     if model["position"] == "rope":
-        model["rope_base"] = read_rope(architecture, value)
+        model |= read_rope(architecture, value, model["block_size"])
     with_bias = set(architecture.always_bias)
     for key, layers in architecture.bias_keys.items():
         with_bias |= set(layers) if switch(value.get(key, False), key) else set()
@@ -217,18 +224,39 @@ def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int)
     return 0 if width is None else number(width, "sliding_window", int, 1, 1 << 31)
 
 
-def read_rope(architecture: Architecture, value: dict[str, Any]) -> float:
-    """The base of the rotation; transformers keeps it in rope_parameters since version 5, in rope_theta before."""
-    base = value.get("rope_theta", 10000.0)
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = value.get(key) or {}
-        if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
-            raise refuse(architecture, f"{key} = {str(rope)[:60]}")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", None) or rope.get("partial_rotary_factor", 1) != 1:
-            raise refuse(architecture, f"{key} of type {kind if kind != 'default' else 'partial_rotary_factor'}")
-        base = rope.get("rope_theta", base)
-    return float(number(base, "rope_theta", float, 1, 1e12))
+def read_rope(architecture: Architecture, value: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """The rotation: transformers keeps it in rope_parameters since version 5, in rope_theta and rope_scaling before."""
+    key = "rope_scaling" if value.get("rope_scaling") else "rope_parameters"  # transformers has the same order
+    rope = value.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
+        raise refuse(architecture, f"{key} = {str(rope)[:60]}")
+    kind = rope.get("rope_type", rope.get("type")) or "default"
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
+        raise refuse(architecture, f"{key} of type {str(kind)[:60]}")
+    for name, neutral in {"partial_rotary_factor": 1, "truncate": True}.items():
+        if rope.get(name, neutral) != neutral:
+            raise refuse(architecture, f"{key} with {name} = {str(rope[name])[:60]}")
+    base = number(rope.get("rope_theta", value.get("rope_theta", 10000.0)), "rope_theta", float, 1, 1e12)
+    if kind == "default":
+        return {"rope_base": base}
+    model: dict[str, Any] = {"rope_base": base, "rope_scaling": kind, "rope_factor": rope.get("factor")}
+    if ROPE_KEYS[kind]:
+        original = value.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
+        original = number(original or block_size, "original_max_position_embeddings", int, 1, MAX_POSITIONS)
+        model["rope_original"] = original
+        if kind == "yarn" and model["rope_factor"] is None:
+            model["rope_factor"] = block_size / original
+    factor = model["rope_factor"] = number(model["rope_factor"], f"the factor of {key}", float, 1, 1e6)
+    for ours, theirs in ROPE_KEYS[kind].items():
+        needed = kind == "llama3" or rope.get(theirs)  # transformers has defaults for yarn only
+        model[ours] = number(rope.get(theirs), theirs, float, 1e-3, 1e6) if needed else 0.0
+    if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and not model["rope_attention"]:
+        scales = [number(rope[name], name, float, 0, 1e3) for name in ("mscale", "mscale_all_dim")]
+        above, below = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
+        model["rope_attention"] = above / below
+    if factor == 1 and not model.get("rope_attention"):  # which changes nothing
+        return {"rope_base": base}
+    return model
 
 
 def misfits(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
@@ -239,6 +267,8 @@ def misfits(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]
         wrong |= {name: plain for name, plain in plain_heads.items() if model[name] != plain}
     elif model["n_embd"] % model["n_head"] and architecture.model_type in ("llama", "arcee"):
         wrong["n_embd"] = model["n_head"] * max(1, model["n_embd"] // model["n_head"])
+    if model["rope_attention"] and model["rope_scaling"] != "yarn":
+        wrong["rope_attention"] = 0.0
     return wrong
 
 
@@ -273,9 +303,9 @@ def write_config_json(architecture: Architecture, model: dict[str, Any]) -> dict
         config["n_ctx"] = model["block_size"]  # which llama.cpp's converter reads
         return config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model["dropout"])
     # Both ways to say it: that of transformers 5, and the one before, which vLLM and converters read.
-    base = model["rope_base"]
-    config |= {"rope_theta": base, "rope_scaling": None}
-    config["rope_parameters"] = {"rope_type": "default", "rope_theta": base}
+    base, scaling = model["rope_base"], rope_scaling(model)
+    config |= {"rope_theta": base, "rope_scaling": scaling or None}
+    config["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": base}
     if "window" not in architecture.options:
         config["sliding_window"] = model["window"] or None
         if architecture.model_type == "qwen3":
@@ -283,3 +313,16 @@ def write_config_json(architecture: Architecture, model: dict[str, Any]) -> dict
             config |= {"use_sliding_window": bool(model["window"]), "layer_types": [kind] * model["n_layer"]}
             config["max_window_layers"] = 0 if model["window"] else model["n_layer"]
     return config
+
+
+def rope_scaling(model: dict[str, Any]) -> dict[str, Any]:
+    """The scaled rotation in the words of config.json, with every default written out; empty for none."""
+    kind, factor = model["rope_scaling"], model["rope_factor"]
+    if kind == "none":
+        return {}
+    found: dict[str, Any] = {"rope_type": kind, "factor": factor}
+    if ROPE_KEYS[kind]:
+        found["original_max_position_embeddings"] = model["rope_original"] or model["block_size"]
+    default = {"rope_slow": 1.0, "rope_fast": 4.0 if kind == "llama3" else 32.0}
+    default["rope_attention"] = 0.1 * math.log(factor) + 1.0
+    return found | {theirs: model[ours] or default[ours] for ours, theirs in ROPE_KEYS[kind].items()}

@@ -5,6 +5,7 @@ llama.cpp's own converter knows a tokenizer by a hash of what it does, and so re
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nib.common.exits import InputError
-from nib.formats.architectures import Architecture
+from nib.formats.architectures import Architecture, rope_scaling
 from nib.tokenizer.huggingface import begin_of_text
 from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
@@ -35,6 +36,14 @@ def check_gguf(
     if ACTIVATION.get(architecture.model_type) != model["mlp"] or model["window"]:
         asked = f"{architecture.name} with mlp={model['mlp']}" + (f", window={model['window']}" * bool(model["window"]))
         raise InputError(f"GGUF is written for {', '.join(ACTIVATION)}, not for {asked}. Use --format=hf")
+    kind, scaling = model["rope_scaling"], rope_scaling(model)
+    if kind == "llama3" and architecture.model_type not in INTERLEAVED:
+        raise InputError(f"llama.cpp has no rope_scaling=llama3 for {architecture.name}. Use --format=hf")
+    if kind == "yarn" and (scaling["beta_slow"], scaling["beta_fast"]) != (1, 32):  # it reads no others in these
+        raise InputError("llama.cpp has rope_scaling=yarn with rope_slow=1 and rope_fast=32 only. Use --format=hf")
+    if len(tokenizer.stop_ids) > 2:
+        ids = ", ".join(map(str, sorted(tokenizer.stop_ids)))
+        raise InputError(f"llama.cpp takes an end of text and two more; this model also has {ids}. Use --format=hf")
     pre_tokenizer(tokenizer, content)
     try:
         import gguf  # noqa: F401
@@ -61,8 +70,9 @@ def write_gguf(
     if begin is not None and tokenizer.end_of_text is not None:
         writer.add_bos_token_id(begin)
         writer.add_eos_token_id(tokenizer.end_of_text)
-    for end in sorted(tokenizer.stop_ids)[:1]:  # of a turn; llama.cpp knows others by their names
-        writer.add_eot_token_id(end)
+    more = sorted(tokenizer.stop_ids)
+    for add, id in zip((writer.add_eot_token_id, writer.add_eom_token_id), more, strict=False):
+        add(id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     writer.add_add_bos_token(is_added)
@@ -70,6 +80,8 @@ def write_gguf(
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
     names = gguf.get_tensor_name_map(arch, model["n_layer"])
+    if model["rope_scaling"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_divisors(model).numpy())
     for theirs, tensor in tensors.items():
         if architecture.transposed and tensor.ndim == 2 and ".h." in theirs:
             tensor = tensor.T
@@ -88,6 +100,8 @@ def write_gguf(
 
 
 def add_shape(writer: Any, model: dict[str, Any]) -> None:
+    from gguf import RopeScalingType
+
     writer.add_vocab_size(model["vocab_size"])
     writer.add_context_length(model["block_size"])
     writer.add_embedding_length(model["n_embd"])
@@ -104,6 +118,23 @@ def add_shape(writer: Any, model: dict[str, Any]) -> None:
         writer.add_rope_dimension_count(model["head_size"])
         writer.add_key_length(model["head_size"])
         writer.add_value_length(model["head_size"])
+    scaling = rope_scaling(model)
+    if model["rope_scaling"] in ("linear", "yarn"):  # dynamic acts beyond the context only, and llama.cpp lacks it
+        writer.add_rope_scaling_type(RopeScalingType(model["rope_scaling"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+    if model["rope_scaling"] == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        usual = 0.1 * math.log(scaling["factor"]) + 1.0  # by which llama.cpp multiplies
+        writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / usual)
+
+
+def llama3_divisors(model: dict[str, Any]) -> Tensor:
+    """By what llama.cpp divides the frequency of each pair of channels (D / 2,)."""
+    scaling, D = rope_scaling(model), model["head_size"]
+    turns = scaling["original_max_position_embeddings"] / math.tau / model["rope_base"] ** (torch.arange(0, D, 2) / D)
+    slow, fast = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = ((turns - slow) / (fast - slow)).clamp(0, 1)
+    return 1.0 / ((1 - kept) / scaling["factor"] + kept)
 
 
 def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int) -> None:

@@ -162,7 +162,17 @@ class Rows:
     def choose(self) -> list[int | None]:
         """Draw each row's next token. Reading them here is the one wait for the device in a step."""
         self.new = choose(self.logits, self.next_uniforms(), self.settings, self.seen).tolist()
+        if self.settings.top_logprobs:
+            self.record(self.settings.top_logprobs)
         return self.new
+
+    def record(self, count: int) -> None:
+        """Note with each sample how probable the model found its new token, and the `count` most probable ones."""
+        log_probs = self.logits.float().log_softmax(-1)  # (B, V)
+        values, ids = log_probs.topk(min(count, log_probs.shape[-1]))
+        for row, (sample, token) in enumerate(zip(self.samples, self.new, strict=True)):
+            best = list(zip(ids[row].tolist(), values[row].tolist(), strict=True))
+            sample.logprobs.append((float(log_probs[row, token]), best))
 
     def next_uniforms(self) -> Tensor:
         """The next uniform number (B,) of every row; those of DRAWN steps are drawn at once."""

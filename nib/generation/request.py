@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import codecs
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError
@@ -12,6 +14,8 @@ from nib.common.options import option
 
 if TYPE_CHECKING:
     from nib.tokenizer.tokenizer import Tokenizer
+
+BYTE_ORDER_MARK = "\ufeff"  # some programs begin a text with it
 
 
 @dataclass
@@ -44,6 +48,10 @@ class SamplingSettings:
     seed: int = option(
         1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
     )
+    top_logprobs: int = option(
+        0, "with --json also each token's log-probability and this many most probable ones", at_least=0,
+        group="sampling",
+    )  # fmt: skip
     cache: bool = option(
         True, "keep keys and values; --no-cache computes them anew for each token and writes the same",
         group="sampling",
@@ -102,6 +110,7 @@ class Sample:
         self.max_new_tokens = settings.max_new_tokens
         self.stream = TextStream(settings.stop)
         self.tokens: list[int] = []
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []  # of each token, and the best; if asked for
         self.text = ""
         self.finish_reason = "" if settings.max_new_tokens else "length"
         self.tokens_per_second: float | None = None  # of all samples together, after the first token; None: no such
@@ -125,6 +134,22 @@ class Sample:
         self.text += text
         self.finish_reason = "stop" if self.stream.stopped else reason
         return text
+
+
+def read_prompt(source: str) -> str:
+    """The text that --prompt means: itself, FILE:path for a file's, - for standard input's. Raises InputError."""
+    if source != "-" and not source.startswith("FILE:"):
+        return source
+    name = "standard input" if source == "-" else source.removeprefix("FILE:")
+    try:
+        data = sys.stdin.buffer.read() if source == "-" else Path(name).read_bytes()
+        return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except MemoryError:
+        raise InputError(f"the prompt in {name} is larger than memory. Give a shorter one") from None
+    except OSError as error:
+        raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
 
 
 def start_tokens(tokenizer: Tokenizer, known: int) -> list[int]:

@@ -6,14 +6,13 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from nib.common.exits import InputError
@@ -68,8 +67,8 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
 
 
 @torch.inference_mode()
-def log_likelihoods(model: Any, group: list[Window]) -> Tensor:
-    """The log-probability of the predicted ids of each window, summed, in nats: float64 (B,)."""
+def token_log_probs(model: Any, group: list[Window]) -> list[list[float]]:
+    """The log-probability in nats of each predicted id of each window."""
     device = next(model.parameters()).device
     width = max(2, *(len(window.ids) for window in group)) - 1  # of a single id nothing is predicted
     inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
@@ -79,14 +78,15 @@ def log_likelihoods(model: Any, group: list[Window]) -> Tensor:
         targets[number, window.first - 1 : size] = torch.tensor(window.ids[window.first :])
     x = model.hidden(inputs.to(device))  # (B, T, C)
     rows, columns = (targets >= 0).nonzero(as_tuple=True)
-    sums = torch.zeros(len(group), dtype=torch.float64)
+    found: list[list[float]] = [[] for _ in group]
     step = max(1, MAX_LOGITS // model.config.vocab_size)
     for begin in range(0, len(rows), step):
         row, column = rows[begin : begin + step], columns[begin : begin + step]
         log_probs = F.log_softmax(model.logits(x[row.to(device), column.to(device)]).float(), dim=-1)  # (step, V)
-        found = log_probs.gather(1, targets[row, column].to(device)[:, None])[:, 0]
-        sums.index_add_(0, row, found.double().cpu())
-    return sums
+        values = log_probs.gather(1, targets[row, column].to(device)[:, None])[:, 0]
+        for number, value in zip(row.tolist(), values.tolist(), strict=True):
+            found[number].append(value)
+    return found
 
 
 def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
@@ -97,12 +97,12 @@ def in_groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def score_texts(
     model: Any, tokenizer: Tokenizer, texts: Iterable[list[int]], *, context: int, stride: int, batch: int,
-    max_tokens: int = 0,
+    max_tokens: int = 0, each: Callable[[int, float], None] | None = None,
 ) -> TextScore:  # fmt: skip
     """Score texts, given as ids without end of text, each by itself, up to `max_tokens` of them all (0: no limit).
 
     The first id is predicted from what stands before a text, mostly end of text; where tokenizer or model have no such
-    id, it and its bytes are left out.
+    id, it and its bytes are left out. `each` is called with every predicted id and its surprise, in their order.
     """
     score, lengths, known = TextScore(), tokenizer.byte_lengths(), model.config.vocab_size
     begin, is_added = begin_of_text(tokenizer)
@@ -122,7 +122,11 @@ def score_texts(
             yield from windows(start + kept, context, stride)
 
     for group in in_groups(all_windows(), batch):
-        score.nats -= float(log_likelihoods(model, group).sum())
+        for window, log_probs in zip(group, token_log_probs(model, group), strict=True):
+            score.nats -= math.fsum(log_probs)
+            for id, log_prob in zip(window.ids[window.first :], log_probs, strict=True):
+                if each:
+                    each(id, -log_prob)
     return score
 
 
@@ -223,7 +227,7 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
                 tokenizer.check_ids(window.ids, config.vocab_size, "a question")
                 yield window
 
-    found = [float(value) for group in in_groups(endings(), batch) for value in log_likelihoods(model, group)]
+    found = [math.fsum(each) for group in in_groups(endings(), batch) for each in token_log_probs(model, group)]
     plain = normalized = first = 0
     for question in questions:
         count = len(question["endings"])

@@ -151,6 +151,12 @@ class Tokenizer:
         """The token as text, for messages."""
         return next((name for name, special in self.special_tokens.items() if special == id), "") or self.decode([id])
 
+    def token_text(self, id: int) -> str:
+        """What a token says; the name of a special one, which says nothing. Bytes of half a character as U+FFFD."""
+        if id >= self.vocab_size:  # a model's vocabulary may be padded to a round number
+            return f"<{id}>"
+        return self.decode([id]) or (END_OF_TEXT if id == self.end_of_text else self.token_name(id)) or f"<{id}>"
+
     def save(self, directory: Path) -> Path:
         """Write `nib_tokenizer.json` into `directory` and return its path."""
         content: dict[str, Any] = {

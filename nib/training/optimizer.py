@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -66,7 +67,25 @@ def orthogonalise_one(x: Tensor, steps: int) -> Tensor:
     return x if product is None else product @ x
 
 
-class Muon(torch.optim.Optimizer):
+class UncompiledOptimizer(torch.optim.Optimizer):
+    """An optimizer that does without torch's compiler, whose import takes about as long as that of torch itself.
+
+    torch marks these methods as not to be compiled, and loads the compiler for that when one of them is first called.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+class AdamW(UncompiledOptimizer, torch.optim.AdamW):
+    """torch.optim.AdamW (arXiv 1711.05101)."""
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+class Muon(UncompiledOptimizer):
     """Momentum, then the update replaced by the nearest semi-orthogonal matrix (Jordan 2024).
 
     The update of a matrix is scaled by sqrt(max(1, rows / columns)), decay is decoupled and multiplied by the
@@ -185,7 +204,7 @@ def make_optimizers(
     groups = [group for group in groups if group["params"]]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
-        optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
+        optimizers.append(AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
     if hidden:
         optimizers.append(Muon(hidden, stacked_matrices(model), muon_learning_rate, weight_decay, muon_momentum))
     for optimizer in optimizers:

@@ -25,6 +25,8 @@ GPU_TOKENS = 2**16
 GPU_LOGITS = 1 / 128
 # Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
 GPU_VOCAB_MULTIPLE = 64
+# Lengths of conversations in a batch: each is compiled for. torch gives up at the ninth.
+COMPILED_WIDTHS = 8
 
 
 def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
@@ -100,7 +102,7 @@ def fit_to_device(
             raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
         sizes = sizes[1:]
     ready: nn.Module = model
-    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
+    if is_compiled(settings, cluster.device):
         # For this shape alone: torch's kernels for any shape are slower.
         ready = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         failure = trial(ready, model, sizes[0], settings.block_size, precision)
@@ -116,6 +118,10 @@ def fit_to_device(
         options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
         ready = DistributedDataParallel(ready, **options)
     return sizes[0], ready
+
+
+def is_compiled(settings: TrainSettings, device: torch.device) -> bool:
+    return settings.compile == "true" or (settings.compile == "auto" and device.type == "cuda")
 
 
 def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.device) -> list[int]:

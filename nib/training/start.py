@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -14,9 +15,11 @@ import torch
 from nib.common.exits import InputError, RunError
 from nib.common.options import Parsed
 from nib.cpu.process import tune_for_training
-from nib.data.dataset import Dataset, WindowOrder
+from nib.data.dataset import Dataset
+from nib.data.mixture import Mixture, read_names
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
+from nib.data.sequences import training_sequences
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import build, open_source, read_config, take_vocabulary
@@ -28,6 +31,7 @@ from nib.training.settings import TrainSettings, same_run
 # How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
 # its files stay as they are. A network file system shows a new name after up to a minute.
 ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
+SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
 
 def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
@@ -36,24 +40,31 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     Nothing is written before all that is given is known to fit together. Raises InputError and RunError.
     """
     settings = parsed.settings
-    dataset = open_dataset(settings.dataset)
+    dataset = open_mixture(settings.dataset)
     cluster = start_cluster(settings.device)
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
     run = Run(settings, dataset, cluster)
     checkpoint = find_checkpoint(run, parsed.given)
-    if settings.eval_only and dataset.val.tokens < 2:
-        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
     try:
         run.open()
+        if settings.eval_only and not run.validation:
+            raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
         run.take(model, checkpoint)
     except BaseException:
         run.close()
         raise
     return run
+
+
+def open_mixture(text: str) -> Dataset | Mixture:
+    """What the setting `dataset` names: one dataset, or several with their shares. Raises InputError."""
+    shares = read_names(text)
+    parts = {name: open_dataset(name) for name in shares}
+    return Mixture(parts, list(shares.values())) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def open_dataset(name: str) -> Dataset:
@@ -131,7 +142,7 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
 
 
 def build_model(
-    parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
+    parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
 ) -> Any:
     """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
 
@@ -141,25 +152,51 @@ def build_model(
     torch.manual_seed(settings.seed)
     if settings.init_from == "scratch":
         # Before a model with a table of that many positions is built.
-        WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+        training_sequences(dataset, settings.block_size, settings.seed)
         config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
         return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
-    added = {name: options[name] for name in parsed.given & {*options} - {*source.model_config}}  # to model.py since
+    since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
+    added = {name: options[name] for name in since}
     config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
-    take_vocabulary(source, dataset, settings.init_from)
+    for part in dataset.parts:
+        take_vocabulary(source, part, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
+    longer = checkpoint is None and "block_size" in parsed.given and settings.block_size > config.block_size
+    free = {"block_size", "init"} | (SCALING if longer else set()) | ({*SCALING, "rope_base"} if checkpoint else set())
     for name, wanted in options.items():
         has = getattr(config, name)
         automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # as mlp_hidden=0
-        if name in parsed.given - {"block_size", "init"} and wanted != has and not automatic:
+        if name in parsed.given - free and wanted != has and not automatic:
             raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
-    if "block_size" not in parsed.given and checkpoint is None:
+    if longer:
+        asked = {name: options[name] for name in parsed.given & SCALING}
+        try:
+            config = dataclasses.replace(config, **lengthen(config, settings.block_size, asked, settings.init_from))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    elif "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size
-    elif settings.block_size > config.block_size:
-        raise InputError(
-            f"block_size {settings.block_size} is above the {config.block_size} of {settings.init_from}. Lower it"
-        )
     return build(source, lambda: GPT(config))
+
+
+def lengthen(config: Any, block_size: int, asked: dict[str, Any], name: str) -> dict[str, Any]:
+    """What changes in the GPTConfig of the model `name` for a longer context; `asked` are options of its scaling.
+
+    Raises InputError where the rotation cannot be scaled, or how is not said.
+    """
+    kind = asked.get("rope_scaling", config.rope_scaling)
+    if config.position != "rope" or kind == "none":
+        fix = "Lower it, or name a --rope_scaling such as yarn" if config.position == "rope" else "Lower it"
+        raise InputError(f"block_size {block_size} is above the {config.block_size} of {name}. {fix}")
+    if config.rope_scaling not in ("none", kind):
+        raise InputError(f"rope_scaling is {kind!r} but {name} has {config.rope_scaling!r}. Leave rope_scaling out")
+    original = asked.get("rope_original") or config.rope_original or config.block_size
+    factor = asked.get("rope_factor") or max(config.rope_factor, block_size / original)
+    changes = {**asked, "block_size": block_size, "rope_scaling": kind, "rope_factor": factor}
+    if kind == "dynamic":  # as transformers has it for a text of block_size tokens, here for shorter ones too
+        growth, D = factor * block_size / original - (factor - 1), config.head_size
+        return changes | {"rope_base": config.rope_base * growth ** (D / max(1, D - 2)), "rope_original": 0}
+    return changes | {"rope_original": original}

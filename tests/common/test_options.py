@@ -240,7 +240,7 @@ HEAVY = {
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["--seeed=3"], ["--seed=x"]], ids=" ".join)
-@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", "export.py", "evaluate.py"])
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "prepare_data.py", "export.py", "evaluate.py", "look.py"])
 def test_help_and_usage_errors_import_nothing_heavy(script: str, argv: list[str], tmp_path: Path) -> None:
     """What makes them answer in under 0.3 s: a clock would judge the machine as well."""
     command = [sys.executable, "-X", "importtime", str(ROOT / script), *argv]

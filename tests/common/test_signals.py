@@ -29,12 +29,13 @@ RUNS = {
     "prepare_data.py": ["text.txt", "--tokenizer=gpt2"],
     "evaluate.py": ["run"],
     "export.py": ["run", "out"],
+    "look.py": ["run", "--prompt=a"],
 }
 
 
 @pytest.mark.parametrize("script, module", [(script, "difflib") for script in RUNS] + [
     ("train.py", "torch"), ("sample.py", "torch"), ("prepare_data.py", "numpy"), ("evaluate.py", "torch"),
-    ("export.py", "numpy"), ("prepare_data.py", "tiktoken"),
+    ("export.py", "numpy"), ("look.py", "torch"), ("prepare_data.py", "tiktoken"),
 ])  # fmt: skip
 def test_ctrl_c_while_a_module_is_loaded_ends_without_a_word(script: str, module: str, tmp_path: Path) -> None:
     """difflib is one of the first modules that a script loads, tiktoken is loaded when there is work to clean up."""

@@ -32,13 +32,14 @@ COMMANDS: dict[str, list[str]] = {
     "train": ["train.py", *TINY, "--out_dir=OUT"],
     "prepare": ["prepare_data.py", "texts/naïve 猫.txt", "--tokenizer=byte", "--workers=1", "--out=OUT é"],
     "export": ["export.py", "run", "OUT é"],
+    "look": ["look.py", "run", "--prompt=é", "--max-new-tokens=2", "--output=OUT é"],
     "sample": ["sample.py", *SAMPLE, "--prompt=FILE:long.txt"],
     "sample --json": ["sample.py", *SAMPLE, "--prompt=é", "--prompt=FILE:long.txt", "--json"],
     "evaluate": ["evaluate.py", "run", "--data=texts/naïve 猫.txt"],
     "evaluate --json": ["evaluate.py", "run", "--data=texts/naïve 猫.txt", "--json"],
     "help": ["train.py", "--help"],
 }
-TELLS = ("train", "prepare", "export")  # for these, standard output is no result
+TELLS = ("train", "prepare", "export", "look")  # for these, standard output is no result
 SHORT = ("evaluate", "evaluate --json", "help")  # may be in the pipe before its other end is closed
 
 
@@ -88,7 +89,8 @@ def made(out: Path) -> Any:
     """What is there of the work of a script: the files, and the lines of its log."""
     log = out / "log.txt"
     told = steady(log.read_text(encoding="utf-8")) if log.exists() else ""
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*")), told
+    files = [out] if out.is_file() else out.rglob("*")
+    return sorted(path.relative_to(out).as_posix() for path in files), told
 
 
 def test_every_script_with_each_standard_stream_in_every_state(run: Run, place: Path) -> None:

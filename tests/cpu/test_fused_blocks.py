@@ -30,6 +30,7 @@ PLAIN = ["-O3", "-fPIC"]  # what any processor of the kind has
 SHAPES = {
     "gpt2": dict(),
     "llama": {**LLAMA, "n_kv_head": 2},
+    "yarn": {**LLAMA, "rope_scaling": "yarn", "rope_factor": 4.0, "rope_original": 8},
     "swiglu of an odd width": dict(mlp="swiglu", mlp_hidden=37, bias=False),
     "gelu, window": dict(mlp="gelu", window=5, position="sinusoidal"),
     "relu2, one key head": dict(mlp="relu2", n_kv_head=1, position="rope", window=3, qk_norm=True),

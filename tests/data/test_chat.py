@@ -138,7 +138,7 @@ def test_nibs_own_tokenizers_get_special_tokens_after_the_vocabulary(make: Any, 
     prompt = DIALOGUE[:3]
     wanted = theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     for each in (chat, again, Chat(load_tokenizer(tmp_path / "hf"))):
-        assert each.prompt_ids(prompt).tolist() == wanted
+        assert each.prompt_ids(prompt) == wanted
         assert each.encode_conversation(DIALOGUE)[0].tolist()[: len(wanted)] == wanted
 
 

@@ -11,9 +11,15 @@ import numpy as np
 import pytest
 from data_helpers import Data, left_over, prepared, run
 
-from nib.data.chat import Chat
+from nib.data.chat import PLAIN_TEMPLATE, Chat
 
 OPTIONS = ("--format=chat", "--tokenizer=byte")
+
+# With blocks that say what is learned.
+MARKED = (
+    "{% for message in messages %}{{ '<|' ~ message.role ~ '|>' }}{% if message.role == 'assistant' %}{% generation %}"
+    "{{ message.content }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{{ '<|end|>' }}{% endfor %}"
+)
 
 
 def conversation(number: int) -> list[dict[str, Any]]:
@@ -174,6 +180,77 @@ def test_a_bad_template_is_one_line_and_nothing_is_overwritten(tmp_path: Path) -
         said = done.stderr.decode()
         assert done.returncode == 2 and said.startswith("error: ") and said.count("\n") == 1 and mentioned in said, said
     assert {path.name: path.read_bytes() for path in (tmp_path / "data" / "out").iterdir()} == before
+
+
+PREFERENCES = {
+    "texts and a prompt": [{"prompt": "Say: ", "chosen": "yes", "rejected": "no"}],
+    "texts with a beginning": [{"chosen": "Say: yes", "rejected": "Say: no"}],
+}
+
+
+@pytest.mark.parametrize("what", PREFERENCES)
+def test_preferences_of_texts_are_two_rows_with_the_prompt_not_learned(what: str, tmp_path: Path) -> None:
+    sides = ("yes", "no") if "prompt" in PREFERENCES[what][0] else (" yes", " no")
+    write_rows(tmp_path / "pairs.jsonl", PREFERENCES[what] * 3)
+    data = prepared(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--val-fraction=0")
+    assert data.meta["kind"] == "preference" and data.meta["vocab_size"] == 257
+    assert data.meta["documents"]["train"] == 3 and data.meta["learned"]["train"] == 3 * sum(
+        len(f"{each}.") for each in sides
+    )
+    directory = tmp_path / "data" / "out"
+    lengths = np.fromfile(directory / "train-00000.rows", "<u4").tolist()
+    assert lengths == [len("Say: yes") + 1, len("Say: no") + 1] * 3
+    mask = np.fromfile(directory / "train-00000.mask", np.uint8)
+    chosen, rejected = np.split(mask[: sum(lengths[:2])], [lengths[0]])
+    assert data.tokenizer.decode(data.ids("train")[: lengths[0]][chosen == 1]) == sides[0] and rejected[-3:].all()
+
+
+def test_preferences_of_messages_learn_what_differs(tmp_path: Path) -> None:
+    begin = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    ask, yes, no = (
+        {"role": role, "content": said} for role, said in (("user", "Q"), ("assistant", "y"), ("assistant", "n"))
+    )
+    rows = [
+        {"chosen": [*begin, ask, yes], "rejected": [*begin, ask, no]},
+        {"prompt": [*begin, ask], "chosen": [yes], "rejected": [no]},
+    ]
+    found = []
+    for row in rows:
+        write_rows(tmp_path / "pairs.jsonl", [row])
+        (tmp_path / "t.jinja").write_text(PLAIN_TEMPLATE)
+        data = prepared(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--chat-template=t.jinja")
+        assert data.meta["documents"]["train"] == 1 and data.meta["learned"]["train"] == 4
+        found.append(data.meta["sha256"])
+    assert found[0] == found[1]
+    done = run(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--out=data/x")
+    assert done.returncode == 2 and b"no chat template" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "row, mentioned",
+    [
+        ({"chosen": "a", "rejected": "a"}, "the same"),
+        ({"chosen": "a", "rejected": ""}, "an empty side"),
+        ({"chosen": "a"}, "no chosen and rejected"),
+        ({"chosen": [1], "rejected": [2]}, "message 1 is int"),
+        ({"chosen": "a", "rejected": [2]}, "its messages are str"),
+    ],
+)
+def test_a_bad_pair_is_one_line_with_its_place(row: dict[str, Any], mentioned: str, tmp_path: Path) -> None:
+    write_rows(tmp_path / "pairs.jsonl", [row])
+    done = run(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--workers=1")
+    said = done.stderr.decode()
+    assert done.returncode == 2 and said.startswith("error: pairs.jsonl, line 1: ") and said.count("\n") == 1
+    assert mentioned in said, said
+
+
+def test_of_a_prompt_of_messages_nothing_is_learned(tmp_path: Path) -> None:
+    turns = [{"role": ("user", "assistant")[number % 2], "content": f"word {number}"} for number in range(4)]
+    for number, template in enumerate((PLAIN_TEMPLATE, MARKED)):
+        (tmp_path / "t.jinja").write_text(template)
+        write_rows(tmp_path / "chats.jsonl", [{"prompt": turns[:3], "completion": turns[3:]}])
+        data = prepared(tmp_path, "chats.jsonl", *OPTIONS, "--chat-template=t.jinja")
+        assert data.meta["learned"]["train"] == len("word 3") + 1, number
 
 
 @pytest.mark.parametrize("option", ["--show=1", "--train-on=all", "--chat-template=x"])

@@ -188,14 +188,6 @@ REFUSED: dict[str, tuple[dict, str]] = {
     "two architectures": (dict(architectures=["A", "B"]), "A, B is not one of"),
     "no architecture": (dict(architectures="remove", model_type="bert"), "bert is not one of"),
     "architecture of a wrong kind": (dict(architectures={"a": 1}), "is not one of"),
-    "rope scaling": (
-        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
-        "rope_parameters of type llama3, which nib does not do",
-    ),
-    "old rope scaling": (
-        dict(rope_parameters="remove", rope_scaling={"type": "linear", "factor": 2.0}),
-        "rope_scaling of type linear",
-    ),
     "rope by layer": (dict(rope_parameters={"full_attention": {"rope_theta": 1.0}}), "rope_parameters = "),
     "rope on a part": (dict(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary"),
     "rope base": (dict(rope_parameters={"rope_theta": "1e4"}), "rope_theta in config.json is '1e4'"),

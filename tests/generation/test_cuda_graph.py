@@ -55,6 +55,7 @@ SHAPES = [
     *(dict(position=position) for position in ("learned", "sinusoidal", "rope", "none")),
     dict(n_kv_head=2, qk_norm=True),
     dict(position="rope", n_kv_head=1, window=5),
+    dict(position="rope", rope_scaling="yarn", rope_factor=4.0, rope_original=8),
     *(dict(block_size=size, position="rope") for size in (1, 2, 3, 5)),
     dict(vocab_size=320, tie_weights=False),  # padded beyond the tokenizer's
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -249,8 +251,9 @@ def test_a_model_that_diverged_is_an_error():
     assert not model.training
 
 
-def test_no_new_tokens_need_no_model():
-    samples = generate_text(None, BYTES, ["x"], make_settings(max_new_tokens=0))  # type: ignore[arg-type]
+def test_no_new_tokens_need_no_pass_of_the_model():
+    shape = SimpleNamespace(config=SimpleNamespace(vocab_size=257))
+    samples = generate_text(shape, BYTES, ["x"], make_settings(max_new_tokens=0))  # type: ignore[arg-type]
     assert [(s.text, s.tokens, s.finish_reason, s.tokens_per_second) for s in samples] == [("", [], "length", None)]
 
 

@@ -100,6 +100,7 @@ def test_a_signal_ends_a_validation_at_once(number: int, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(nib.training.run, "validate", validating)
     if (child := os.fork()) == 0:
+        signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored where the tests run under nohup
         try:
             train("--max_iters=1", "--eval_only")
         finally:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from test_train import in_corpus, train
 
-import train as train_script
 from nib.common.exits import RunError
 from nib.common.signals import STOP_SIGNALS
 from nib.formats.checkpoint import list_checkpoints
 from nib.tokenizer.tokenizer import ByteTokenizer
-from nib.training import state
+from nib.training import state, step
+from nib.training.report import Reporter
 from nib.training.state import Saver
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
@@ -36,7 +36,7 @@ def test_a_run_that_failed_holds_nothing_of_the_process(monkeypatch: pytest.Monk
     """A notebook keeps the error, and with it every frame: neither the directory nor Ctrl-C stays taken."""
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with monkeypatch.context() as patch, pytest.raises(ValueError, match="my bug") as found:
-        patch.setattr(train_script, "optimizer_step", lambda *_, **__: int("my bug"))
+        patch.setattr(step, "optimizer_step", lambda *_, **__: int("my bug"))
         train("--max_iters=2")
     assert found.tb.tb_next is not None
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
@@ -54,12 +54,12 @@ def test_the_lock_is_held_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
             taken.append(fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB))
         return real(checkpoints, *rest)
 
-    def fail(*_: object, step: int, **__: object) -> None:
-        if step == 2:
+    def fail(*_: object, **known: object) -> None:
+        if known["step"] == 2:
             raise ValueError("my bug")
 
     monkeypatch.setattr(state, "write_checkpoint", write)
-    monkeypatch.setattr(train_script.Reporter, "metrics", fail)
+    monkeypatch.setattr(Reporter, "metrics", fail)
     with pytest.raises(ValueError, match="my bug"):
         train("--max_iters=3", "--checkpoint_interval=1", "--log_interval=1")
     assert not taken and [path.name for path in list_checkpoints(Path("out/run/checkpoints"))] == ["step-00000001"]
