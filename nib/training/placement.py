@@ -55,10 +55,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 
     Blocks go to the device one by one, so that no device ever holds the whole model.
     """
-    model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
-    if cluster.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(cluster.device).total_memory
-        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE  # type: ignore[assignment]
+    set_limits(model, settings, cluster.device)
     if settings.parallel == "ddp" or cluster.world == 1:
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
@@ -77,6 +74,14 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> None:
+    """Tell the model what it may keep in memory on the device."""
+    model.activation_checkpointing = settings.activation_checkpointing
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE
 
 
 def fit_to_device(
@@ -136,9 +141,11 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
     """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
 
+    What a pass leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
+
     Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
     """
-    device = precision.device
+    device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
@@ -150,6 +157,8 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
         return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:
         model.zero_grad(set_to_none=True)
+        for name, buffer in before.items():
+            model.get_buffer(name).copy_(buffer)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
