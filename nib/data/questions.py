@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 Messages = list[dict[str, str]]
-COUNT = 20_000  # conversations of the corpus
+COUNT = 18_500  # conversations of the corpus
 HELD_OUT = 0.1  # of all problems
 CHARACTERS = 130  # after which a conversation ends
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -16,6 +16,7 @@ from chat_data import Conversation, conversation, sums, write_chats
 from conftest import ROOT
 from test_train import losses, metrics, tensors
 
+import evaluate as evaluate_script
 import train as train_script
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
@@ -99,16 +100,22 @@ def test_two_processes_have_the_loss_of_one() -> None:
         assert two[0][key] == pytest.approx(one[0][key], rel=tolerance), key
 
 
-def test_validation_is_over_learned_tokens() -> None:
+def test_validation_is_over_learned_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     train("--max_iters=1")
     model = GPT(GPTConfig(**json.loads(Path("out/run/config.json").read_text())["model_config"]))
     model.load_state_dict(tensors("out/run"))
-    found = [nats(model, text) for text in VAL]
-    total, learned = math.fsum(loss for loss, _ in found), [right for _, targets in found for right in targets]
+    alone = [nats(model, text) for text in VAL]
+    total, learned = math.fsum(loss for loss, _ in alone), [right for _, targets in alone for right in targets]
     last = metrics()[-1]
     assert last["val_loss"] == pytest.approx(total / len(learned), rel=1e-6)
     size = sum(right < 256 for right in learned)
     assert last["val_bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-6)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "out/run", "--json"])
+    evaluate_script.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["texts"], found["tokens"], found["bytes"]) == (len(VAL), len(learned), size)
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
