@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 Messages = list[dict[str, str]]
-COUNT = 18_500  # conversations of the corpus
+COUNT = 20_000  # conversations of the corpus
 HELD_OUT = 0.1  # of all problems
 CHARACTERS = 130  # after which a conversation ends
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -89,8 +89,11 @@ class Questions:
             has = [f"{person} has {thing}" for person, thing in zip(people, things, strict=True)]
             if self.fits("facts", *sorted(has)):
                 break
-        place = self.random.randrange(count)
-        return ask(f"{', '.join(has[:-1])} and {has[-1]}. What does {people[place]} have?", things[place])
+        told, (first, second) = f"{', '.join(has[:-1])} and {has[-1]}.", self.random.sample(range(count), 2)
+        return [
+            *ask(f"{told} What does {people[first]} have?", things[first]),
+            *ask(f"What does {people[second]} have?", things[second]),
+        ]
 
     def own_name(self) -> Messages:
         name = self.name()

@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_train import losses, metrics, tensors
 
 import evaluate as evaluate_script
+import prepare_data as prepare_script
 import train as train_script
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
@@ -192,6 +193,21 @@ def test_a_mixture_trains_on_both_and_validates_both(capsys: pytest.CaptureFixtu
 def test_a_mixture_may_fine_tune() -> None:
     train("--dataset=words", "--out_dir=out/base")
     assert train(MIXTURE, "--init_from=out/base", "--max_iters=2", "--out_dir=out/tuned") == 0
+
+
+def test_a_run_on_text_is_fine_tuned_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vocabulary grows by the special tokens of the template."""
+    train("--dataset=words", "--max_iters=2", "--out_dir=out/base")
+    rows = [{"prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", "prepare_data.py talk.jsonl --format=chat --tokenizer=out/base".split())
+    prepare_script.main()
+    train("--dataset=talk", "--init_from=out/base", "--max_iters=0", "--out_dir=out/tuned", "--max_epochs=8")
+    base, tuned = tensors("out/base")["wte.weight"], tensors("out/tuned")["wte.weight"]
+    assert (len(base), len(tuned)) == (257, 261)
+    assert losses("out/tuned")[-1] < losses("out/tuned")[0] - 1
+    train("--dataset=talk", "--init_from=out/base", "--max_iters=0", "--out_dir=out/tuned", "--max_epochs=9")
+    assert metrics("out/tuned")[-1]["step"] == 45
 
 
 def test_conversations_are_compiled_for_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
