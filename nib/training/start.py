@@ -19,7 +19,7 @@ from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture, read_names
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
-from nib.data.sequences import training_sequences
+from nib.data.sequences import training_sequences, validation_sequences
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import Source, build, open_source, read_config, take_vocabulary
@@ -45,14 +45,14 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
     run = Run(settings, dataset, cluster)
+    if settings.eval_only and not validation_sequences(dataset, settings.block_size, settings.eval_tokens):
+        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
     checkpoint = find_checkpoint(run, parsed.given)
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
     try:
         run.open()
-        if settings.eval_only and not run.validation:
-            raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
         run.take(model, checkpoint)
     except BaseException:
         run.close()
