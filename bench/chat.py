@@ -86,7 +86,7 @@ def show(messages: list[dict[str, Any]], answers: list[str | None]) -> None:
 
 
 def kind_of(question: str) -> str:
-    if question.startswith("What does ") or " has " in question:
+    if " has " in question:
         return "look-up"
     words = re.sub(r"[0-9].*", "numbers", question).rstrip(".?").split()
     return " ".join(words[:1] if words[0] == "Reverse" else words[:2])

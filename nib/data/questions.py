@@ -89,11 +89,8 @@ class Questions:
             has = [f"{person} has {thing}" for person, thing in zip(people, things, strict=True)]
             if self.fits("facts", *sorted(has)):
                 break
-        told, (first, second) = f"{', '.join(has[:-1])} and {has[-1]}.", self.random.sample(range(count), 2)
-        return [
-            *ask(f"{told} What does {people[first]} have?", things[first]),
-            *ask(f"What does {people[second]} have?", things[second]),
-        ]
+        place = self.random.randrange(count)
+        return ask(f"{', '.join(has[:-1])} and {has[-1]}. What does {people[place]} have?", things[place])
 
     def own_name(self) -> Messages:
         name = self.name()
