@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nib.training.distributed import is_sharded, whole
 
@@ -17,13 +16,13 @@ if TYPE_CHECKING:
     from nib.training.run import Run
 
 
-def optimizer_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[float, float]:
+def optimizer_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """One update from this process's share (sequences, T) of the global batch, a micro-batch at a time.
 
     Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
     before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and float16's
     loss scale falls. Seed, step, process and micro-batch decide every random number, so that a resumed run draws what
-    an unbroken one would have.
+    an unbroken one would have. With run.queued nothing here waits for the device: both results lie there.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
     (counted,) = cluster.total([float((targets >= 0).sum())])
@@ -33,18 +32,22 @@ def optimizer_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[float, fl
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
         with exchanging(model, index == len(parts) - 1):
-            with run.precision.autocast():
+            with run.precision.training(masked=run.model.config.window > 0):
                 _, loss = model(to_device(part, cluster.device), to_device(target, cluster.device))
             share = loss * (float((target >= 0).sum()) / counted)
             scaler.scale(share * cluster.world).backward()
         total += share.detach()
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)))
-    loss_sum, unfit = cluster.total([float(total), float(not math.isfinite(grad_norm))])
-    grad_norm += math.inf if unfit else 0.0  # all processes decide alike
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
+    found = torch.stack((total, norm)).to(cluster.device if run.queued else "cpu").double()
+    loss_sum, unfit = cluster.total_on_device(torch.stack((found[0], (~found[1].isfinite()).double())))
+    grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # all processes decide alike
+    skip = ~(loss_sum + grad_norm).isfinite()  # scaler.step would decide for each optimizer by its own gradients
     for optimizer in run.optimizers:
-        if math.isfinite(loss_sum + grad_norm):  # scaler.step would decide for each optimizer by its own gradients
+        if run.queued:
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        if run.queued or not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -55,8 +58,8 @@ def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    elif isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
+    elif hasattr(model, "no_sync") and not last:  # it is wrapped in DDP, and perhaps compiled
+        return model.no_sync()  # type: ignore[operator]
     return nullcontext()
 
 
