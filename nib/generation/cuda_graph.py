@@ -92,7 +92,8 @@ class Step:
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
-        # One process may compile many shapes, of which torch takes 8; a graph break would put Python back into the step.
+        # torch compiles 8 shapes in a process, which may be asked for many. A graph break would put Python back into
+        # the step, so it is an error.
         torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit
         self.run: Callable[[], None] = torch.compile(self.forward, fullgraph=True, dynamic=False, **compiling)
         self.compile()

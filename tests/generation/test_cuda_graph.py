@@ -123,6 +123,16 @@ def test_texts_of_other_lengths_take_the_same_compiled_step(counter):
     assert counter.frame_count == 2
 
 
+def test_a_process_compiles_more_shapes_than_torch_allows(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # by itself it is 8
+    model = make_model(n_layer=1)
+    for rows in range(1, 4):
+        cache = StaticCache(model.config, rows, 16, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            Step(model, make_settings(temperature=0.0), cache, 257, dict(backend="eager"))
+
+
 def test_the_static_cache_has_a_power_of_two_of_positions():
     for room, block_size, length in [(1, 1024, 256), (256, 1024, 256), (257, 1024, 512), (700, 800, 800), (9, 16, 16)]:
         assert static_length(room, block_size) == length
