@@ -7,7 +7,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -129,18 +129,20 @@ class Precision:
 
     @contextmanager
     def training(self, masked: bool) -> Iterator[None]:
-        """`autocast` for a forward pass that is trained on: on CUDA with cuDNN's attention, unless that gets a mask.
+        """`autocast` for a forward pass that is trained on: on Hopper with cuDNN's attention, unless that gets a mask.
 
-        It is ahead of the others on Hopper. Elsewhere it is off: each new length costs it a plan, and with masks or few
-        key/value heads it has given wrong numbers (pytorch issues 193893 and 196678).
+        It takes half of flash's time there, and more elsewhere (transformers pull request 48163). In all other work it
+        is off: each new length costs it a plan, and wrong numbers have been reported (pytorch issues 193893, 196678).
         """
-        before = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(not masked)
-        try:
-            with self.autocast():
-                yield
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
+        with ExitStack() as stack:
+            hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
+            if hopper and not masked:
+                from torch.nn.attention import SDPBackend, sdpa_kernel
+
+                others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+                stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
+            stack.enter_context(self.autocast())
+            yield
 
 
 class Copied:
