@@ -372,16 +372,15 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats of hidden states (B, T, C) against targets (B, T); targets of -1 are ignored."""
         x, targets = x.flatten(0, 1), targets.flatten()
         count = (targets >= 0).sum().clamp_min(1)
+        V = self.config.vocab_size
         # sqrt(N C) rows: compiled, a chunk's logits (rows, V) are alive beside the head's gradients of N / rows chunks.
-        rows = self.max_logits // self.config.vocab_size or math.isqrt(x.shape[0] * x.shape[1])
-        padding = -self.config.vocab_size % self.vocab_multiple
+        rows, padding = self.max_logits // V or math.isqrt(x.numel()), -V % self.vocab_multiple
         if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
         weight = F.pad((self.head or self.wte).weight, (0, 0, 0, padding))
         rows -= rows % 128 if rows > 128 else 0
-        total = ChunkedCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows, torch.is_grad_enabled())
-        return total / count
+        return ChunkedCrossEntropy.apply(x, weight, targets, V, rows, torch.is_grad_enabled()) / count
 
 
 # The loss for large vocabularies
@@ -401,8 +400,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs_grad else x[:0])
-        # In float32 beside FSDP's 16-bit weights too, or the sum would add a larger error than its parts have.
-        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)  # even of 16-bit W
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)

@@ -122,7 +122,8 @@ class Muon(UncompiledOptimizer):
         buffers, skip = [self.state[parameter]["momentum_buffer"] for parameter in parameters], self.found_inf
         updates: Any = [parameter.grad for parameter in parameters]
         if skip is not None:  # then NaN, which no factor makes 0, goes nowhere
-            updates = [torch.where(skip > 0, *each) for each in zip(buffers, updates, strict=True)]
+            stays = skip > 0
+            updates = [torch.where(stays, *each) for each in zip(buffers, updates, strict=True)]
         torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
         torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov, in the place of the gradients
         pairs = zip(parameters, updates, strict=True)
@@ -131,10 +132,11 @@ class Muon(UncompiledOptimizer):
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
             torch._foreach_mul_(matrices, 1 - skip)
-            decay = torch.where(skip > 0, 1.0, decay)
+            decay = torch.where(stays, 1.0, decay)
         done = iter(matrices)
-        updates = [torch.cat([next(done) for _ in self.split(p, p)]) for p in parameters]
-        updates = [like(p, update) for p, update in zip(parameters, updates, strict=True)]
+        parts = [[next(done) for _ in self.split(p, p)] for p in parameters]
+        pairs = zip(parameters, parts, strict=True)
+        updates = [like(p, torch.cat(each) if len(each) > 1 else each[0]) for p, each in pairs]
         torch._foreach_mul_(parameters, decay)
         torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
