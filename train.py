@@ -53,6 +53,11 @@ def train(parsed: Parsed[TrainSettings]) -> int:
     Raises InputError, and RunError for a run that failed or whose end is not saved.
     """
     from model import GPT, GPTConfig
+
+    if parsed.settings.dry_run:
+        from nib.training.account import print_account
+
+        return print_account(parsed, GPT, GPTConfig)
     from nib.training.start import start
     from nib.training.step import optimizer_step
 

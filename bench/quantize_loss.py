@@ -1,7 +1,8 @@
 """What 8-bit weights cost in validation loss: the whole split in float32 and quantised.
 
-    python bench/quantize_loss.py [RUN] [--dataset data/stdlib]
+    python bench/quantize_loss.py [MODEL] [--dataset data/stdlib]
 
+The dataset is prepared with the model's own tokenizer; a text is cut into windows of at most 1,024 tokens.
 Prints a table and one JSON line last.
 """
 
@@ -16,32 +17,34 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import nn
 
 from model import GPT, GPTConfig
-from nib.cpu.int8 import pack_int8, quantize
+from nib.cpu.int8 import quantize_rows
 from nib.data.dataset import Dataset
-from nib.formats.checkpoint import find_checkpoint, open_checkpoint
+from nib.formats.load import build, open_source, read_config
 from nib.training.distributed import Cluster
 from nib.training.validation import validate
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a run or checkpoint (default: the newest run)")
+    parser.add_argument(
+        "model", nargs="?", help="a run, a checkpoint or a Hugging Face directory (default: the newest run)"
+    )
     parser.add_argument("--dataset", type=Path, default=Path("data/stdlib"))
     parser.add_argument("--tokens", type=int, default=0, help="only so many validation tokens; 0: all")
     parser.add_argument("--check", action="store_true", help="exit 1 when the loss rises by 0.01 nats or more")
     arguments = parser.parse_args()
-    checkpoint, dataset = open_checkpoint(find_checkpoint(arguments.run)), Dataset(arguments.dataset)
+    source, dataset = open_source(arguments.model), Dataset(arguments.dataset)
+    config = read_config(source, GPTConfig)
     losses = {}
     for kind in ("float32", "int8"):
-        model = GPT(GPTConfig(**checkpoint.model_config)).eval()
-        model.load_state_dict(checkpoint.weights())
+        model = build(source, lambda: GPT(config)).eval()
         if kind == "int8":
-            quantize(model)
-            pack_int8(model)
+            round_to_int8(model)
         losses[kind] = validate(
-            model, dataset.val, dataset.tokenizer.byte_lengths(), block_size=model.config.block_size, batch=8,
+            model, dataset.val, dataset.tokenizer.byte_lengths(), block_size=min(1024, config.block_size), batch=8,
             cluster=Cluster(0, 1, torch.device("cpu")), autocast=nullcontext(), limit=arguments.tokens,
         ).loss  # fmt: skip
         print(f"{kind:8} validation loss {losses[kind]:.5f} nats a token")
@@ -50,6 +53,15 @@ def main() -> None:
     print(json.dumps({**losses, "rise": rise, "torch": torch.__version__}))
     if arguments.check and rise >= 0.01:
         sys.exit(1)
+
+
+@torch.no_grad()
+def round_to_int8(model: GPT) -> None:
+    """Give the matrices the values that they have as 8-bit integers: of all else --quantize int8 changes nothing."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and module is not getattr(model, "wpe", None):
+            integers, scale = quantize_rows(module.weight)
+            module.weight.copy_(integers * scale[:, None])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, run_script
-from test_train import TINY, losses, metrics, tensors
+from test_train import TINY, losses, metrics, tensors, train
 
 from nib.common.exits import InputError
 from nib.training.slurm import adopt_slurm, first_host
@@ -95,8 +96,11 @@ def test_wandb_offline_gets_the_same_numbers(tmp_path: Path) -> None:
     assert logged == metrics("out/run") and len(logged) == 4
 
 
-def test_wandb_that_is_not_installed_or_fails_stops_no_run(tmp_path: Path) -> None:
+def test_wandb_that_is_not_installed_or_fails_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "broken").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "broken")
     for source, said in (
         ("raise ImportError", "wandb is not installed, so nothing is logged there. pip install wandb"),
         (
@@ -110,11 +114,12 @@ def test_wandb_that_is_not_installed_or_fails_stops_no_run(tmp_path: Path) -> No
         ),
     ):
         (tmp_path / "broken/wandb.py").write_text(source)
-        environment = without_login(PYTHONPATH=str(tmp_path / "broken"))
-        out = f"--out_dir=out/{len(source)}"
-        done = run_script("train.py", *STEPS, "--wandb_log", out, cwd=tmp_path, env=environment)
-        assert done.returncode == 0 and done.stdout.count(f"warning: {said}") == 1, done.stdout + done.stderr
+        monkeypatch.delitem(sys.modules, "wandb", raising=False)
+        importlib.invalidate_caches()
+        assert train(*STEPS, "--wandb_log", f"--out_dir=out/{len(source)}") == 0
+        assert capsys.readouterr().out.count(f"warning: {said}") == 1
         assert len(losses(f"out/{len(source)}")) == 6
+    monkeypatch.delitem(sys.modules, "wandb")
 
 
 # ---- a notebook ----------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_parameters_and_flops_of_gpt2_shape(tied: bool) -> None:
     block = 2 * 2 * C + (3 * C * C + 3 * C) + (C * C + C) + (4 * C * C + 4 * C) + (4 * C * C + C)
     total = V * C + T * C + L * block + 2 * C + (0 if tied else V * C)
     assert num_parameters(model) == total
-    multiplying = total - T * C - (0 if tied else V * C)  # tables are looked up; a tied one is the head as well
+    multiplying = V * C + L * (3 * C * C + C * C + 2 * 4 * C * C)  # the head, and the matrices of the blocks
     assert flops_per_token(model) == 6 * multiplying + 12 * L * C * T
     assert flops_per_token(model, 10) == 6 * multiplying + 12 * L * C * 10
 
@@ -107,8 +107,9 @@ def test_parameters_and_flops_of_llama_shape() -> None:
     model = GPT(tiny(**settings))
     block = 2 * C + 2 * D + C * (H + 2 * K) * D + H * D * C + 3 * C * M
     assert num_parameters(model) == 2 * V * C + L * block + C
-    assert flops_per_token(model) == 6 * (V * C + L * block + C) + 12 * L * H * D * 6
-    assert flops_per_token(model, 4) == 6 * (V * C + L * block + C) + 12 * L * H * D * 4
+    multiplying = V * C + L * (block - 2 * C - 2 * D)
+    assert flops_per_token(model) == 6 * multiplying + 12 * L * H * D * 6
+    assert flops_per_token(model, 4) == 6 * multiplying + 12 * L * H * D * 4
 
 
 def test_gpt2_has_124_million_parameters() -> None:

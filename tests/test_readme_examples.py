@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file
+from test_load import hf_bytes
 
 TRAIN = (
     "train --dataset=words --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 --batch_size=4 --warmup_iters=1 "
@@ -22,15 +23,12 @@ PARTS = [[*TRAIN, "--out_dir=out/parts", f"--max_iters={steps}"] for steps in (2
 SAMPLE = "sample out/whole --prompt=line --max-new-tokens=20 --device=cpu".split()
 # One process for all commands, so that torch is imported once. Each answer ends with a line of its own.
 PROGRAM = """
-import json, sys
-import sample, train
+import importlib, json, sys
 from nib.common.exits import InputError
 for script, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [script + ".py", *arguments]
     try:
-        if script == "train":
-            train.train(train.read_settings(arguments))
-        else:
-            sample.main(arguments)
+        importlib.import_module(script).main()
     except InputError as error:
         print("error:", error)
     print("----", flush=True)
@@ -55,7 +53,7 @@ def apply(diff: str, path: Path) -> None:
 
 @pytest.fixture
 def copy(corpus: Path, tmp_path: Path) -> Path:
-    for name in ("model.py", "train.py", "sample.py"):
+    for name in ("model.py", "train.py", "sample.py", "evaluate.py", "export.py"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(ROOT / "nib", tmp_path / "nib", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "data").symlink_to(corpus / "data")
@@ -102,8 +100,18 @@ def test_a_new_option_is_one_line_and_the_place_where_it_acts(copy: Path) -> Non
 
 def test_a_new_parameter_is_only_the_place_where_it_acts(copy: Path) -> None:
     apply(diffs()[1], copy / "model.py")
-    _, _, resumed, text, uncached = run(copy, WHOLE, *PARTS, SAMPLE, [*SAMPLE, "--no-cache"])
+    hf_bytes(copy / "hf", "Qwen3", head_dim=8)
+    tuned = [*TRAIN, "--max_iters=1", "--init_from=out/whole", "--out_dir=out/tuned"]
+    _, _, resumed, text, uncached, int8, score, fine_tuned, exported, theirs = run(
+        copy, WHOLE, *PARTS, SAMPLE, [*SAMPLE, "--no-cache"], [*SAMPLE, "--quantize=int8"],
+        ["evaluate", "out/whole", "--max-tokens=20", "--device=cpu"], tuned,
+        ["export", "out/whole", "exported"], ["sample", "hf"],
+    )  # fmt: skip
     assert "resume: step 2" in resumed and same(weights(copy, "parts"), weights(copy, "whole"))
     scales = [weights(copy, "whole")[f"blocks.{layer}.scale"] for layer in range(2)]
     assert all(scale.shape == (32,) and not torch.equal(scale, torch.ones(32)) for scale in scales), "it is trained"
-    assert "line" in text and text == uncached
+    assert "line" in text and text == uncached and "line" in int8
+    assert "bits_per_byte" in score and "done: step 1" in fine_tuned
+    lacks = "error: this model.py has the parameter blocks.0.scale, which Qwen3ForCausalLM lacks. "
+    assert lacks in exported and lacks in theirs
+    assert not (copy / "exported").exists(), "no format that lacks it takes it silently"

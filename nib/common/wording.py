@@ -27,3 +27,16 @@ def way_out(error: Exception, otherwise: str) -> str:
 def printable(text: object) -> str:
     """`text` on one line, with escapes for what a terminal would take as a command."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
+
+
+def size(number: int) -> str:
+    """A number of bytes: 4.53 MB."""
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if number >= each[0]), (1.0, "bytes"))
+    return f"{number / unit:.3g} {name}"
+
+
+def duration(seconds: float) -> str:
+    """3.1 hours."""
+    units = ((86400, "days"), (3600, "hours"), (60, "minutes"))
+    unit, name = next((each for each in units if seconds >= 2 * each[0]), (1, "seconds"))
+    return f"{seconds / unit:,.{int(seconds < 10 * unit)}f} {name}"

@@ -48,8 +48,8 @@ def export(
     model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
     for field in dataclasses.fields(config):
         if field.name not in KNOWN and model[field.name] != field.default:
-            asked = f"{field.name}={model[field.name]}"
-            raise InputError(f"no architecture of transformers has {asked}. Export a model with {field.default}")
+            own, usual = (f"{field.name}={value}" for value in (model[field.name], field.default))
+            raise InputError(f"no architecture of transformers has {own}. Export a model with {usual}")
     architecture, tokenizer = choose_architecture(model), source.tokenizer()
     content = as_tokenizer_json(tokenizer)
     if kind == "gguf":

@@ -1,4 +1,4 @@
-"""What a model costs: its parameters, and the operations to train on a token."""
+"""What a model costs, by part: its parameters, and the operations to train on a token."""
 
 from __future__ import annotations
 
@@ -7,20 +7,50 @@ from typing import Any
 from torch import nn
 
 
+def part_of(model: nn.Module, parameter_name: str) -> str:
+    """Which part of the model a parameter belongs to, by the kind and the place of the module that holds it."""
+    place = parameter_name.rpartition(".")[0]
+    module = model.get_submodule(place)
+    if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+        return "norms"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    parts = {"attention": "attention", "mlp": "feed_forward", "head": "head"}
+    return next((parts[each] for each in place.split(".") if each in parts), "rest")
+
+
+def parameters_by_part(model: nn.Module) -> dict[str, int]:
+    """Trained parameters; a tied head has none of its own."""
+    found = dict.fromkeys(("embeddings", "attention", "feed_forward", "norms"), 0)
+    for name, parameter in model.named_parameters():
+        part = part_of(model, name)
+        found[part] = found.get(part, 0) + parameter.numel()
+    return found
+
+
 def num_parameters(model: nn.Module) -> int:
     """The number of trained parameters; a tied head is counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops_per_token(model: nn.Module, length: int = 0) -> int:
-    """Floating-point operations to train on one token of a sequence of `length` (0: block_size) positions.
+def flops_by_part(model: nn.Module, length: int = 0) -> dict[str, int]:
+    """Floating-point operations of the matrix products to train on one token of a sequence of `length` positions.
 
-    6N for the N weights in matrix products, so without embeddings that are only looked up, plus 12 n_layer H D length
-    for attention. By convention the causal mask does not halve that (arXiv 2204.02311, appendix B).
+    6 for each weight of a matrix: 2 forward, 4 backward. Scores are those of queries with keys and the sums of values
+    by them: 12 n_layer H D length. By convention (arXiv 2204.02311, appendix B) the causal mask does not halve them, a
+    window does shorten them, and what a fused kernel computes twice counts once. length 0: block_size.
     """
     config: Any = model.config
-    looked_up = [] if config.tie_weights else [model.get_parameter("wte.weight")]
-    looked_up += [model.get_parameter("wpe.weight")] if config.position == "learned" else []
     seen = min(length or config.block_size, config.window or config.block_size)
-    attention = 12 * config.n_layer * config.n_head * config.head_size * seen
-    return 6 * (num_parameters(model) - sum(each.numel() for each in looked_up)) + attention
+    scores = 12 * config.n_layer * config.n_head * config.head_size * seen
+    found = {"attention": 0, "scores": scores, "feed_forward": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        part = "head" if name == "wte.weight" and config.tie_weights else part_of(model, name)
+        if parameter.ndim > 1 and part != "embeddings":
+            found[part] = found.get(part, 0) + 6 * parameter.numel()
+    return found
+
+
+def flops_per_token(model: nn.Module, length: int = 0) -> int:
+    """The sum of `flops_by_part`."""
+    return sum(flops_by_part(model, length).values())

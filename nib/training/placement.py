@@ -52,9 +52,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 
     Blocks go to the device one by one, so that no device ever holds the whole model.
     """
-    model.activation_checkpointing = settings.activation_checkpointing  # type: ignore[assignment]
-    if cluster.device.type == "cuda":
-        model.max_logits, model.vocab_multiple = 0, GPU_VOCAB_MULTIPLE  # type: ignore[assignment]
+    set_limits(model, settings, cluster.device)
     if settings.parallel == "ddp" or cluster.world == 1:
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
@@ -73,6 +71,13 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
     return model
+
+
+def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> None:
+    """Tell the model what it may keep in memory on the device."""
+    model.activation_checkpointing = settings.activation_checkpointing
+    if device.type == "cuda":
+        model.max_logits, model.vocab_multiple = 0, GPU_VOCAB_MULTIPLE
 
 
 def fit_to_device(
@@ -137,10 +142,12 @@ def trial(
 ) -> Exception | None:
     """A forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
 
-    Where a step accumulates gradients, beside those too, which FSDP holds whole until it exchanges them. Returns the
-    error it ended in, if it did, without the frames that hold memory where that was what it lacked.
+    Where a step accumulates gradients, beside those too, which FSDP holds whole until it exchanges them. What a pass
+    leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
+
+    Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
     """
-    device = precision.device
+    device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
         if accumulates:
@@ -155,6 +162,8 @@ def trial(
         return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:
         model.zero_grad(set_to_none=True)
+        for name, buffer in before.items():
+            model.get_buffer(name).copy_(buffer)
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)

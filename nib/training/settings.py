@@ -46,6 +46,9 @@ class TrainSettings(ModelSettings):
     resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
                          choices=("auto", "never", "must"), group="run")
 
+    dry_run: bool = option(False, "say what the run would cost, and stop; nothing is written to out_dir", group="run")
+    json: bool = option(False, "with dry_run: say it as a JSON object", group="run")
+
     dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
                              group="data")
@@ -110,6 +113,8 @@ class TrainSettings(ModelSettings):
 
     def check(self) -> None:
         """Raise InputError for settings that are each fine but not together."""
+        if self.json and not self.dry_run:
+            raise InputError("json is what dry_run prints. Add --dry-run, or leave out --json")
         own = {"block_size": self.block_size, "dropout": self.dropout}  # the rest is the shape of init_from's model
         try:
             GPTConfig(**(self.model_options() if self.init_from == "scratch" else own))

@@ -20,7 +20,7 @@ from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
-from nib.formats.load import build, open_source, read_config, take_vocabulary
+from nib.formats.load import Source, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
 from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
@@ -139,18 +139,25 @@ def build_model(
 
     Raises InputError for a shape that cannot be, or that is not the one init_from has.
     """
+    torch.manual_seed(parsed.settings.seed)
+    source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
+    return build(source, lambda: GPT(config)) if source else GPT(config)
+
+
+def choose_shape(
+    parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPTConfig: type
+) -> tuple[Source | None, Any]:
+    """Whose weights the model begins with, if anyone's, and its GPTConfig. Raises InputError as `build_model` does."""
     settings = parsed.settings
-    torch.manual_seed(settings.seed)
     if settings.init_from == "scratch":
         # Before a model with a table of that many positions is built.
         WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
-        config = GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
-        return build(checkpoint, lambda: GPT(config)) if checkpoint else GPT(config)
+        return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
     since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
     added = {name: options[name] for name in since}
-    config = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
+    config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     take_vocabulary(source, dataset, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
@@ -169,7 +176,7 @@ def build_model(
             raise InputError(str(error)) from None
     elif "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size
-    return build(source, lambda: GPT(config))
+    return source, config
 
 
 def lengthen(config: Any, block_size: int, asked: dict[str, Any], name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from test_load import hf_bytes
 from test_sample import make_run
 
 import export as script
-from model import GPT
+from model import GPT, GPTConfig
 from nib.common.exits import InputError
 from nib.formats.checkpoint import write_checkpoint
+from nib.formats.export import export
 from nib.formats.huggingface import HuggingFaceModel
 from nib.formats.load import open_source
 from nib.tokenizer.huggingface import read_tokenizer, write_tokenizer
@@ -325,3 +327,17 @@ def test_llama_cpp_writes_the_text_of_sample_py(trained: Path, tmp_path: Path) -
     theirs = llama_cpp.Llama(str(tmp_path / "out/out.gguf"), n_ctx=128, n_threads=1, verbose=False)
     text = theirs.create_completion("the number 7 and", max_tokens=60, temperature=0)["choices"][0]["text"]
     assert text == ours
+
+
+@dataclass
+class OwnConfig(GPTConfig):
+    gate: str = "none"
+
+
+def test_an_option_of_ones_own_is_exported_only_at_its_default(tmp_path: Path) -> None:
+    source = open_source(str(save_run(tmp_path / "run", random_model(vocab_size=257))))
+    config = OwnConfig(**source.model_config, gate="all")
+    with pytest.raises(InputError, match=r"transformers has gate=all\. Export a model with gate=none"):
+        export(source, config, source.weights(), tmp_path / "out")
+    config.gate = "none"
+    assert export(source, config, source.weights(), tmp_path / "out") == "GPT2LMHeadModel"

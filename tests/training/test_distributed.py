@@ -111,8 +111,6 @@ def test_a_bug_in_the_model_of_several_processes_ends_in_its_whole_traceback(
     assert re.search(rf'File "{re.escape(str(copy))}/model.py", line \d+, in ', done.stderr), done.stderr
 
 
-def test_closed_streams_are_no_matter_to_several_processes(copy: Path) -> None:
-    assert start(copy, "--max_iters=4", redirect="<&- >&- 2>&-").returncode == 0
-    assert Path("out/run/log.txt").read_text().rstrip().endswith("sample from it: python sample.py out/run")
+def test_a_bug_with_closed_streams_is_no_success_of_several_processes(copy: Path) -> None:
     change(copy, "forward", "both")
     assert start(copy, "--max_iters=6", redirect="<&- >&- 2>&-").returncode != 0

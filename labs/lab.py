@@ -1,0 +1,135 @@
+"""What the labs share: each trains its variants beside each other on the same data and prints one table.
+
+    python labs/NAME.py [CONFIG.py] [--seeds=3] [--name=value ...]    train and compare; the settings are train.py's
+    python labs/NAME.py sample.py RUN [...]                           any script of nib, with the lab's model
+
+The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command goes on where it stopped, and one that is
+complete prints its table again. Other settings take another --out_dir.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from nib.cpu.threads import choose_threads
+
+choose_threads()  # before torch is imported
+import model
+from nib.common.exits import InputError, RunError, run_script
+from nib.common.options import Parsed, option, parse
+from nib.training.settings import TrainSettings
+
+DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds where nothing else runs
+Variants = dict[str, dict[str, Any]]  # name: options of the model that make it, the baseline first
+Measures = Mapping[str, Callable[[Any], str]]  # heading: what to print below it of a trained model
+
+
+@dataclasses.dataclass
+class LabSettings(TrainSettings):
+    seeds: int = option(3, "how many seeds each variant is trained with", at_least=1, group="run")
+
+
+def main(
+    text: str, file: str, variants: Variants, measures: Measures | None = None, common: tuple[str, ...] = (),
+    **parts: Any,
+) -> None:  # fmt: skip
+    """Run the lab in `file`, or a script with the lab's model, and leave the process.
+
+    `text` is the lab's docstring, whose last paragraph says what to conclude. `parts` replace what has these names in
+    model.py. `common` are options of all variants, which the command line overrides.
+    """
+    for name, part in parts.items():
+        setattr(model, name, part)
+    arguments = sys.argv[1:]
+    if arguments and (ROOT / arguments[0]).is_file() and "/" not in arguments[0]:
+        sys.argv = arguments
+        run_script(importlib.import_module(Path(arguments[0]).stem).main)
+    if not arguments or arguments[0].startswith("-"):
+        arguments.insert(0, DEFAULT)
+    run_script(lambda: compare(Path(file).stem, variants, [arguments[0], *common, *arguments[1:]], measures, text))
+
+
+def compare(
+    lab: str, variants: Variants, arguments: list[str], measures: Measures | None = None, text: str = ""
+) -> None:
+    """Train all variants with all seeds; print the table as it comes about. Raises InputError."""
+    usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=3] [--name=value ...]"
+    parsed = parse(LabSettings, arguments, usage=usage, about=f"Lab: {lab}.", config_file=True)
+    parsed.settings.check()
+    if parsed.settings.dry_run or parsed.settings.eval_only:
+        raise InputError("a lab trains. Give dry_run and eval_only to train.py")
+    seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
+    root = Path(parsed.settings.out_dir or Path("out/labs", lab))
+    width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
+    head = f"{'':{width}}{'parameters':>10}  bits per byte  - baseline   {'each seed':{wide}}"
+    print("  ".join([head, *(measures or ())]).rstrip(), flush=True)
+    for name, options in variants.items():
+        folder = re.sub(r"[^\w-]+", "_", name).strip("_")
+        results = [train_one(parsed, root / f"{folder}-{seed}", seed, options) for seed in seeds]
+        found, trained = [value for value, _ in results], [each for _, each in results if each is not None]
+        parameters = sum(each.numel() for each in trained[0].parameters()) if trained else 0
+        mean = statistics.mean(found)
+        first = mean if first is None else first
+        apart += [abs(one - other) for one, other in itertools.combinations(filter(math.isfinite, found), 2)]
+        row = f"{name:{width}}{parameters:>10,}{mean:15.3f}{mean - first:+12.3f}   "
+        row += f"{' '.join(f'{each:.3f}' for each in found):{wide}}"
+        for heading, measure in (measures or {}).items():
+            row += f"  {' '.join(dict.fromkeys(map(measure, trained))):{len(heading)}}"
+        print(row.rstrip(), flush=True)
+    if apart:
+        print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(apart):.3f} apart on average")
+    else:
+        print("one seed: how much another would differ is not known. Use --seeds=3")
+    if text:
+        print(f"\nFrom the table in labs/{lab}.py:\n" + text.strip().rpartition("\n\n")[2])
+
+
+def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]) -> tuple[float, Any]:
+    """Validation bits per byte at the end of a run, infinite where it failed, and the trained model, if there is one.
+
+    `options` that train.py does not know are fields of the lab's GPTConfig: they become its defaults.
+    """
+    import train
+    from nib.formats.load import build, open_source, read_config
+
+    known = {field.name for field in dataclasses.fields(LabSettings)}
+    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **pick(options, known))
+    base, own = model.GPTConfig, {name: value for name, value in options.items() if name not in known}
+    hints = get_type_hints(base)
+    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in own.items()]
+    try:
+        model.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields, bases=(base,))  # type: ignore[assignment, misc]
+        with contextlib.redirect_stdout(io.StringIO()):  # it is in the run's log.txt
+            if status := train.train(Parsed(settings, parsed.arguments, parsed.given)):
+                sys.exit(status)
+    except RunError as error:
+        print(f"{out}: {error}", file=sys.stderr)
+        return float("inf"), None
+    finally:
+        model.GPTConfig = base  # type: ignore[misc]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    values = [line["val_bits_per_byte"] for line in lines if "val_bits_per_byte" in line]
+    if not values:
+        raise InputError(f"{settings.dataset} has no validation split. Prepare it with a larger --val-fraction")
+    source = open_source(str(out))
+    config = read_config(source, base)
+    return values[-1], build(source, lambda: model.GPT(config))
+
+
+def pick(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}

@@ -1,0 +1,58 @@
+"""Where the norms stand: before each sublayer, after its sum (arXiv 1706.03762), or on what it adds (arXiv 2501.00656).
+
+    python labs/norm_placement.py
+
+Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 3 seeds, 0.014 apart on average:
+
+                          bits per byte  - baseline
+    pre-norm                      3.214
+    post-norm                     3.345      +0.131
+    norm of the output            3.671      +0.457
+
+Conclusion: with the same rates, pre-norm learns fastest at this depth, far beyond the noise. Post-norm follows: every
+gradient goes through all norms. Norms of the outputs begin as noise of size 1 on embeddings of size 0.02, which other
+recipes meet with larger embeddings, lower rates and a warm-up. One setting of the rates does not rank the three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from lab import Variants, main, model
+
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class GPTConfig(model.GPTConfig):
+    placement: Literal["pre", "post", "output"] = "pre"  # where a block's two norms stand
+
+
+class Block(model.Block):
+    """model.Block with its norms in one of three places."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.placement = config.placement
+
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        if self.placement == "pre":
+            return super().forward(x, *attention_inputs)
+        if self.placement == "post":
+            x = self.attention_norm(x + self.attention(x, *attention_inputs))
+            return self.mlp_norm(x + self.mlp(x))
+        x = x + self.attention_norm(self.attention(x, *attention_inputs))
+        return x + self.mlp_norm(self.mlp(x))
+
+
+# init=gpt2, since matrices that begin at zero ("modern") have no scale that a norm of the output could set.
+COMMON = ("--n_layer=6", "--init=gpt2", "--no-qk_norm")
+VARIANTS: Variants = {
+    "pre-norm": dict(placement="pre"),
+    "post-norm": dict(placement="post"),
+    "norm of the output": dict(placement="output"),
+}
+
+if __name__ == "__main__":
+    main(__doc__ or "", __file__, VARIANTS, None, COMMON, Block=Block, GPTConfig=GPTConfig)

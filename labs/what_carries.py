@@ -1,0 +1,75 @@
+"""What carries a deep model: without residuals, feed-forward layers, several heads or 1/sqrt(d), which one breaks it?
+
+    python labs/what_carries.py
+
+Measured: config/tiny.py with 6 layers of 4 heads (200 steps, characters of the standard library), 3 seeds, 0.027 apart
+on average:
+
+                       parameters  bits per byte  - baseline
+    whole                 334,528          3.243
+    no residual           334,528          4.787      +1.544
+    no feed-forward       112,960          3.613      +0.370
+    one head              334,528          3.201      -0.042
+    no 1/sqrt(d)          334,528          3.125      -0.118
+
+Conclusion: only the residuals are needed for learning anything: without them the model knows how often each letter
+occurs (4.77 bits) and no more. Feed-forward layers, two thirds of the parameters, come next. One head is not worse, nor
+less stable, in so small a model. Larger scores even help one that begins with small weights and heads of 16 channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from lab import Variants, main, model
+
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass
+class GPTConfig(model.GPTConfig):
+    residual: bool = True  # add what a sublayer computes to its input instead of putting it in its place
+    feed_forward: bool = True  # have feed-forward layers
+    scaled: bool = True  # divide scores by the root of the head size
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+class Block(model.Block):
+    """model.Block, of which parts can be left out."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.keep = float(config.residual)
+        if not config.feed_forward:
+            del self.mlp, self.mlp_norm
+        if not config.scaled:  # queries that are sqrt(d) larger, where qk_norm would have its norms
+            self.attention.q_norm = Scale(math.sqrt(config.head_size))  # type: ignore[assignment]
+            self.attention.k_norm = nn.Identity()  # type: ignore[assignment]
+
+    def forward(self, x: Tensor, *attention_inputs: Any) -> Tensor:
+        x = self.keep * x + self.attention(self.attention_norm(x), *attention_inputs)
+        return self.keep * x + self.mlp(self.mlp_norm(x)) if hasattr(self, "mlp") else x
+
+
+# init=gpt2: with "modern" each sublayer begins at zero, and without residuals nothing would come through.
+COMMON = ("--n_layer=6", "--n_head=4", "--init=gpt2", "--no-qk_norm")
+VARIANTS: Variants = {
+    "whole": {},
+    "no residual": dict(residual=False),
+    "no feed-forward": dict(feed_forward=False),
+    "one head": dict(n_head=1),
+    "no 1/sqrt(d)": dict(scaled=False),
+}
+
+if __name__ == "__main__":
+    main(__doc__ or "", __file__, VARIANTS, None, COMMON, Block=Block, GPTConfig=GPTConfig)
