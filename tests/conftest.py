@@ -36,9 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked gpu take a device: what they check on a CPU, others check there already."""
+    """Without a device, of the tests marked gpu only those run that check on a CPU what no other test does."""
     for item in items:
-        if item.get_closest_marker("gpu") and not config.getoption("--device"):
+        marker = item.get_closest_marker("gpu")
+        if marker and not marker.kwargs.get("cpu_too") and not config.getoption("--device"):
             item.add_marker(pytest.mark.skip(reason="give --device cuda"))
 
 
@@ -47,7 +48,7 @@ def device(request: pytest.FixtureRequest) -> Any:
     """The torch.device of a test that is marked gpu."""
     from nib.common.device import pick_device
 
-    return pick_device(request.config.getoption("--device"))
+    return pick_device(request.config.getoption("--device") or "cpu")
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]

@@ -15,8 +15,11 @@ import pytest
 import torch
 from model_helpers import LLAMA, random_tokens, tiny
 from test_engine import BYTES, PROMPTS, make_settings
+from torch import Tensor
+from torch.nn import functional as F
 
-from model import GPT
+from model import GPT, RMSNorm
+from nib.common.device import Precision, pick_device
 from nib.generation.engine import stream_text
 from nib.generation.request import make_samples
 from nib.generation.scoring import score_texts
@@ -110,3 +113,48 @@ class Tokens:
 
     def read(self, begin: int, end: int) -> Any:
         return np.arange(begin, min(end, self.tokens), dtype=np.int64)
+
+
+# ---- what CUDA does otherwise --------------------------------------------------------------------------------------
+
+
+def test_key_value_heads_are_shared_only_where_a_fused_kernel_shares_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, shared = F.scaled_dot_product_attention, []
+
+    def attention(q: Tensor, k: Tensor, *rest: Any, enable_gqa: bool) -> Tensor:
+        assert enable_gqa == (k.shape[1] < q.shape[1])
+        shared.append(enable_gqa)
+        return real(q, k, *rest, enable_gqa=enable_gqa)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for changes, dtype, device in (
+        ({}, torch.bfloat16, META), ({}, torch.float32, META), (dict(window=5), torch.bfloat16, META),
+        (dict(window=5), torch.float32, torch.device("cpu")),
+    ):  # fmt: skip
+        GPT(tiny(n_layer=1, n_kv_head=2, **changes)).to(device, dtype)(random_tokens(2, 9).to(device))
+    assert shared == [True, False, False, True]
+
+
+def test_rms_norm_keeps_the_dtype_that_autocast_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = F.rms_norm
+    monkeypatch.setattr(F, "rms_norm", lambda *given: real(*given).float())
+    assert RMSNorm(8)(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("capability", "masked", "cudnn"), [(9, False, True), (9, True, False), (8, False, False)])
+def test_cudnn_attends_in_training_on_hopper_alone(
+    capability: int, masked: bool, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (capability, 0))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: None)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        precision = Precision("float32", pick_device("cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        with precision.training(masked):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
