@@ -125,6 +125,7 @@ def test_a_float16_overflow_is_skipped_by_all_optimizers(
 ) -> None:
     """One gradient is infinite at step 3: nothing but the loss scale moves."""
     common = [f"--device={device.type}", f"--optimizer={optimizer}", "--dtype=float16", "--schedule=constant"]
+    common += ["--compile=false"]
     assert train(*common, "--max_iters=2") == 0
     before = [tensors("out/run", file) for file in ("model.safetensors", "optimizer.safetensors")]
     real = step.optimizer_step
@@ -161,11 +162,11 @@ def test_text_is_the_same_alone_in_a_batch_and_compiled(
     if device.type == "cpu":
         monkeypatch.setattr(CompiledRows, "compiling", dict(backend="aot_eager"))
     model = make_model(**shape).to(device)
-    for filters in (dict(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1), {}, dict(temperature=0.0)):
+    for filters in (dict(temperature=0.0), {}, dict(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1)):
         options: dict[str, Any] = dict(max_new_tokens=30, **filters)
         batch = written(model, PROMPTS, **options)
         assert [written(model, [prompt], **options)[0] for prompt in PROMPTS] == batch
-        assert written(model, PROMPTS, CompiledRows, **options) == batch
+    assert written(model, PROMPTS, CompiledRows, **options) == batch  # on a GPU, ten seconds of compiling
 
 
 @pytest.mark.gpu(cpu_too=True)
