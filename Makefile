@@ -3,12 +3,17 @@ PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: small test check
+.PHONY: small chat test check
 
 # Train config/small.py on the standard library's source, then show what the model writes.
 small: $(VENV)/installed
 	$(RUN) train.py config/small.py
 	$(RUN) sample.py out/small --prompt 'def'
+
+# Train config/chat.py on generated questions, then ask it some that it has not seen.
+chat: $(VENV)/installed
+	$(RUN) train.py config/chat.py
+	$(RUN) bench/chat.py chat
 
 # The whole test suite.
 test: $(VENV)/installed-dev

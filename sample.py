@@ -4,6 +4,7 @@
     python sample.py small --prompt 'def ' --num-samples 3
     python sample.py out/small/checkpoints/best --prompt FILE:notes.txt --stop 'END' --json
     python sample.py --interactive
+    python sample.py chat --chat --system 'You are Ada.'
 
 From the command line down: the options, the prompts, the model, and the ways to print what it writes.
 """
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
 from nib.common.streams import write_result
-from nib.common.wording import printable
+from nib.common.wording import counted, printable
 from nib.cpu.threads import choose_threads
 from nib.generation.request import (
     BYTE_ORDER_MARK,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from model import GPT
     from nib.tokenizer.tokenizer import Tokenizer
 
+Encode = Callable[[list[dict[str, Any]]], list[int]]
 INTERRUPTED = 130
 SAMPLE_BYTES = 2500  # of what a sample takes beside its cache and logits: its text, generator and random numbers
 USAGE = "python sample.py [RUN|CHECKPOINT|HF_DIR] [--prompt TEXT|FILE:path|-]... [--name=value]..."
@@ -58,6 +60,11 @@ class Options(SamplingSettings):
         group="input and output",
     )  # fmt: skip
     interactive: bool = option(False, "continue each line that is typed; Ctrl-D ends", group="input and output")
+    chat: bool = option(
+        False, "answer as the assistant of the model's chat template: each line that is typed, or each --prompt, which "
+        "is a question or the JSON of a list of messages", group="input and output",
+    )  # fmt: skip
+    system: str = option("", "the system message of a --chat", group="input and output")
     json: bool = option(
         False, "print a JSON object a sample: prompt, text, tokens, finish_reason, tokens_per_second, and logprobs "
         "with --top-logprobs",
@@ -82,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     parsed = parse(Options, sys.argv[1:] if argv is None else argv, usage=USAGE, about=ABOUT, max_arguments=1)
     write_result("", end="")  # says now that standard output is closed
     options = parsed.settings
-    prompts = read_prompts(options)
+    prompts: list[Any] = read_prompts(options)
     TextStream(options.stop)  # says now what is wrong with them
     if options.compile and not options.cache:
         raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
@@ -100,22 +107,50 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")
     with memory_errors("Lower --num-samples or --max-new-tokens, or give fewer or shorter prompts"):
         reserve(model, len(prompts) * options.num_samples, options)
-        size = model.config.vocab_size
+        size, encode = model.config.vocab_size, open_chat(tokenizer) if options.chat else None
+        if encode and not options.prompt:
+            status(origin)
+            return converse(answer_turns(encode, model, tokenizer, options))
         if options.interactive:
             status(origin)
             return converse(lambda line: write(make_samples([line], tokenizer, options, size), model, options))
-        samples = make_samples(prompts, tokenizer, options, size)
+        samples = make_samples(prompts, tokenizer, options, size, encode)
         status(origin)
         return write(samples, model, options)
 
 
-def read_prompts(options: Options) -> list[str]:
-    """The texts that --prompt means; one empty text where there is none. Raises InputError."""
+def read_prompts(options: Options) -> list[Any]:
+    """The texts, with --chat messages, that --prompt means; an empty text where there is none. Raises InputError."""
     if options.interactive and options.prompt:
         raise InputError("--interactive reads the prompts from standard input. Leave out --prompt or --interactive")
     if options.prompt.count("-") > 1:
         raise InputError("--prompt - is there twice, but standard input can be read once. Leave one out")
-    return [read_prompt(source) for source in options.prompt] or [""]
+    if options.system and not options.chat:
+        raise InputError("--system is the system message of a chat. Add --chat")
+    if options.chat and not options.prompt and (options.compile or options.num_samples > 1):
+        what = "--compile compiles anew for each turn" if options.compile else "a turn of --chat has one answer"
+        raise InputError(f"{what}. Leave out {'--compile' if options.compile else '--num-samples'}, or give a --prompt")
+    prompts = [read_prompt(source) for source in options.prompt] or [""]
+    return [read_messages(prompt, options.system) for prompt in prompts] if options.chat else prompts
+
+
+def read_messages(prompt: str, system: str) -> list[dict[str, Any]]:
+    """The messages of a chat's prompt, which is their JSON or a question. Raises InputError."""
+    messages: Any = [{"role": "user", "content": prompt}]
+    if prompt.lstrip().startswith(("[", "{")):
+        try:
+            messages = json.loads(prompt)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--prompt begins as JSON does and is none: {error}. Correct it") from None
+        messages = messages.get("messages") if isinstance(messages, dict) else messages
+    whole = isinstance(messages, list) and messages
+    if not whole or not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
+        raise InputError('--prompt is not a list of messages. Write [{"role": "user", "content": "..."}]')
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the last message of --prompt is the assistant's. Give one that it can answer")
+    if system and messages[0]["role"] == "system":
+        raise InputError("--prompt has a system message. Leave out --system")
+    return [{"role": "system", "content": system}] * bool(system) + messages
 
 
 def load_model(
@@ -160,6 +195,47 @@ def load_model(
     return model, source.tokenizer(), origin + ", compiled" * compiled
 
 
+def open_chat(tokenizer: Tokenizer) -> Encode:
+    """Messages to the ids of a prompt by the tokenizer's chat template, whose stop tokens end texts from now on.
+
+    Raises InputError where there is none.
+    """
+    from nib.data.chat import Chat
+
+    chat = Chat(tokenizer)
+    tokenizer.stop_ids |= chat.stop_ids
+
+    def encode(messages: list[dict[str, Any]]) -> list[int]:
+        try:
+            return chat.prompt_ids(messages)
+        except InputError as error:
+            raise InputError(f"{error}. Give other messages, or leave out --system") from None
+
+    return encode
+
+
+def answer_turns(encode: Encode, model: GPT, tokenizer: Tokenizer, options: Options) -> Callable[[str], int]:
+    """What answers one line after another in a conversation."""
+    from nib.generation.chat import Conversation
+
+    conversation = Conversation(encode, model.config.block_size, options.max_new_tokens, options.system)
+
+    def answer(line: str) -> int:
+        if not line.strip():
+            return 0
+        messages, left_out = conversation.ask(line)
+        if left_out:
+            status(f"the context is full: left out {counted(left_out, 'turn')} from the beginning")
+        (sample,) = make_samples([messages], tokenizer, options, model.config.vocab_size, encode)
+        code = write([sample], model, options, conversation.make_rows)
+        conversation.answer(sample.text)
+        if sample.finish_reason == "length":
+            status(f"the answer is cut after {counted(options.max_new_tokens, 'token')}. Raise --max-new-tokens")
+        return code
+
+    return answer
+
+
 def reserve(model: GPT, count: int, options: Options) -> None:
     """Ask at once for the memory that so many samples take at least, which may be more than there is.
 
@@ -175,12 +251,12 @@ def reserve(model: GPT, count: int, options: Options) -> None:
 
 
 @stop_signals_raise()
-def write(samples: list[Sample], model: GPT, options: Options) -> int:
+def write(samples: list[Sample], model: GPT, options: Options, make_rows: Any = None) -> int:
     """Write the samples and print them; returns the exit status. Raises RunError."""
     from nib.generation.cuda_graph import CompiledRows
     from nib.generation.engine import Rows, stream_text
 
-    make_rows = CompiledRows if options.compile else Rows
+    make_rows = make_rows or (CompiledRows if options.compile else Rows)
     warn_of_long_prompts(samples, model.config.block_size)
     printer = None if options.json else Printer(samples)
     interrupted = False
@@ -231,7 +307,10 @@ def as_json(sample: Sample) -> dict[str, Any]:
 
 
 class Printer:
-    """Prints samples in their order: one as it comes; those after it are kept until it is their turn."""
+    """Prints samples in their order: one as it comes; those after it are kept until it is their turn.
+
+    An answer in a chat is printed without what it answers.
+    """
 
     def __init__(self, samples: list[Sample]) -> None:
         self.samples, self.turn = samples, 0
@@ -244,7 +323,8 @@ class Printer:
             if len(self.samples) > 1:
                 several = f"prompt {sample.prompt_number + 1}, " if self.samples[-1].prompt_number else ""
                 write_result(f"--- {several}sample {sample.number + 1} ---")
-            write_result(sample.prompt + sample.text, end="")
+            before = sample.prompt if isinstance(sample.prompt, str) else ""
+            write_result(before + sample.text, end="")
             if not sample.finish_reason:
                 return
             self.end()

@@ -68,8 +68,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         while not run.finished():
             run.begin_step()
             run.set_learning_rate()
-            inputs, targets = run.next_batch()
-            loss, grad_norm = optimizer_step(run, inputs, targets)
+            loss, grad_norm = optimizer_step(run, run.next_batch())
             run.count_step(loss, grad_norm)
             validation = run.validate() if run.validation_due() else None
             run.log(validation)

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -92,6 +93,8 @@ def make_run(device: torch.device, shape: dict[str, Any], optimizer: str, batch:
     no_dataset: Any = None
     run = Run(settings, no_dataset, Cluster(0, 1, device))
     run.report = Said()
+    run.training = SimpleNamespace(tokens=lambda sequences: len(sequences) * settings.block_size)  # type: ignore[assignment]
+    run.steps = settings.max_iters
     with device:
         model = GPT(GPTConfig(**shape))
     run.take(model)
@@ -102,14 +105,14 @@ def steps_of(run: Run) -> Callable[[], None]:
     """What takes one step as train.py's loop does, always on the same batch."""
     shape, device = (run.settings.batch_size, run.settings.block_size + 1), run.cluster.device
     tokens = torch.randint(run.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-    batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    batch = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(run.micro_batch_size)]
     if device.type == "cuda":
-        batch = batch[0].pin_memory(), batch[1].pin_memory()
+        batch = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
 
     def step() -> None:
         run.begin_step()
         run.set_learning_rate()
-        run.count_step(*optimizer_step(run, *batch))
+        run.count_step(*optimizer_step(run, batch))
 
     return step
 
@@ -134,7 +137,7 @@ def rate_of(step: Callable[[], None], device: torch.device, seconds: float) -> t
 def measure(run: Run, seconds: float) -> dict[str, Any]:
     device = run.cluster.device
     taken, host = rate_of(steps_of(run), device, seconds)
-    rate = run.tokens_per_step / taken
+    rate = run.settings.batch_size * run.settings.block_size / taken
     memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     wrong = [line for line in run.report.lines if line.startswith("warning")]  # type: ignore[attr-defined]
     return dict(

@@ -23,7 +23,8 @@ import torch
 from common import ROOT, load_nanogpt
 from torch import nn
 
-from nib.data.dataset import Dataset, validation_batch, validation_windows
+from nib.data.dataset import Dataset
+from nib.data.sequences import ValidationWindows
 
 NANOGPT = (
     "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=1 --eval_interval=2000 "
@@ -45,9 +46,9 @@ def timed(command: list[str], cwd: Path) -> tuple[float, str]:
 def full_loss(logits_of, dataset: Dataset, block_size: int) -> float:  # type: ignore[no-untyped-def]
     """Mean loss over the whole validation split in windows side by side."""
     total, count, batch = 0.0, 0, 64
-    windows = validation_windows(dataset.val, block_size, 0)
-    for first in range(0, windows, batch):
-        inputs, targets = validation_batch(dataset.val, block_size, first, batch, windows)
+    windows = ValidationWindows(dataset.val, block_size, 0)
+    for first in range(0, windows.size, batch):
+        inputs, targets = windows.batch(first, batch)
         loss = torch.nn.functional.cross_entropy(
             logits_of(inputs).flatten(0, 1).double(), targets.flatten(), ignore_index=-1, reduction="sum"
         )

@@ -42,7 +42,7 @@ def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
         return inner
 
     step.optimizer_step = clocked("step", step.optimizer_step)
-    run.training_batch = clocked("batch", run.training_batch)
+    run.Run.load_batch = clocked("batch", run.Run.load_batch)  # type: ignore[method-assign]
     run.validate = clocked("validation", run.validate)
     run.Run.save = clocked("checkpoint", run.Run.save)  # type: ignore[method-assign]
     run.Reporter.metrics = clocked("metrics", run.Reporter.metrics)  # type: ignore[method-assign]

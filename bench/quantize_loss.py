@@ -22,6 +22,7 @@ from torch import nn
 from model import GPT, GPTConfig
 from nib.cpu.int8 import quantize_rows
 from nib.data.dataset import Dataset
+from nib.data.sequences import ValidationWindows
 from nib.formats.load import build, open_source, read_config
 from nib.training.distributed import Cluster
 from nib.training.validation import validate
@@ -38,14 +39,15 @@ def main() -> None:
     arguments = parser.parse_args()
     source, dataset = open_source(arguments.model), Dataset(arguments.dataset)
     config = read_config(source, GPTConfig)
+    windows = ValidationWindows(dataset.val, min(1024, config.block_size), arguments.tokens)
     losses = {}
     for kind in ("float32", "int8"):
         model = build(source, lambda: GPT(config)).eval()
         if kind == "int8":
             round_to_int8(model)
         losses[kind] = validate(
-            model, dataset.val, dataset.tokenizer.byte_lengths(), block_size=min(1024, config.block_size), batch=8,
-            cluster=Cluster(0, 1, torch.device("cpu")), autocast=nullcontext(), limit=arguments.tokens,
+            model, windows, dataset.tokenizer.byte_lengths(), batch=8, cluster=Cluster(0, 1, torch.device("cpu")),
+            autocast=nullcontext(),
         ).loss  # fmt: skip
         print(f"{kind:8} validation loss {losses[kind]:.5f} nats a token")
     rise = losses["int8"] - losses["float32"]

@@ -44,10 +44,10 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
     run.report = Reporter(Path(), active=False)
     run.take(GPT(GPTConfig(**GPT2 | shape)))
     tokens = torch.randint(512, (batch // world, context + 1))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    parts = [each.split(run.micro_batch_size) for each in (tokens[:, :-1], tokens[:, 1:])]
 
     def step() -> None:
-        optimizer_step(run, inputs, targets)
+        optimizer_step(run, list(zip(*parts, strict=True)))
 
     return step, run.model
 

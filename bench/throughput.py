@@ -70,10 +70,11 @@ def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tup
     run = Run(settings, no_dataset, cluster)
     run.report = Reporter(Path(), active=False)
     run.take(GPT(GPTConfig(**shape)))
-    inputs, targets = random_batch(vocab, settings.batch_size, context)
+    parts = [each.split(run.micro_batch_size) for each in random_batch(vocab, settings.batch_size, context)]
+    batch = list(zip(*parts, strict=True))
 
     def step() -> None:
-        optimizer_step(run, inputs, targets)
+        optimizer_step(run, batch)
         run.progress.step += 1
 
     return timed(step, steps, clock)

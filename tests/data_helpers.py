@@ -55,7 +55,8 @@ class Data:
 
     def _shards(self, directory: Path, split: str) -> list[np.ndarray]:
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
-        return [np.fromfile(directory / name, dtype) for name in self.meta["sha256"] if name.startswith(split)]
+        names = [name for name in self.meta["sha256"] if name.startswith(split) and name.endswith(".bin")]
+        return [np.fromfile(directory / name, dtype) for name in names]
 
     def ids(self, split: str) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype=np.int64), *self.shards[split]]).astype(np.int64)

@@ -141,6 +141,13 @@ LATE_CASES: dict[str, tuple[str, str]] = {
     "unknown device": ("train.py tiny.py --device=abacus", r"device 'abacus' is not known\. Use auto"),
     "missing corpus": ("train.py tiny.py --dataset=nowhere", r"no dataset 'nowhere' under data/.*Prepared: .*words"),
     "corpus with too long a name": (f"train.py tiny.py --dataset={LONG}", r"x{300}"),
+    "mixture of no weight": ("train.py tiny.py --dataset=words:0,letters:0", r"the weight of words is 0\. Give it one"),
+    "mixture without a weight": ("train.py tiny.py --dataset=words,letters:1", r"'words' is no name with a weight"),
+    "mixture with a missing corpus": ("train.py tiny.py --dataset=words:1,nowhere:1", r"no dataset 'nowhere' under"),
+    "mixture of two tokenizers": (
+        "train.py tiny.py --dataset=letters:1,words:1",
+        r"data/words has another tokenizer than data/letters\. Prepare data/letters again with --tokenizer=data/words",
+    ),
     "corpus without meta.json": ("train.py tiny.py --dataset=bare", r"no prepared data in data/bare\. Make it with"),
     "corpus with a hostile meta.json": ("train.py tiny.py --dataset=garbled", r"garbled/meta\.json is not what"),
     "corpus with a flipped byte": ("train.py tiny.py --dataset=flipped", r"train-00000\.bin does not have the content"),

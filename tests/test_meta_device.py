@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from model import GPT, RMSNorm
 from nib.common.device import Precision, pick_device
+from nib.data.sequences import ValidationWindows
 from nib.generation.engine import stream_text
 from nib.generation.request import make_samples
 from nib.generation.scoring import score_texts
@@ -62,7 +63,8 @@ def test_a_training_step_mixes_no_devices_and_reads_no_value(
         run.model, kind=optimizer, learning_rate=1e-3, muon_learning_rate=0.02, weight_decay=0.1, betas=(0.9, 0.95)
     )
     for run.progress.step in range(2):
-        loss, grad_norm = optimizer_step(run, random_tokens(4, 24), random_tokens(4, 24))
+        batch = [(random_tokens(2, 24, seed=part), random_tokens(2, 24)) for part in range(2)]
+        loss, grad_norm = optimizer_step(run, batch)
         assert loss.is_meta and grad_norm.is_meta
     states = [value for each in run.optimizers for state in each.state.values() for value in state.values()]
     assert states and all(value.is_meta for value in states)
@@ -100,9 +102,8 @@ def test_scoring_and_validation_mix_no_devices(monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         read_as_zeros(patch)
         score = score_texts(model, BYTES, [[1, 2, 3], list(range(60))], context=24, stride=12, batch=2)
-        loss = validate(
-            model, Tokens(), np.ones(257), block_size=24, batch=2, cluster=Cluster(0, 1, META), autocast=nullcontext()
-        )
+        split: Any = ValidationWindows(Tokens(), 24, 0)  # type: ignore[arg-type]
+        loss = validate(model, split, np.ones(257), batch=2, cluster=Cluster(0, 1, META), autocast=nullcontext())
     assert (score.texts, loss.tokens) == (2, 99)
 
 

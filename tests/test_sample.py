@@ -20,19 +20,21 @@ from model_helpers import GPT2
 import sample
 from model import GPT, GPTConfig
 from nib.common import exits as errors
+from nib.data.chat import fit_tokenizer
 from nib.formats.checkpoint import write_checkpoint
 from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer
 
 
-def make_run(directory: Path, tokenizer, position: str = "learned", **changes) -> Path:
+def make_run(directory: Path, tokenizer, position: str = "learned", block_size: int = 16, **changes) -> Path:
     """A run directory with one checkpoint of an untrained model of some contrast; `changes` falsify its settings."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, n_embd=16)
+    sizes = dict(vocab_size=tokenizer.vocab_size, block_size=block_size, n_layer=1, n_head=2, n_embd=16)
     shape = GPT2 | sizes | dict(position=position)
     model = GPT(GPTConfig(**shape))
     with torch.no_grad():
         model.wte.weight.mul_(20)
+        model.wte.weight[257:] = 0  # the special tokens of a chat, which it does not write then
     state = {"step": 3, "model_config": asdict(model.config) | changes}
     write_checkpoint(directory / "checkpoints", model.state_dict(), {}, state, tokenizer)
     return directory
@@ -56,6 +58,9 @@ def place(tmp_path_factory) -> Path:
     make_run(place / "odd/changed", make_tokenizer("byte"), n_embd=32)
     make_run(place / "odd/future", make_tokenizer("byte"), sparkle=1)
     make_run(place / "odd/cut", make_tokenizer("byte"))
+    chat = make_tokenizer("byte")
+    fit_tokenizer(chat)
+    make_run(place / "odd/chat", chat, block_size=64)
     weights = place / "odd/cut/checkpoints/step-00000003/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
     (place / "odd/empty").mkdir()
@@ -197,6 +202,55 @@ def test_each_line_of_a_conversation_is_continued_and_a_bad_one_is_said(run):
     assert [json.loads(line)["prompt"] for line in lines] == ["abc", "def"]
 
 
+CHAT = ["odd/chat", "--chat", "--temperature=0", "--max-new-tokens=4"]
+
+
+def test_a_chat_answers_each_line_in_view_of_what_was_said(run, place):
+    code, out, err = run(*CHAT, "--json", "--system=Be.", stdin=b"one\n\ntwo\n")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and err.count("\n") == 3 and err.count("the answer is cut after 4 tokens") == 2
+    said = [{"role": "system", "content": "Be."}]
+    for line, question in zip(lines, ["one", "two"], strict=True):
+        said.append({"role": "user", "content": question})
+        assert list(line) == ["prompt", "text", "tokens", "finish_reason", "tokens_per_second"]
+        assert line["prompt"] == said and len(line["tokens"]) == 4
+        # The same asked as one prompt, whose ids are those of the chat template.
+        asked = run(*CHAT, "--prompt", json.dumps(said), "--json")[1]
+        assert json.loads(asked)["tokens"] == line["tokens"]
+        said.append({"role": "assistant", "content": line["text"]})
+    assert run(*CHAT, "--system=Be.", stdin=b"one\ntwo\n")[1] == "".join(line["text"] + "\n" for line in lines)
+
+
+def test_a_prompt_of_a_chat_is_a_question_or_the_json_of_messages(run, place):
+    messages = [{"role": "user", "content": "one"}]
+    code, out, _ = run(*CHAT, "--prompt=one")
+    assert code == 0 and out and not out.startswith("one")
+    for prompt in (json.dumps(messages), json.dumps({"messages": messages})):
+        assert run(*CHAT, "--prompt", prompt)[1] == out
+    (place / "messages.json").write_text(json.dumps(messages, indent=2))
+    assert run(*CHAT, "--prompt=FILE:messages.json")[1] == out
+    with_system = json.dumps([{"role": "system", "content": "Be."}, *messages])
+    assert run(*CHAT, "--prompt", with_system)[1] == run(*CHAT, "--prompt=one", "--system=Be.")[1]
+    both = run(*CHAT, "--prompt=one", "--prompt=two", "--num-samples=2")[1]
+    assert both.startswith("--- prompt 1, sample 1 ---\n" + out) and both.count("---\n") == 4
+
+
+def test_an_answer_ends_with_the_token_that_ends_a_turn_by_the_template(place, monkeypatch):
+    monkeypatch.chdir(place)
+    _, tokenizer, _ = sample.load_model(["odd/chat"], "cpu", "float32")
+    tokenizer.stop_ids = frozenset()  # as in a model whose settings do not name it
+    sample.open_chat(tokenizer)
+    assert tokenizer.special_tokens["<|end|>"] in tokenizer.stop_ids
+
+
+def test_a_chat_that_is_too_long_goes_on_without_its_beginning(run):
+    code, out, err = run(*CHAT, stdin=b"0123456789abcd\n" * 6)
+    assert code == 0 and len(out) > 6
+    assert "the context is full: left out 2 turns from the beginning" in err and "sees its last" not in err
+    code, _, err = run(*CHAT, stdin=b"x" * 100)
+    assert code == 0 and "the prompt has 103 tokens; the model sees its last 64" in err
+
+
 def test_dtype_is_that_of_the_weights_and_the_angles_of_rope_stay_exact(place, monkeypatch):
     monkeypatch.chdir(place)
     model, _, origin = sample.load_model(["odd/rope"], "cpu", "bfloat16")
@@ -230,6 +284,19 @@ BAD = [
     (["--prompt=\udcff"], "U+DCFF"),
     (["chars", "--prompt=xyz"], "'x'"),
     (["--interactive", "--prompt=x"], "--interactive"),
+    (["--system=x"], "Add --chat"),
+    (["--chat", "--num-samples=2"], "Leave out --num-samples"),
+    (["--chat", "--compile"], "Leave out --compile"),
+    (["--chat", "--prompt=[1"], "begins as JSON does"),
+    (["--chat", "--prompt=" + "[" * 99_999], "begins as JSON does"),
+    (["--chat", "--prompt=[]"], "not a list of messages"),
+    (["--chat", "--prompt={}"], "not a list of messages"),
+    (["--chat", '--prompt=[{"content": "x"}]'], "not a list of messages"),
+    (["--chat", '--prompt=[{"role": "assistant", "content": "x"}]'], "is the assistant's"),
+    (["--chat", "--system=x", '--prompt=[{"role": "system", "content": "x"}]'], "has a system message"),
+    (["bytes", "--chat", "--prompt=x"], "no chat template"),
+    (["odd/chat", "--chat", '--prompt=[{"role": "user"}]'], "message 1 is no text. Give other messages"),
+    (["odd/chat", "--chat", '--prompt=[{"role": "tool", "content": "x"}]'], "message 1 is of the role tool"),
     (["--device=cuda:99"], "cuda:99"),
     (["--device=toaster"], "toaster"),
     (

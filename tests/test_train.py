@@ -102,7 +102,7 @@ def test_a_run_writes_the_files_of_the_contract_and_its_loss_falls() -> None:
     lines = metrics()
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 21))
-    keys = {"step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"}
+    keys = {"step", "epoch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "seconds", "memory_bytes"}
     assert all(set(line) - {"val_loss", "val_bits_per_byte"} == keys for line in steps)
     assert steps[-1]["tokens"] == 20 * 8 * 32
     assert steps[-1]["loss"] < steps[0]["loss"] - 1
@@ -370,7 +370,9 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path: Path) -> None
         except OSError:  # the other end is closed
             pass
     assert process.returncode == 0
-    assert re.search(rb"\d+% .*step \d+/200 \[\d\d:\d\d, \d\d:\d\d left, loss \d\.\d+, [\d.]+k tokens/s\]", shown)
+    assert re.search(
+        rb"\d+% .*step \d+/200 \[\d\d:\d\d, \d\d:\d\d left, epoch \d\.\d+, loss \d\.\d+, [\d.]+k tokens/s\]", shown
+    )
 
 
 def test_the_command_to_go_on_is_quoted_for_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:

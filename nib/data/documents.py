@@ -27,7 +27,8 @@ from nib.common.exits import InputError
 from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
-from nib.data.rows import MESSAGES, row_text
+from nib.data.questions import write_questions
+from nib.data.rows import CHAT_COLUMNS, MESSAGES, ROWS, row_text
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
@@ -44,7 +45,7 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "openwebtext": ("Skylion007/openwebtext", None, "text"),
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
-BUILTIN_SOURCES = ("stdlib", "shakespeare", *HUB)
+BUILTIN_SOURCES = ("stdlib", "questions", "shakespeare", *HUB)
 # Tests, installed packages, and what is there on one machine and not on the next.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -85,6 +86,9 @@ def find_sources(names: list[str], format: str, glob: str, directory: Path, spoo
         copy = directory / str(index)
         if name == "stdlib":
             found += _standard_library()
+        elif name == "questions":
+            write_questions(copy)
+            found.append(Source(name, "jsonl", copy, copy.stat().st_size))
         elif name in HUB:
             found.append(Source(name, "hub"))
         elif name == "shakespeare" or name.startswith(("http://", "https://")):
@@ -168,7 +172,7 @@ def _content_of(path: Path, format: str) -> str:
     """What a file of that name holds; "" where it is packed in a way that is not read here."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
-    found = FORMATS.get(ending, "text") if format == "auto" else format
+    found = FORMATS.get(ending, "text" if format == "auto" else "jsonl") if format in ("auto", *ROWS) else format
     return "" if ending in PACKED or (found == "parquet" and last in COMPRESSED) else found
 
 
@@ -182,8 +186,10 @@ def _format_of(path: Path, format: str) -> str:
     )
 
 
-def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
+def read_parts(sources: list[Source], field: str, kind: str = "") -> Iterator[Part]:
     """The documents of all sources, in order. `field` is the Parquet or hub column that holds the text.
+
+    Of Parquet a row of a `kind` (chat, preference) is a row of JSON.
 
     Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is found later.
     """
@@ -192,7 +198,7 @@ def read_parts(sources: list[Source], field: str) -> Iterator[Part]:
             if source.format == "hub":
                 yield from _hub_rows(source)
             elif source.format == "parquet":
-                yield from _parquet_rows(source, field)
+                yield from _parquet_rows(source, field, kind)
             elif source.path is None:
                 yield from _stream(source, io.BufferedReader(StandardInput(), 2**20))
             else:
@@ -276,7 +282,7 @@ def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
         number, at = number + 1, end
 
 
-def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
+def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -286,6 +292,12 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
         # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
+            if kind:
+                rows = file.iter_batches(batch_size=256, columns=[n for n in columns if n in (field, *CHAT_COLUMNS)])
+                for number, values in enumerate((row for batch in rows for row in batch.to_pylist()), start=1):
+                    line = json.dumps(_without_nulls(values), default=str)
+                    yield Part(f"{source.name}, row {number}", line.encode(), is_json=True)
+                return
             if field == "text" and field not in columns and MESSAGES in columns:
                 field = MESSAGES
             if field not in columns:
@@ -307,6 +319,13 @@ def _parquet_rows(source: Source, field: str) -> Iterator[Part]:
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
     except pyarrow.ArrowException as error:
         raise InputError(f"{source.name} is no valid Parquet file: {str(error)[:120]}. Give a whole file") from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row of Parquet has null for every key that any row has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _hub_rows(source: Source) -> Iterator[Part]:

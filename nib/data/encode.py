@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nib.common.exits import InputError
+from nib.data.chat import Chat
 from nib.data.documents import Part
-from nib.data.rows import MESSAGES, row_text
+from nib.data.rows import MESSAGES, learned_sides, row_text
+from nib.data.shards import FIRST, LEARNED
+from nib.data.template import TemplateFault
 from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
@@ -40,6 +44,8 @@ class EncoderSettings:
     invalid: str  # error, replace, skip
     seed: int
     dtype: str
+    kind: str = ""  # chat, preference; empty: text
+    train_on: str = "assistant"  # or all, of chats
 
 
 class Encoder:
@@ -49,9 +55,12 @@ class Encoder:
         self.settings = settings
         self.tokenizer = load_tokenizer(settings.tokenizer_file)
         self.key = str(settings.seed).encode()
+        self.lengths = self.tokenizer.byte_lengths() if settings.kind else np.zeros(0)
 
     def __call__(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
         """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
+        if self.settings.kind:
+            return self.rows(parts)
         results, arrays = [], []
         end = self.tokenizer.end_of_text
         end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
@@ -72,14 +81,55 @@ class Encoder:
             results.append(Encoded(count, len(data), replaced, content_hash, invalid))
         return results, np.concatenate(arrays)
 
+    def rows(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
+        """The same of conversations and preferences; a token's bits LEARNED and FIRST say what it is."""
+        results, arrays = [], [np.zeros(0, dtype=np.uint32)]
+        invalid = self.settings.invalid
+        for part in parts:
+            text, replaced, fault = part_text(part, self.settings.field, invalid, self.settings.kind)
+            ids = np.zeros(0, dtype=np.uint32)
+            if not fault:
+                try:
+                    ids = np.concatenate([self.side(**side) for side in json.loads(text)])
+                except InputError as error:
+                    fault = f"{part.where}: {error}"
+                    if isinstance(error, TemplateFault):
+                        raise InputError(fault) from None
+                    if invalid != "skip":
+                        how = "Mend it, give another --chat-template, or leave such rows out with --invalid=skip"
+                        raise InputError(f"{fault}. {how}") from None
+            arrays.append(ids)
+            size = int(self.lengths[ids & ~np.uint32(LEARNED | FIRST)].sum())
+            results.append(Encoded(len(ids), size, replaced, self.content_hash(text.encode("utf-8")), fault))
+        return results, np.concatenate(arrays)
+
+    def side(self, prompt: str = "", text: str = "", **conversation: Any) -> np.ndarray:
+        """The tokens of a conversation, or of a text that is learned after its prompt, with their bits."""
+        if conversation:
+            ids, mask = self.chat.encode_conversation(**conversation, train_on=self.settings.train_on)
+        else:
+            before, after = self.tokenizer.encode(prompt), self.tokenizer.encode(text)
+            after += [] if self.tokenizer.end_of_text is None else [self.tokenizer.end_of_text]
+            ids = np.array(before + after, dtype=np.uint32)
+            mask = np.arange(len(ids)) >= len(before)
+        ids |= mask * np.uint32(LEARNED)
+        ids[0] |= FIRST
+        return ids
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer)
+
     def content_hash(self, data: bytes) -> int:
         """64 bits from the seed and the first piece of a document: equal for equal documents from any source."""
         first = data if len(data) < PIECE_BYTES else data[: cut(data[:PIECE_BYTES])]
         return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=self.key).digest(), "big")
 
 
-def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
+def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str, int, str]:
     """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
+
+    Of a `kind` it is the JSON of what is learned of the row.
 
     `invalid` says what to do about invalid UTF-8: error, replace or skip. A row that is not an object with a text in
     `field` can only be left out, by skip. Raises InputError.
@@ -102,7 +152,7 @@ def part_text(part: Part, field: str, invalid: str) -> tuple[str, int, str]:
         replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     if not part.is_json:
         return text, replaced, ""
-    text, fault = _json_text(text, field)
+    text, fault = _json_text(text, field, kind)
     if fault:
         return without_text(f"{part.where}: {fault}", invalid)
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
@@ -124,7 +174,7 @@ def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
     )
 
 
-def _json_text(line: str, field: str) -> tuple[str, str]:
+def _json_text(line: str, field: str, kind: str) -> tuple[str, str]:
     """The text in a row of JSON, and what is wrong with it, or ""."""
     try:
         document = json.loads(line)
@@ -132,6 +182,9 @@ def _json_text(line: str, field: str) -> tuple[str, str]:
         return "", f"not valid JSON: {error}"
     if not isinstance(document, dict):
         return "", f"{type(document).__name__}, not an object"
+    if kind:
+        found, fault = learned_sides(document, field, kind)
+        return json.dumps(found, ensure_ascii=False), fault
     if field == "text" and field not in document and MESSAGES in document:
         field = MESSAGES
     if field not in document:

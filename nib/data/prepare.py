@@ -18,10 +18,12 @@ import numpy as np
 
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted, printable, way_out
+from nib.data.chat import fit_tokenizer, said, shown
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.download import url_path
 from nib.data.encode import EncoderSettings, encode_all, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
+from nib.data.rows import ROWS
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
 from nib.data.workers import Worker
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
@@ -31,6 +33,7 @@ from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
     "stdlib": {"source": "stdlib", "tokenizer": "bpe:2048", "val_fraction": 0.05},
     "stdlib_char": {"source": "stdlib", "tokenizer": "char", "val_fraction": 0.05},
+    "questions": {"source": "questions", "tokenizer": "byte", "val_fraction": 0.02, "format": "chat"},
     "shakespeare": {"source": "shakespeare", "tokenizer": "gpt2", "val_fraction": 0.1},
     "shakespeare_char": {"source": "shakespeare", "tokenizer": "char", "val_fraction": 0.1},
     "openwebtext": {"source": "openwebtext", "tokenizer": "gpt2"},
@@ -62,34 +65,42 @@ def prepare(
     seed: int = 1337,
     invalid: str = "error",
     overwrite: bool = False,
+    train_on: str = "assistant",
+    chat_template: str = "",
+    show: int = 0,
 ) -> dict[str, Any]:
     """Tokenize `sources` into the directory `out` and return the content of its `meta.json`.
 
     The same sources and settings give the same bytes for any number of `workers` (0: one a core). A directory of
-    nanoGPT's token files keeps its split. `out` appears whole or not at all. Raises InputError for a source, a text
-    or a setting that will not do, RunError when the disk is full or the network fails.
+    nanoGPT's token files keeps its split. Of chats, `train_on` says what is learned, and the first `show` are printed;
+    `chat_template` is jinja, in place of the tokenizer's own. `out` appears whole or not at all. Raises InputError for
+    a source, a text or a setting that will not do, RunError when the disk is full or the network fails.
     """
     began = time.monotonic()
     workers = workers or _cores()
     check_tokenizer_name(tokenizer)
+    kind = format if format in ROWS else ""
     try:
         with staging_directory(out, overwrite) as staging:
             spool = tokenizer == "char" or tokenizer.startswith("bpe:")
             fetched = staging / "fetched"
             fetched.mkdir()
-            ready = is_dataset(sources)
+            ready = is_dataset(sources) and not kind
             if ready:
                 fitted = dataset_tokenizer(Path(sources[0]), tokenizer)
             else:
                 found = find_sources(sources, format, glob, fetched, spool)
-                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging)
-            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted))
-            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction)
+                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging, kind)
+            # Pairs of texts need no template, and no special tokens of one.
+            if kind == "chat" or (kind and (chat_template or fitted.chat_template)):
+                fit_tokenizer(fitted, chat_template)
+            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted), kind, train_on)
+            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction, bool(kind))
             try:
                 if ready:
                     copy_tokens(Path(sources[0]), fitted, writer)
                 else:
-                    _encode(found, settings, workers, writer)
+                    _encode(found, settings, workers, writer, fitted, show)
                     writer.settle(fitted)
                 if writer.tokens["train"] == 0:
                     raise InputError(_nothing_to_train_on(writer, sources))
@@ -110,6 +121,8 @@ def prepare(
                 "val_fraction": val_fraction,
                 "seed": seed,
             }
+            if kind:
+                meta |= {"kind": kind, "learned": writer.learned}
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
     except OSError as error:
@@ -141,17 +154,17 @@ def check_tokenizer_name(name: str) -> None:
             raise InputError(f"--tokenizer={name}: N is 257 (bytes and end-of-text) to 1000000. Write bpe:8192")
 
 
-def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, directory: Path) -> Tokenizer:
+def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, directory: Path, kind: str) -> Tokenizer:
     """The tokenizer of that name, trained on the corpus where it is of that kind."""
     if name == "char":
         _say("collecting the characters of the corpus")
-        return train_char(_texts(read_parts(sources, field), field, invalid))
+        return train_char(_texts(read_parts(sources, field, kind), field, invalid, kind))
     if not name.startswith("bpe:"):
         return make_tokenizer(name)
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
     # In a process of its own, since the memory that training took is not given back, and Ctrl-C would have to wait.
-    with contextlib.closing(Worker(_BpeTraining, sources, field, invalid)) as worker:
+    with contextlib.closing(Worker(_BpeTraining, sources, field, invalid, kind)) as worker:
         tokenizer = load_tokenizer(worker(size, directory))
     if tokenizer.vocab_size < size:
         _say(f"the corpus has words for {tokenizer.vocab_size} tokens only, so the vocabulary is {tokenizer.name}")
@@ -161,17 +174,18 @@ def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, d
 class _BpeTraining:
     """Trains a tokenizer on the sources and saves it."""
 
-    def __init__(self, sources: list[Source], field: str, invalid: str) -> None:
-        self.sources, self.field, self.invalid = sources, field, invalid
+    def __init__(self, sources: list[Source], field: str, invalid: str, kind: str) -> None:
+        self.sources, self.field, self.invalid, self.kind = sources, field, invalid, kind
 
     def __call__(self, size: int, directory: Path) -> Path:
-        parts = _sample(read_parts(self.sources, self.field), self.sources)
-        return train_bpe(_texts(parts, self.field, self.invalid), size).save(directory)
+        parts = _sample(read_parts(self.sources, self.field, self.kind), self.sources)
+        return train_bpe(_texts(parts, self.field, self.invalid, self.kind), size).save(directory)
 
 
-def _texts(parts: Iterable[Part], field: str, invalid: str) -> Iterator[str]:
+def _texts(parts: Iterable[Part], field: str, invalid: str, kind: str) -> Iterator[str]:
     for part in parts:
-        yield part_text(part, field, invalid)[0]
+        text = part_text(part, field, invalid, kind)[0]
+        yield from (words for side in json.loads(text) for words in said(side)) if kind and text else [text]
 
 
 def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
@@ -189,10 +203,12 @@ def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
             return
 
 
-def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter) -> None:
-    """Encode all documents into `writer`, in order."""
+def _encode(
+    sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter, tokenizer: Tokenizer, show: int
+) -> None:
+    """Encode all documents into `writer`, in order, and print the first rows."""
     left_out = 0
-    encoded = encode_all(read_parts(sources, settings.field), settings, workers)
+    encoded = encode_all(read_parts(sources, settings.field, settings.kind), settings, workers)
     with contextlib.closing(encoded), _Progress(sources) as progress:
         for parts, (results, tokens) in encoded:
             position = 0
@@ -206,7 +222,11 @@ def _encode(sources: list[Source], settings: EncoderSettings, workers: int, writ
                             _say(f"left out: {printable(result.invalid)}")
                     writer.take_back()
                 elif writer.document is not None:
-                    writer.append(tokens[position : position + result.tokens], result.bytes, result.replaced)
+                    written = tokens[position : position + result.tokens]
+                    writer.append(written, result.bytes, result.replaced)
+                    if show > 0:
+                        show -= 1
+                        _say(f"{printable(part.where)}:\n{shown(tokenizer, written)}")
                 position += result.tokens
                 if part.last:
                     writer.end()
@@ -256,6 +276,8 @@ class _Progress:
 
 def _print_summary(out: Path, meta: dict[str, Any], replaced: int, seconds: float) -> None:
     total_bytes, total_tokens = sum(meta["bytes"].values()), sum(meta["tokens"].values())
+    if learned := meta.get("learned"):
+        _say("learned " + " and ".join(f"{counted(f'{learned[split]:,}', 'token')} of {split}" for split in learned))
     if replaced:
         _say(f"replaced {counted(replaced, 'place')} not valid in UTF-8 by U+FFFD")
     for split in ("train", "val"):

@@ -2,9 +2,100 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 MESSAGES = "messages"  # the column of a chat, where there is none called text
+ROWS = ("chat", "preference")  # formats whose rows are learned in part
+# What such a row may have, and the names that ShareGPT's roles have elsewhere.
+CHAT_COLUMNS = (
+    MESSAGES,
+    "conversations",
+    "conversation",
+    "prompt",
+    "completion",
+    "system",
+    "tools",
+    "chosen",
+    "rejected",
+)
+ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assistant"}
+
+
+def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict[str, Any]], str]:
+    """What is rendered of a row and learned from some place on, and what is wrong with it, or "".
+
+    A chat is one {messages, tools, first}: of the messages before `first` nothing is learned. A preference is two of
+    them, chosen and rejected, or two of {prompt, text}; what both begin with is the prompt where none is given.
+    """
+    if kind == "chat":
+        side, fault = conversation(row, field)
+        return [side], fault
+    prompt: Any = row.get("prompt")
+    given: list[Any] = [row.get("chosen"), row.get("rejected")]
+    if None in given:
+        return [], f"no chosen and rejected among {', '.join(map(str, list(row)[:10]))}"
+    if given[0] == given[1]:
+        return [], "chosen and rejected are the same"
+    sides = []
+    if all(isinstance(text, str) for text in given) and isinstance(prompt, str | None):
+        pairs = enumerate(zip(*given, strict=False))
+        same = next((place for place, (a, b) in pairs if a != b), min(map(len, given))) if prompt is None else 0
+        # As in trl, a space is part of what follows it.
+        same -= same > 0 and given[0][same - 1] == " "
+        sides = [{"prompt": (prompt or "") + text[:same], "text": text[same:]} for text in given]
+        return sides, "" if all(side["text"] for side in sides) else "an empty side"
+    for said in given:
+        fields = {MESSAGES: said} if prompt is None else {"prompt": prompt, "completion": said}
+        side, fault = conversation(fields | {key: row.get(key) for key in ("system", "tools")}, "text")
+        if fault:
+            return [], fault
+        sides.append(side)
+    if prompt is None:
+        pairs = enumerate(zip(*(side["messages"] for side in sides), strict=False))
+        first = next((place for place, (a, b) in pairs if a != b), min(len(side["messages"]) for side in sides))
+        sides = [side | {"first": first} for side in sides]
+    return sides, ""
+
+
+def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
+    """The messages of a row, its tools, and the first message that may be learned; what is wrong with it, or "".
+
+    They are in `field`, messages or conversations (ShareGPT), or in prompt and completion, texts or messages.
+    """
+    first = 0
+    found = next((row[key] for key in (field, *CHAT_COLUMNS[:3]) if row.get(key) is not None and key != "text"), None)
+    if found is None and row.get("prompt") is not None and row.get("completion") is not None:
+        sides = zip(("user", "assistant"), (row["prompt"], row["completion"]), strict=True)
+        turns = [[{"role": role, "content": said}] if isinstance(said, str) else said for role, said in sides]
+        found = [*turns[0], *turns[1]] if all(isinstance(turn, list) for turn in turns) else turns
+        first = len(turns[0]) if isinstance(turns[0], list) else 0
+    if not isinstance(found, list):
+        given = f"no messages, conversations, or prompt and completion among {', '.join(map(str, list(row)[:10]))}"
+        return {}, given if found is None else f"its messages are {type(found).__name__}, not a list"
+    if isinstance(row.get("system"), str) and row["system"]:
+        found, first = [{"role": "system", "content": row["system"]}, *found], first + (first > 0)
+    messages = []
+    for number, message in enumerate(found, start=1):
+        if not isinstance(message, dict):
+            return {}, f"message {number} is {type(message).__name__}, not an object"
+        kept = {key: value for key, value in message.items() if key not in ("from", "value")}
+        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        if not isinstance(role, str) or not role:
+            return {}, f"message {number} has no role"
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            return {}, f"message {number} has no content"
+        messages.append(kept | {"role": ROLES.get(role, role), "content": content})
+    if not messages:
+        return {}, "an empty conversation"
+    tools = row.get("tools") or None
+    if isinstance(tools, str):  # as some data sets have it
+        try:
+            tools = json.loads(tools)
+        except ValueError:
+            return {}, "its tools are not valid JSON"
+    prompted = any(message["role"] == "assistant" for message in messages[:first])
+    return {"messages": messages, "tools": tools, "first": first if prompted else 0}, ""
 
 
 def chat_text(messages: list[Any]) -> str | None:

@@ -21,10 +21,12 @@ from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 FORMAT = "nib-data-1"
 META_FILE, MAX_META_BYTES = "meta.json", 1 << 26
 # Every name that a file of a dataset can have.
-OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.bin|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
+OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.(bin|mask|rows)|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
 # In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
 REPLACEMENT, REPLACED = ".nib-staging/nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
+# Bits of the uint32 that a token of a chat is until the shards are cut: it is learned, it begins a conversation.
+LEARNED, FIRST = 1 << 31, 1 << 30
 SPLITS = ("train", "val")
 
 
@@ -131,13 +133,16 @@ class SplitWriter:
     directory: Path
     dtype: np.dtype
     val_fraction: float
+    rows: bool = False  # of conversations, which are learned in part
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    learned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # tokens, of chats
     replaced: int = 0
 
     def __post_init__(self) -> None:
         self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
+        self.stored = np.dtype("<u4") if self.rows else self.dtype  # with the bits LEARNED and FIRST
         self.document: _Document | None = None
         self.lowest: _Document | None = None  # of all in train
 
@@ -177,7 +182,7 @@ class SplitWriter:
         """Undo the document that was begun."""
         if self.document is not None:
             file = self.files[self.document.split]
-            file.seek(self.document.start * self.dtype.itemsize)
+            file.seek(self.document.start * self.stored.itemsize)
             file.truncate()
             self.document = None
 
@@ -197,6 +202,8 @@ class SplitWriter:
             self.tokens, self.bytes, self.documents = (
                 {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
             )
+        if self.rows:
+            return  # it is a row of its own, in one piece
         total = self.tokens["train"]
         start = int(total * (1 - self.val_fraction))
         while start < total and _inside_character(tokenizer, self._read("train", start, 1)):
@@ -210,12 +217,12 @@ class SplitWriter:
 
     def _read(self, split: str, start: int, count: int) -> np.ndarray:
         file = self.files[split]
-        file.seek(start * self.dtype.itemsize)
-        return np.frombuffer(file.read(count * self.dtype.itemsize), dtype=self.dtype)
+        file.seek(start * self.stored.itemsize)
+        return np.frombuffer(file.read(count * self.stored.itemsize), dtype=self.stored)
 
     def _move_to_val(self, start: int, count: int, bytes: int) -> None:
         """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val; close the gap."""
-        train, size = self.files["train"], self.dtype.itemsize
+        train, size = self.files["train"], self.stored.itemsize
         self.files["val"].seek(0)
         for data in _chunks(train, start * size, count * size):
             self.files["val"].write(data)
@@ -233,25 +240,51 @@ class SplitWriter:
         The file is taken apart from its end, so that the disk never holds more than one shard twice.
         """
         sha256 = {}
-        size = self.dtype.itemsize
+        size = self.stored.itemsize
         for split, file in self.files.items():
             end = self.tokens[split] * size
+            row_end = self.tokens[split]
             for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
                 shard = self.directory / f"{split}-{index:05d}.bin"
                 start = index * shard_tokens * size
-                if index == 0:
+                if index == 0 and not self.rows:
                     file.flush()
                     os.rename(file.name, shard)
                 else:
-                    with open(shard, "wb") as part:
-                        for data in _chunks(file, start, end - start):
-                            part.write(data)
+                    row_end = self._write_shard(split, shard, index * shard_tokens, end // size, row_end)
                     file.truncate(start)
                     end = start
-                sha256[shard.name] = file_sha256(shard)
+                for path in (shard, shard.with_suffix(".mask"), shard.with_suffix(".rows"))[: 3 if self.rows else 1]:
+                    sha256[path.name] = file_sha256(path)
             file.close()
             Path(file.name).unlink(missing_ok=True)
         return dict(sorted(sha256.items()))
+
+    def _write_shard(self, split: str, shard: Path, start: int, end: int, row_end: int) -> int:
+        """Write tokens `start` to `end`; of chats also which are learned, and the length of each conversation.
+
+        A conversation may go on in the next shard; its length is with the shard it begins in. `row_end` is where the
+        last one that begins here ends; returns where the first one begins.
+        """
+        size = self.stored.itemsize
+        chunks = _chunks(self.files[split], start * size, (end - start) * size)
+        if not self.rows:
+            with open(shard, "wb") as file:
+                file.writelines(chunks)
+            return row_end
+        starts, at = [np.zeros(0, dtype=np.int64)], start
+        with open(shard, "wb") as file, open(shard.with_suffix(".mask"), "wb") as masks:
+            for data in chunks:
+                tokens = np.frombuffer(data, dtype=self.stored)
+                mask = tokens >= LEARNED
+                starts.append(at + np.flatnonzero(tokens & FIRST))
+                file.write((tokens & (FIRST - 1)).astype(self.dtype).tobytes())
+                masks.write(mask.astype(np.uint8).tobytes())
+                self.learned[split] += int(mask.sum())
+                at += len(tokens)
+        begin = np.concatenate(starts)
+        np.diff(begin, append=row_end).astype("<u4").tofile(shard.with_suffix(".rows"))
+        return int(begin[0]) if len(begin) else row_end
 
 
 def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:

@@ -125,8 +125,8 @@ def write_settings(
     directory: Path,
 ) -> None:  # fmt: skip
     """config.json, generation_config.json and the files of the tokenizer."""
-    ends = [tokenizer.end_of_text, *sorted(tokenizer.stop_ids)]
-    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends if tokenizer.stop_ids else ends[0]}
+    ends = [id for id in (tokenizer.end_of_text, *sorted(tokenizer.stop_ids)) if id is not None]
+    ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     kind = str(dtype).removeprefix("torch.")
     config = write_config_json(architecture, model) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -70,9 +70,11 @@ def write_gguf(
     if begin is not None and tokenizer.end_of_text is not None:
         writer.add_bos_token_id(begin)
         writer.add_eos_token_id(tokenizer.end_of_text)
-        more = sorted(tokenizer.stop_ids)
-        for add, id in zip((writer.add_eot_token_id, writer.add_eom_token_id), more, strict=False):
-            add(id)
+    more = sorted(tokenizer.stop_ids)
+    for add, id in zip((writer.add_eot_token_id, writer.add_eom_token_id), more, strict=False):
+        add(id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
     writer.add_add_bos_token(is_added)
     writer.add_tokenizer_pre(pre)
 

@@ -113,7 +113,7 @@ class Rows:
             branch.append(len(contexts) - 1)
         room = max(map(len, contexts)) + settings.max_new_tokens
         self.cache: Any = self.new_cache(len(contexts), room) if settings.cache else None
-        self.logits = self.last_logits(contexts, self.cache)[branch]  # (B, V)
+        self.logits = self.prefill(contexts)[branch]  # (B, V)
         if not self.logits.isfinite().all():
             raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
         self.contexts = [list(contexts[row]) for row in branch]
@@ -147,6 +147,10 @@ class Rows:
         if cache is not None:
             cache.lengths = [len(context) for context in contexts]
         return x
+
+    def prefill(self, contexts: list[list[int]]) -> Tensor:
+        """Fill the empty cache with the contexts; the logits (B, V) after each."""
+        return self.last_logits(contexts, self.cache)
 
     def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
         """The logits (B, V) after each of the contexts; those of the positions before are not computed."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import codecs
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError
 from nib.common.options import option
@@ -94,14 +94,14 @@ class TextStream:
 
 
 class Sample:
-    """One continuation of one prompt, finished or still being written.
+    """One continuation of one prompt, a text or the messages of a chat, finished or still being written.
 
     `tokens` are the ids written, without the end-of-text id; `text` is what they say, up to a stop string.
     `finish_reason` is "length", "end_of_text", "stop" or "interrupted", and "" while there is more to come.
     """
 
     def __init__(
-        self, prompt: str, prompt_number: int, number: int, prompt_tokens: list[int],
+        self, prompt: Any, prompt_number: int, number: int, prompt_tokens: list[int],
         tokenizer: Tokenizer, settings: SamplingSettings,
     ) -> None:  # fmt: skip
         self.prompt, self.prompt_number, self.number = prompt, prompt_number, number
@@ -166,15 +166,17 @@ def start_tokens(tokenizer: Tokenizer, known: int) -> list[int]:
 
 
 def make_samples(
-    prompts: Sequence[str], tokenizer: Tokenizer, settings: SamplingSettings, known: int = 2**63
-) -> list[Sample]:
+    prompts: Sequence[Any], tokenizer: Tokenizer, settings: SamplingSettings, known: int = 2**63,
+    encode: Callable[[Any], list[int]] | None = None,
+) -> list[Sample]:  # fmt: skip
     """`num_samples` empty samples of each prompt, in order, for a model of the ids 0 to known - 1.
 
-    Raises InputError for a prompt that cannot be encoded, or that has other ids.
+    Prompts are texts, or what `encode` gives the ids of. Raises InputError for one that cannot be encoded, or that has
+    other ids.
     """
     samples, put = [], tokenizer.encode_prompt("")
     for prompt_number, prompt in enumerate(prompts):
-        tokens = tokenizer.encode_prompt(prompt) or start_tokens(tokenizer, known)
+        tokens = (encode or tokenizer.encode_prompt)(prompt) or start_tokens(tokenizer, known)
         tokenizer.check_ids(tokens, known, "the prompt", put)
         for number in range(settings.num_samples):
             samples.append(Sample(prompt, prompt_number, number, tokens, tokenizer, settings))

@@ -13,6 +13,9 @@ import numpy as np
 from nib.common.exits import InputError
 from nib.tokenizer.tokenizer import _PROBE, MAX_VOCAB, Tokenizer, bytes_of_letters
 
+# What tokenizer_config.json and chat templates call the special tokens.
+NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A byte-level BPE of a tokenizer.json, with the ids that transformers gives.
@@ -58,10 +61,9 @@ class HuggingFaceTokenizer(Tokenizer):
         if end_of_text is not None:
             token_bytes[end_of_text] = b""
         super().__init__(name, token_bytes, end_of_text)
-        self.special = "|".join(
-            re.escape(token.content)
-            for token in self.tokenizer.get_added_tokens_decoder().values() if token.special
-        )  # fmt: skip
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: id for id, token in added.items() if token.special}
+        self.special = "|".join(map(re.escape, self.special_tokens))
         # Of a tokenizer that lacks some bytes only texts without them can be asked for, and none with its end of text,
         # which is the end also where tokenizer.json does not call it special.
         known, end = set(token_bytes), self.tokenizer.id_to_token(end_of_text) if end_of_text is not None else None
@@ -70,6 +72,31 @@ class HuggingFaceTokenizer(Tokenizer):
         if not probe:
             raise InputError(f"tokenizer {name} has no tokens of bytes. Give a whole tokenizer.json")
         self._encode_piece(probe)
+
+    @property
+    def chat_template(self) -> str:
+        """The one that is used where a model has several."""
+        found = self.config.get("chat_template") or ""
+        named = {entry.get("name"): entry.get("template") for entry in found} if isinstance(found, list) else {}
+        return str(named.get("default", "") if isinstance(found, list) else found)
+
+    @chat_template.setter
+    def chat_template(self, template: str) -> None:
+        self.config["chat_template"] = template
+
+    def named_tokens(self) -> dict[str, str]:
+        return {key: str(token) for key, token in self.config.items() if key in NAMED_TOKENS}
+
+    def encode_chat(self, text: str, continued: bool = False) -> tuple[list[int], np.ndarray]:
+        """As transformers encodes it, with add_special_tokens=False."""
+        with library_errors(self.name):
+            self.tokenizer.encode_special_tokens = False
+            self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = self.parts[True][0], self.parts[not continued][1]
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        # The spaces before a word may have been trimmed from its offsets.
+        places[1:, 0] = np.minimum(places[1:, 0], np.maximum.accumulate(places[:-1, 1]))
+        return list(encoding.ids), places
 
     def _token_bytes(self) -> list[bytes]:
         added = self.tokenizer.get_added_tokens_decoder()

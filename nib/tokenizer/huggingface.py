@@ -10,7 +10,7 @@ from typing import Any
 
 from nib.common.exits import InputError
 from nib.common.files import plain_file, read_object
-from nib.tokenizer.byte_level import HuggingFaceTokenizer
+from nib.tokenizer.byte_level import NAMED_TOKENS, HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import (
     _PROBE,
     END_OF_TEXT,
@@ -24,7 +24,7 @@ from nib.tokenizer.tokenizer import (
 TOKENIZER_JSON, CONFIG_JSON, GENERATION_JSON = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 # The settings of tokenizer_config.json that are kept from reading to writing.
-KEPT = ("bos_token", "eos_token", "pad_token", "unk_token", "chat_template", "add_bos_token", "add_eos_token")
+KEPT = (*NAMED_TOKENS, "chat_template", "add_bos_token", "add_eos_token")
 GPT2_MODELS = ("gpt2", None)  # whose vocab.json and merges.txt are split by GPT-2's pattern
 
 
@@ -43,7 +43,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     if (directory / TOKENIZER_JSON).is_file():
         content = read_settings(directory / TOKENIZER_JSON)
         if letters := _characters(content):
-            return CharTokenizer(letters)
+            return _char_tokenizer(letters, content, directory)
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         if model.get("model_type") not in GPT2_MODELS:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
@@ -82,6 +82,17 @@ def _characters(content: dict[str, Any]) -> str:
     letters = "".join(vocab) if isinstance(vocab, dict) else ""
     plain = vocab == {letter: id for id, letter in enumerate(letters)} and sorted(set(letters)) == list(letters)
     return letters if plain and not content.get("normalizer") and not content.get("pre_tokenizer") else ""
+
+
+def _char_tokenizer(letters: str, content: dict[str, Any], directory: Path) -> CharTokenizer:
+    """The tokenizer of these characters, with the special tokens after them and the chat template beside it."""
+    tokenizer = CharTokenizer(letters)
+    tokenizer.add_special_tokens(token["content"] for token in content["added_tokens"])
+    generation = read_settings(directory / GENERATION_JSON, optional=True)
+    tokenizer.stop_ids = frozenset(_end_ids(generation, GENERATION_JSON, tokenizer))
+    if (directory / CHAT_TEMPLATE).is_file():
+        tokenizer.chat_template = read_text(directory / CHAT_TEMPLATE)
+    return tokenizer
 
 
 def read_text(path: Path) -> str:
@@ -160,16 +171,16 @@ def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         return tokenizer.content
     letter_of = {byte: letter for letter, byte in bytes_of_letters().items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = {} if tokenizer.end_of_text is None else {END_OF_TEXT: tokenizer.end_of_text}
+    special = tokenizer.special_tokens
     if isinstance(tokenizer, CharTokenizer):
-        content = _content({character: id for id, character in enumerate(tokenizer.characters)}, [], {}, None)
+        content = _content({character: id for id, character in enumerate(tokenizer.characters)}, [], special, None)
         content["decoder"] = {"type": "Fuse"}
         probe = tokenizer.characters
     else:
         split: dict[str, Any] = byte_level
         merges: list[tuple[bytes, bytes]] = []
         if isinstance(tokenizer, BpeTokenizer):
-            special, merges = tokenizer.special_tokens, merges_of(tokenizer.ranks)
+            merges = merges_of(tokenizer.ranks)
             pattern = {"Regex": as_onig(tokenizer.pattern)}
             by_pattern = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
             split = {"type": "Sequence", "pretokenizers": [by_pattern, byte_level]}
@@ -228,6 +239,10 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> N
             config["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text)
     elif tokenizer.end_of_text is not None:
         config = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
+    if isinstance(config.get("chat_template"), str):
+        del config["chat_template"]
+    if tokenizer.chat_template:
+        (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     config["clean_up_tokenization_spaces"] = False
     (directory / CONFIG_JSON).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -119,6 +119,15 @@ def _from_content(content: Any) -> Tokenizer:
         tokenizer = HuggingFaceTokenizer(name, content["tokenizer"], content["config"], end_of_text)
     else:
         raise ValueError(f"its kind is {kind!r}, not byte, char, bpe or huggingface")
+    added, template = content.get("added_tokens", []), content.get("chat_template", "")
+    _check(
+        isinstance(added, list) and all(isinstance(token, str) and token for token in added),
+        "its added_tokens are no list of names",
+    )
+    _check(isinstance(template, str), "its chat_template is no text")
+    tokenizer.add_special_tokens(added)
+    if template:
+        tokenizer.chat_template = template
     _check(tokenizer.end_of_text == end_of_text, "its end_of_text does not fit")
     stops = content.get("stop_ids", [])
     whole = isinstance(stops, list) and all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in stops)

@@ -41,15 +41,29 @@ class Tokenizer:
 
     `token_bytes[id]` are the bytes an id stands for; none for end-of-text, other special tokens and unused ids.
     `stop_ids` end a text that a model writes as end-of-text does; models of Hugging Face's may have several.
+    `special_tokens` have the ids of tokens that no text gives, by their names; `chat_template` is jinja, or empty.
     """
 
     kind = ""
     stop_ids: frozenset[int] = frozenset()
+    chat_template = ""
 
     def __init__(self, name: str, token_bytes: list[bytes], end_of_text: int | None) -> None:
         self.name = name
         self.token_bytes = token_bytes
         self.end_of_text = end_of_text
+        self.special_tokens: dict[str, int] = {} if end_of_text is None else {END_OF_TEXT: end_of_text}
+
+    def add_special_tokens(self, names: Iterable[str]) -> None:
+        """Give each of these that is no special token yet the next id after the vocabulary."""
+        for name in names:
+            if name not in self.special_tokens:
+                self.special_tokens[name] = self.vocab_size
+                self.token_bytes.append(b"")
+
+    def named_tokens(self) -> dict[str, str]:
+        """The special tokens that chat templates know by a name, such as eos_token."""
+        return {} if self.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
 
     @property
     def vocab_size(self) -> int:
@@ -73,6 +87,29 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text to be continued; a tokenizer of Hugging Face's sees its special tokens in it."""
         return self.encode(text)
+
+    def encode_chat(self, text: str, continued: bool = False) -> tuple[list[int], np.ndarray]:
+        """The ids of a rendered chat, its special tokens themselves, and the characters each stands for, (T, 2).
+
+        `continued`: it goes on a text, so that nothing is put before it.
+        """
+        ids: list[int] = []
+        places = [np.zeros((0, 2), dtype=np.int64)]
+        at = 0
+        specials = "|".join(map(re.escape, sorted(self.special_tokens, key=len, reverse=True)))
+        for part in re.split(f"({specials})", text) if specials else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+                places.append(np.array([[at, at + len(part)]]))
+            elif part:
+                found = self.encode(part)
+                code = code_points(part)
+                of_byte = np.repeat(np.arange(len(code)), 1 + (code >= 0x80) + (code >= 0x800) + (code >= 0x10000))
+                ends = np.cumsum([len(self.token_bytes[id]) for id in found])
+                places.append(at + np.stack([of_byte[np.r_[0, ends[:-1]]], of_byte[ends - 1] + 1], axis=1))
+                ids += found
+            at += len(part)
+        return ids, np.concatenate(places)
 
     def _encode_piece(self, text: str) -> np.ndarray:
         raise NotImplementedError
@@ -112,7 +149,7 @@ class Tokenizer:
 
     def token_name(self, id: int) -> str:
         """The token as text, for messages."""
-        return self.decode([id])
+        return next((name for name, special in self.special_tokens.items() if special == id), "") or self.decode([id])
 
     def token_text(self, id: int) -> str:
         """What a token says; the name of a special one, which says nothing. Bytes of half a character as U+FFFD."""
@@ -127,12 +164,15 @@ class Tokenizer:
         }  # fmt: skip
         if self.stop_ids:
             content["stop_ids"] = sorted(self.stop_ids)
+        if self.chat_template:
+            content["chat_template"] = self.chat_template
         path = Path(directory) / TOKENIZER_FILE
         path.write_text(json.dumps(content | self._content()) + "\n", encoding="utf-8")
         return path
 
     def _content(self) -> dict[str, Any]:
-        return {}
+        added = [token for token in self.special_tokens if token != END_OF_TEXT]
+        return {"added_tokens": added} if added else {}  # of the last ids, in their order
 
 
 class ByteTokenizer(Tokenizer):
@@ -164,13 +204,13 @@ class CharTokenizer(Tokenizer):
         if len(unknown):
             character = text[unknown[0]]
             raise InputError(
-                f"the character {character!r} (U+{ord(character):04X}) is not among the {self.vocab_size} of this "
+                f"the character {character!r} (U+{ord(character):04X}) is not among the {len(self.characters)} of this "
                 "char tokenizer. Leave it out, or prepare the data with --tokenizer=byte or bpe:N"
             )
         return ids.astype(np.uint32)
 
     def _content(self) -> dict[str, Any]:
-        return {"characters": self.characters}
+        return {"characters": self.characters, **super()._content()}
 
 
 class BpeTokenizer(Tokenizer):
@@ -194,7 +234,7 @@ class BpeTokenizer(Tokenizer):
             raise InputError(f"tokenizer {name}: two tokens share one id. Make the tokenizer again")
         if any(bytes([value]) not in ranks for value in range(256)):
             raise InputError(f"tokenizer {name}: not all 256 single bytes have an id. Make the tokenizer again")
-        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
+        self.pattern, self.ranks, self.special_tokens = pattern, ranks, dict(special_tokens)
         # tiktoken searches the text for special tokens even when none is allowed, so it is given one that is rare.
         try:
             self.encoding = tiktoken.Encoding(

@@ -27,8 +27,10 @@ from nib.common.streams import write_result
 from nib.common.wording import counted, duration, size
 from nib.cpu.process import tune_for_training
 from nib.data.dataset import Dataset
+from nib.data.mixture import Mixture
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS
+from nib.data.sequences import training_sequences
 from nib.training.cost import flops_by_part, num_parameters, parameters_by_part
 from nib.training.distributed import Cluster, own_place
 from nib.training.optimizer import Muon, make_optimizers
@@ -36,7 +38,7 @@ from nib.training.placement import large_enough, micro_batch_sizes, set_limits
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
-from nib.training.start import choose_shape, open_dataset
+from nib.training.start import choose_shape, open_mixture
 from nib.training.step import optimizer_step
 
 GPT2_VOCABULARY = 50257
@@ -72,13 +74,15 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
         if (fits := (memory["peak"] or 0) < free) or len(sizes) == 1:
             break
         sizes = sizes[1:]
-    micro, per_step = sizes[0], settings.batch_size * settings.block_size
+    micro = sizes[0]
     trial = timed_steps(lambda: GPT(config), settings, cluster, micro) if fits else None
-    steps = settings.steps()
+    training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
+    epoch, mean_tokens = (training.size, training.mean_tokens) if training else (0, float(settings.block_size))
+    steps = (settings if training else replace(settings, max_epochs=0.0)).steps(epoch, mean_tokens)
     if settings.max_seconds and trial:
         within = max(1, round(settings.max_seconds / trial["seconds_per_step"]))
         steps = min(steps or within, within)
-    tokens = steps * per_step
+    tokens = round(steps * settings.batch_size * mean_tokens)
     cache, full = (model.make_cache(1, length).memory.numel() for length in (1, 0))
     itemsize = pick_dtype("auto", device).itemsize
     return {
@@ -86,7 +90,7 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
         "flops_per_token": {**flops, "total": sum(flops.values())},
         "run": {
             "steps": steps, "tokens": tokens, "tokens_per_parameter": tokens / total,
-            "epochs": tokens / max(1, dataset.train.tokens) if dataset else None,
+            "epochs": steps * settings.batch_size / epoch if epoch else None,
             "flops": tokens * sum(flops.values()), "flops_6nd": 6 * total * tokens,
         },
         "micro_batch_size": micro,
@@ -98,7 +102,7 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     }  # fmt: skip
 
 
-def shape_of(parsed: Parsed[TrainSettings], GPTConfig: type) -> tuple[Any, Dataset | None]:
+def shape_of(parsed: Parsed[TrainSettings], GPTConfig: type) -> tuple[Any, Dataset | Mixture | None]:
     """The model's config, and the dataset, which is prepared where it is missing: not one that is gigabytes to load,
     of which only the vocabulary is needed.
     """
@@ -106,7 +110,7 @@ def shape_of(parsed: Parsed[TrainSettings], GPTConfig: type) -> tuple[Any, Datas
     large = BUILTIN_DATASETS.get(settings.dataset, {}).get("tokenizer") == "gpt2" and settings.init_from == "scratch"
     if large and not find_dataset(settings.dataset).exists():
         return GPTConfig(vocab_size=GPT2_VOCABULARY, **settings.model_options()), None
-    dataset = open_dataset(settings.dataset)
+    dataset = open_mixture(settings.dataset)
     return choose_shape(parsed, dataset, None, GPTConfig)[1], dataset
 
 
@@ -194,8 +198,9 @@ def timed_steps(
     torch.manual_seed(settings.seed)
 
     def step(count: int) -> float:
-        rows, began = tokens[: count * micro], time.perf_counter()
-        float(optimizer_step(run, rows[:, :-1], rows[:, 1:])[0])  # reading the loss waits for a GPU
+        began = time.perf_counter()
+        parts = [(rows[:, :-1], rows[:, 1:]) for rows in tokens[: count * micro].split(micro)]
+        float(optimizer_step(run, parts)[0])  # reading the loss waits for a GPU
         return time.perf_counter() - began
 
     try:

@@ -24,6 +24,8 @@ CPU_ACTIVATIONS = 2**24
 GPU_TOKENS = 2**16
 # Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
 GPU_VOCAB_MULTIPLE = 64
+# Lengths of conversations in a batch: each is compiled for. torch gives up at the ninth.
+COMPILED_WIDTHS = 8
 
 
 def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
@@ -115,7 +117,7 @@ def fit_to_device(
     size, failure = most(ready)
     if failure:
         raise failure
-    if settings.compile == "true" or (settings.compile == "auto" and cluster.device.type == "cuda"):
+    if is_compiled(settings, cluster.device):
         sizes = sizes[sizes.index(size) :]
         # For this shape alone: torch's kernels for any shape are slower. DDP's buckets become a graph each, whose
         # gradients are exchanged while the next ones are computed.
@@ -126,6 +128,10 @@ def fit_to_device(
         reason = str(failure).strip().splitlines()[0]
         report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
     return size, ready
+
+
+def is_compiled(settings: TrainSettings, device: torch.device) -> bool:
+    return settings.compile == "true" or (settings.compile == "auto" and device.type == "cuda")
 
 
 def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.device) -> list[int]:

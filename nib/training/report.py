@@ -99,10 +99,12 @@ class Reporter:
             self.bar = tqdm(total=total, initial=step if steps else 0, unit=unit, bar_format=shape, dynamic_ncols=True)
 
     def progress(
-        self, step: int, steps: int, seconds: float, max_seconds: float, loss: float, rate: float, mfu: float
-    ) -> None:
+        self, step: int, steps: int, seconds: float, max_seconds: float, epoch: float, loss: float, rate: float,
+        mfu: float,
+    ) -> None:  # fmt: skip
         """Move the bar; where there is none, print a line now and then. Called at every step."""
-        text = f"loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s" + (f", MFU {100 * mfu:.0f} %" if mfu else "")
+        text = f"epoch {epoch:.2f}, loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s"
+        text += f", MFU {100 * mfu:.0f} %" if mfu else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update((step if steps else min(seconds, max_seconds)) - self.bar.n)

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,19 +19,21 @@ from nib.common.device import Copied, Precision, device_name, peak_flops, peak_m
 from nib.common.exits import RunError
 from nib.common.signals import StopSignal
 from nib.common.wording import counted, typed
-from nib.data.dataset import BatchesAhead, Dataset, WindowOrder, training_batch
+from nib.data.dataset import Dataset
+from nib.data.mixture import Mixture
+from nib.data.sequences import Batch, BatchesAhead, describe, micro_batches, training_sequences, validation_sequences
 from nib.formats.checkpoint import Checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
 from nib.training.optimizer import make_optimizers, set_learning_rate
-from nib.training.placement import fit_to_device, place
+from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.schedule import finished, rate_factor
 from nib.training.settings import TrainSettings, as_dict
 from nib.training.state import Progress, Saver, lock_run, restore, snapshot
-from nib.training.validation import Validation, validate
+from nib.training.validation import Validation, mean_of, validate
 
 
 class Run:
@@ -43,10 +46,10 @@ class Run:
     optimizers: list[torch.optim.Optimizer]
     micro_batch_size: int
 
-    def __init__(self, settings: TrainSettings, dataset: Dataset, cluster: Cluster) -> None:
+    def __init__(self, settings: TrainSettings, dataset: Dataset | Mixture, cluster: Cluster) -> None:
         self.settings, self.dataset, self.cluster = settings, dataset, cluster
         self.precision = Precision(settings.dtype, cluster.device)
-        self.out_dir, self.steps = Path(settings.out_dir), settings.steps()
+        self.out_dir = Path(settings.out_dir)
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
         self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
@@ -55,7 +58,6 @@ class Run:
         self.unread: deque[tuple[int, Copied]] = deque()  # loss and gradient norm of the last steps
         self.loss = self.grad_norm = math.nan  # of the last one that was read
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
-        self.tokens_per_step = settings.batch_size * settings.block_size
 
     def __enter__(self) -> Run:
         return self
@@ -67,7 +69,9 @@ class Run:
 
     def open(self) -> None:
         """Take the directory for this run alone, and the signals. Raises InputError."""
-        self.order = WindowOrder(self.dataset.train.tokens, self.settings.block_size, self.settings.seed)
+        self.training = training_sequences(self.dataset, self.settings.block_size, self.settings.seed)
+        self.validation = validation_sequences(self.dataset, self.settings.block_size, self.settings.eval_tokens)
+        self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
         self.stop = StopSignal(at_once=self.settings.eval_only)  # a validation has nothing to save
@@ -102,7 +106,8 @@ class Run:
         self.micro_batch_size, self.ready = fit_to_device(model, settings, self.precision, cluster, self.report)
         self.flops = flops_per_token(model, settings.block_size)
         self.peak = peak_flops(cluster.device, self.precision.dtype) * cluster.world
-        self.logged_step, self.logged_seconds, self.tokens_per_second = self.progress.step, self.progress.seconds, 0.0
+        self.logged_tokens, self.logged_seconds = self.progress.tokens, self.progress.seconds
+        self.tokens_per_second = 0.0
 
     def announce(self) -> None:
         """Say what is about to be trained on what, and write config.json."""
@@ -112,16 +117,16 @@ class Run:
         self.report.write("config.json", json.dumps(made | {"command": command_line()}, indent=1))
         budget = counted(f"{settings.max_seconds:g}", "second")
         if self.steps:
-            budget = f"{counted(self.steps, 'step')}, {self.steps * self.tokens_per_step / 1e6:.1f}M tokens"
+            tokens = self.steps * settings.batch_size * self.training.mean_tokens / 1e6
+            passes = counted(f"{self.epoch(self.steps):.3g}", "epoch")
+            budget = f"{counted(self.steps, 'step')}, {passes}, {tokens:.1f}M tokens"
+        up_to = "up to " if any(part.chat for part in dataset.parts) else ""
         processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
         self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP a token")
+        for line in describe(dataset, settings.block_size):
+            self.report.say(line)
         self.report.say(
-            f"data:   {dataset.directory}, {dataset.train.tokens / 1e6:.2f}M training and "
-            f"{dataset.val.tokens / 1e6:.2f}M validation tokens ({dataset.meta['tokenizer']}, "
-            f"{counted(dataset.vocab_size, 'id')})"
-        )
-        self.report.say(
-            f"run:    {budget}, {settings.batch_size} x {settings.block_size} tokens a step "
+            f"run:    {budget}, {settings.batch_size} x {up_to}{settings.block_size} tokens a step "
             f"(micro-batches of {self.micro_batch_size}), {processes}{device_name(cluster.device)}, "
             f"{str(self.precision.dtype).removeprefix('torch.')}"
         )
@@ -158,7 +163,8 @@ class Run:
             report.say(
                 f"done: step {progress.step}, {progress.seconds:.0f} s of training; the run is in {self.out_dir}"
             )
-            report.say(f"sample from it: python sample.py {typed(self.out_dir)}")
+            chat = " --chat" if self.dataset.parts[0].chat else ""
+            report.say(f"sample from it: python sample.py {typed(self.out_dir)}{chat}")
         self.cluster.stop()
         if self.stopped_by:
             return 128 + self.stopped_by
@@ -185,14 +191,22 @@ class Run:
         )  # fmt: skip
         set_learning_rate(self.optimizers, self.rate_factor)
 
-    def next_batch(self) -> tuple[Tensor, Tensor]:
-        """This process's share of the global batch: inputs and targets, each (sequences, block_size)."""
+    def next_batch(self) -> list[Batch]:
+        """This process's share of the global batch, in micro-batches: inputs and targets, each (sequences, T)."""
         return self.batch_of(self.progress.step)
 
-    def load_batch(self, step: int) -> tuple[Tensor, Tensor]:
-        local = self.settings.batch_size // self.cluster.world
-        first = step * self.settings.batch_size + self.cluster.rank * local
-        return training_batch(self.dataset.train, self.order, first, local)
+    def load_batch(self, step: int) -> list[Batch]:
+        own = np.array_split(self.sequences(step), self.cluster.world)[self.cluster.rank]
+        widths = COMPILED_WIDTHS if is_compiled(self.settings, self.cluster.device) else 0
+        return micro_batches(self.training.rows(own), self.micro_batch_size, self.settings.block_size, widths)
+
+    def sequences(self, step: int) -> np.ndarray:
+        """The numbers of the sequences in the global batch of a step."""
+        return np.arange(step * self.settings.batch_size, (step + 1) * self.settings.batch_size)
+
+    def epoch(self, step: int) -> float:
+        """How often the training data was gone through before `step`."""
+        return step * self.settings.batch_size / self.training.size
 
     def count_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Count a step. How it came out is read a step later on a device that works ahead, unless it is asked for now.
@@ -200,8 +214,8 @@ class Run:
         Raises RunError as `read_steps` does.
         """
         progress, settings = self.progress, self.settings
+        progress.tokens += self.training.tokens(self.sequences(progress.step))
         progress.step += 1
-        progress.tokens += self.tokens_per_step
         self.unread.append((progress.step, Copied(torch.stack((loss, grad_norm)))))
         intervals = (settings.log_interval, settings.sample_interval, settings.checkpoint_interval)
         asked = self.finished() or self.validation_due() or any(due(progress.step, each) for each in intervals)
@@ -244,37 +258,42 @@ class Run:
 
     def validation_due(self) -> bool:
         due_now = self.finished() or due(self.progress.step, self.settings.eval_interval)
-        return due_now and self.dataset.val.tokens > 1
+        return due_now and bool(self.validation)
 
     def validate(self) -> Validation:
+        """Over the validation split; of a mixture over that of each dataset, and their mean by the shares."""
         # The model is not compiled here: a pass without gradients, and its last batch, would each be compiled anew.
-        return validate(
-            self.model, self.dataset.val, self.dataset.tokenizer.byte_lengths(), block_size=self.settings.block_size,
-            batch=self.micro_batch_size, cluster=self.cluster, autocast=self.precision.autocast(),
-            limit=self.settings.eval_tokens,
-        )  # fmt: skip
+        return mean_of([
+            (name, share, validate(
+                self.model, sequences, self.dataset.tokenizer.byte_lengths(), batch=self.micro_batch_size,
+                cluster=self.cluster, autocast=self.precision.autocast(),
+            ))
+            for name, share, sequences in self.validation
+        ])  # fmt: skip
 
     def log(self, validation: Validation | None) -> None:
         """Move the progress bar, and write a line of metrics where it is time for one."""
         progress, settings = self.progress, self.settings
         rate, loss = self.tokens_per_second, self.loss
         self.report.progress(
-            progress.step, self.steps, progress.seconds, settings.max_seconds, loss, rate, rate * self.flops / self.peak
-        )
+            progress.step, self.steps, progress.seconds, settings.max_seconds, self.epoch(progress.step), loss, rate,
+            rate * self.flops / self.peak,
+        )  # fmt: skip
         if validation:
             self.report.say(f"step {progress.step}: {validation}")
         if not (validation or self.finished() or due(progress.step, settings.log_interval)):
             return
         seconds = max(1e-9, progress.seconds - self.logged_seconds)
-        rate = self.tokens_per_second = (progress.step - self.logged_step) * self.tokens_per_step / seconds
-        self.logged_step, self.logged_seconds = progress.step, progress.seconds
+        rate = self.tokens_per_second = (progress.tokens - self.logged_tokens) / seconds
+        self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
         known = {"mfu": round(rate * self.flops / self.peak, 4)} if self.peak < math.inf else {}
         if validation:
             known |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
+            known |= {f"val_loss/{name}": part.loss for name, part in validation.parts.items()}
         self.report.metrics(
-            step=progress.step, tokens=progress.tokens, loss=loss, lr=self.rate_factor * settings.learning_rate,
-            grad_norm=self.grad_norm, tokens_per_second=round(rate, 1), seconds=round(progress.seconds, 3),
-            memory_bytes=peak_memory(self.cluster.device), **known,
+            step=progress.step, epoch=round(self.epoch(progress.step), 4), tokens=progress.tokens, loss=loss,
+            lr=self.rate_factor * settings.learning_rate, grad_norm=self.grad_norm, tokens_per_second=round(rate, 1),
+            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **known,
         )  # fmt: skip
 
     def sample_due(self) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, fields
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError
@@ -49,7 +51,8 @@ class TrainSettings(ModelSettings):
     dry_run: bool = option(False, "say what the run would cost, and stop; nothing is written to out_dir", group="run")
     json: bool = option(False, "with dry_run: say it as a JSON object", group="run")
 
-    dataset: str = option("stdlib", "a name under data/, or a directory made by prepare_data.py", group="data")
+    dataset: str = option("stdlib", "a name under data/, a directory made by prepare_data.py, or several of them with "
+                          "their shares of the sequences, as a:0.7,b:0.3", group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
                              group="data")
     micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0 finds one that fits",
@@ -73,6 +76,8 @@ class TrainSettings(ModelSettings):
     max_tokens: int = option(0, "stop after so many tokens; 0: no such limit", at_least=0, group="schedule")
     max_seconds: float = option(0.0, "stop after so many seconds of training; 0: no such limit",
                                 at_least=0, group="schedule")
+    max_epochs: float = option(0.0, "stop after so many passes over the training data; 0: no such limit",
+                               at_least=0, group="schedule")
     warmup_iters: int = option(100, "steps over which the learning rate rises from 0", at_least=0, group="schedule")
     schedule: str = option("cosine", "how it falls afterwards", choices=("cosine", "linear", "wsd", "constant"),
                            group="schedule")
@@ -120,8 +125,9 @@ class TrainSettings(ModelSettings):
             GPTConfig(**(self.model_options() if self.init_from == "scratch" else own))
         except ValueError as error:  # any other is a bug in model.py
             raise InputError(str(error)) from None
-        if not (self.max_iters or self.max_tokens or self.max_seconds):
-            raise InputError("max_iters, max_tokens and max_seconds are all 0: the run has no end. Set one of them")
+        if not (self.max_iters or self.max_tokens or self.max_seconds or self.max_epochs):
+            limits = "max_iters, max_tokens, max_seconds and max_epochs"
+            raise InputError(f"{limits} are all 0: the run has no end. Set one of them")
         if self.min_lr > self.learning_rate:
             raise InputError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}. Lower min_lr")
         if self.micro_batch_size > self.batch_size:
@@ -129,11 +135,16 @@ class TrainSettings(ModelSettings):
                 f"micro_batch_size {self.micro_batch_size} is above batch_size {self.batch_size}. Lower it or use 0"
             )
 
-    def steps(self) -> int:
-        """The optimizer steps of the whole run, from max_iters and max_tokens; 0 when only max_seconds ends it."""
+    def steps(self, epoch: int, sequence_tokens: float) -> int:
+        """The optimizer steps of the whole run on `epoch` sequences of so many tokens; 0: only max_seconds ends it.
+
+        max_tokens counts by the mean length of conversations, max_epochs to the step that completes it.
+        """
         limits = [self.max_iters] if self.max_iters else []
         if self.max_tokens:
-            limits.append(-(-self.max_tokens // (self.batch_size * self.block_size)))
+            limits.append(math.ceil(self.max_tokens / (self.batch_size * sequence_tokens)))
+        if self.max_epochs:
+            limits.append(math.ceil(Fraction(str(self.max_epochs)) * epoch / self.batch_size))
         return min(limits, default=0)
 
 

@@ -15,9 +15,11 @@ import torch
 from nib.common.exits import InputError, RunError
 from nib.common.options import Parsed
 from nib.cpu.process import tune_for_training
-from nib.data.dataset import Dataset, WindowOrder
+from nib.data.dataset import Dataset
+from nib.data.mixture import Mixture, read_names
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
+from nib.data.sequences import training_sequences, validation_sequences
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import Source, build, open_source, read_config, take_vocabulary
@@ -38,14 +40,14 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     Nothing is written before all that is given is known to fit together. Raises InputError and RunError.
     """
     settings = parsed.settings
-    dataset = open_dataset(settings.dataset)
+    dataset = open_mixture(settings.dataset)
     cluster = start_cluster(settings.device)
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
     run = Run(settings, dataset, cluster)
-    checkpoint = find_checkpoint(run, parsed.given)
-    if settings.eval_only and dataset.val.tokens < 2:
+    if settings.eval_only and not validation_sequences(dataset, settings.block_size, settings.eval_tokens):
         raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
+    checkpoint = find_checkpoint(run, parsed.given)
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
     model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
@@ -56,6 +58,13 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
         run.close()
         raise
     return run
+
+
+def open_mixture(text: str) -> Dataset | Mixture:
+    """What the setting `dataset` names: one dataset, or several with their shares. Raises InputError."""
+    shares = read_names(text)
+    parts = {name: open_dataset(name) for name in shares}
+    return Mixture(parts, list(shares.values())) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def open_dataset(name: str) -> Dataset:
@@ -133,7 +142,7 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
 
 
 def build_model(
-    parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
+    parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
 ) -> Any:
     """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
 
@@ -145,20 +154,21 @@ def build_model(
 
 
 def choose_shape(
-    parsed: Parsed[TrainSettings], dataset: Dataset, checkpoint: Checkpoint | None, GPTConfig: type
+    parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPTConfig: type
 ) -> tuple[Source | None, Any]:
     """Whose weights the model begins with, if anyone's, and its GPTConfig. Raises InputError as `build_model` does."""
     settings = parsed.settings
     if settings.init_from == "scratch":
         # Before a model with a table of that many positions is built.
-        WindowOrder(dataset.train.tokens, settings.block_size, settings.seed)
+        training_sequences(dataset, settings.block_size, settings.seed)
         return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
     since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
     added = {name: options[name] for name in since}
     config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
-    take_vocabulary(source, dataset, settings.init_from)
+    for part in dataset.parts:
+        take_vocabulary(source, part, settings.init_from)
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
     longer = checkpoint is None and "block_size" in parsed.given and settings.block_size > config.block_size

@@ -13,28 +13,29 @@ from torch import Tensor, nn
 from nib.training.distributed import is_sharded, whole
 
 if TYPE_CHECKING:
+    from nib.data.sequences import Batch
     from nib.training.run import Run
 
 
-def optimizer_step(run: Run, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One update from this process's share (sequences, T) of the global batch, a micro-batch at a time.
+def optimizer_step(run: Run, batch: list[Batch]) -> tuple[Tensor, Tensor]:
+    """One update from this process's share of the global batch, in micro-batches.
 
     Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
     before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and float16's
-    loss scale falls. Seed, step, process and micro-batch decide every random number, so that a resumed run draws what
-    an unbroken one would have. With run.queued nothing here waits for the device: both results lie there.
+    loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step, process and
+    micro-batch decide every random number, so that a resumed run draws what an unbroken one would have. With
+    run.queued nothing here waits for the device: both results lie there.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
-    (counted,) = cluster.total([float((targets >= 0).sum())])
+    (counted,) = cluster.total([float(sum(int((targets >= 0).sum()) for _, targets in batch))])
     total = torch.zeros((), device=cluster.device)
-    parts = list(zip(inputs.split(run.micro_batch_size), targets.split(run.micro_batch_size), strict=True))
-    for index, (part, target) in enumerate(parts):
+    for index, (inputs, targets) in enumerate(batch):
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
-        with exchanging(model, index == len(parts) - 1):
+        with exchanging(model, index == len(batch) - 1):
             with run.precision.training(masked=run.model.config.window > 0):
-                _, loss = model(to_device(part, cluster.device), to_device(target, cluster.device))
-            share = loss * (float((target >= 0).sum()) / counted)
+                _, loss = model(to_device(inputs, cluster.device), to_device(targets, cluster.device))
+            share = loss * (float((targets >= 0).sum()) / max(1.0, counted))
             scaler.scale(share * cluster.world).backward()
         total += share.detach()
     for optimizer in run.optimizers:

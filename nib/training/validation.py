@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nib.data.dataset import TokenStream, validation_batch, validation_windows
+from nib.data.sequences import ValidationSequences
 from nib.training.distributed import Cluster
 
 
@@ -22,34 +22,34 @@ class Validation:
     loss: float
     bits_per_byte: float
     tokens: int
+    parts: dict[str, Validation] = field(default_factory=dict)  # of a mixture, by dataset
 
     @property
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
     def __str__(self) -> str:
-        return (
-            f"validation loss {self.loss:.4f}, {self.bits_per_byte:.4f} bits per byte, perplexity {self.perplexity:.2f}"
-        )
+        bits = f"{self.bits_per_byte:.4f} bits per byte"
+        of = "".join(f"; {name} {part.loss:.4f}" for name, part in self.parts.items())
+        return f"validation loss {self.loss:.4f}, {bits}, perplexity {self.perplexity:.2f}{of}"
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, stream: TokenStream, byte_lengths: NDArray[np.integer], *, block_size: int, batch: int,
-    cluster: Cluster, autocast: AbstractContextManager[object], limit: int = 0,
+    model: nn.Module, sequences: ValidationSequences, byte_lengths: NDArray[np.integer], *, batch: int,
+    cluster: Cluster, autocast: AbstractContextManager[object],
 ) -> Validation:  # fmt: skip
-    """Loss over windows of block_size side by side in the split, or in its first `limit` tokens (0: all).
+    """Loss over all targets of the sequences that count.
 
     Bits per byte is the information of all predicted tokens, ends of text included, over the bytes of text that
     they stand for; unlike the loss it can be compared between tokenizers. Batches are divided among the
     processes and their sums added in float64.
     """
-    windows = validation_windows(stream, block_size, limit)
     was_training = model.training
     model.eval()
     sums = np.zeros(3)  # nats, tokens, bytes
-    for first in range(0, windows, cluster.world * batch):  # as often on every process: sharded models need that
-        inputs, targets = validation_batch(stream, block_size, first + cluster.rank * batch, batch, windows)
+    for first in range(0, sequences.size, cluster.world * batch):  # as often on every process: sharded models need that
+        inputs, targets = sequences.batch(first + cluster.rank * batch, batch)
         counted = targets[targets >= 0].numpy()
         with autocast:
             _, loss = model(inputs.to(cluster.device), targets.to(cluster.device))
@@ -57,3 +57,13 @@ def validate(
     model.train(was_training)
     total, tokens, size = cluster.total(sums.tolist())
     return Validation(total / tokens, total / math.log(2) / max(1.0, size), int(tokens))
+
+
+def mean_of(found: list[tuple[str, float, Validation]]) -> Validation:
+    """One validation of several datasets, given by name and share; that of a single one as it is."""
+    if len(found) == 1:
+        return found[0][2]
+    total = sum(share for _, share, _ in found)
+    loss = sum(share * part.loss for _, share, part in found) / total
+    bits_per_byte = sum(share * part.bits_per_byte for _, share, part in found) / total
+    return Validation(loss, bits_per_byte, sum(part.tokens for *_, part in found), {name: p for name, _, p in found})

@@ -12,15 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nib.common.exits import InputError
-from nib.data.dataset import (
-    BatchesAhead,
-    TokenStream,
-    WindowOrder,
-    permute,
-    training_batch,
-    validation_batch,
-    validation_windows,
-)
+from nib.data.dataset import TokenStream
+from nib.data.order import WindowOrder, permute
+from nib.data.sequences import Batch, BatchesAhead, ValidationWindows, Windows, micro_batches
 
 torch.set_num_threads(1)
 quick = settings(max_examples=100, deadline=None, database=None, derandomize=True)
@@ -33,6 +27,11 @@ def stream_of(tokens: int, shard: int) -> TokenStream:
     """Tokens 0, 1, 2 ... in shards of `shard`, so that a token says where it is."""
     whole = np.arange(tokens, dtype=np.uint16)
     return TokenStream([whole[begin : begin + shard] for begin in range(0, tokens, shard)], shard)
+
+
+def batch_of(windows: Windows, first: int, count: int) -> Batch:
+    (batch,) = micro_batches(windows.rows(np.arange(first, first + count)), count, windows.order.block_size)
+    return batch
 
 
 # ---- the order of training -----------------------------------------------------------------------------------------
@@ -109,11 +108,13 @@ def test_same_global_batch_for_any_processes_and_micro_batches(
     world = data.draw(st.integers(1, 5))
     local = data.draw(st.integers(1, 6))
     micro = data.draw(st.sampled_from([size for size in range(1, local + 1) if local % size == 0]))
-    stream, order, batch = stream_of(tokens, 37), WindowOrder(tokens, block, seed), world * local
-    whole = training_batch(stream, order, step * batch, batch)
-    parts = [training_batch(stream, order, step * batch + rank * local, local) for rank in range(world)]
-    pieces = [[piece for part in parts for piece in part[side].split(micro)] for side in (0, 1)]
-    assert torch.equal(torch.cat(pieces[0]), whole[0]) and torch.equal(torch.cat(pieces[1]), whole[1])
+    windows, batch = Windows(stream_of(tokens, 37), block, seed), world * local
+    whole = batch_of(windows, step * batch, batch)
+    firsts = [step * batch + rank * local for rank in range(world)]
+    rows = [windows.rows(np.arange(first, first + local)) for first in firsts]
+    pieces = [piece for part in rows for piece in micro_batches(part, micro, block)]
+    assert all(torch.equal(torch.cat([piece[side] for piece in pieces]), whole[side]) for side in (0, 1))
+    order = windows.order
     # Processes share a window only where the batch is larger than what is left of an epoch.
     places = order.begin(np.arange(step * batch, (step + 1) * batch)).reshape(world, local)
     if step * batch // order.windows == ((step + 1) * batch - 1) // order.windows:
@@ -128,7 +129,7 @@ def test_batches_are_the_windows_of_the_concatenated_shards(
     """Also where a batch crosses the end of an epoch, and a window the end of a shard or of several."""
     tokens = max(tokens, block + 1)
     order, whole = WindowOrder(tokens, block, seed), np.arange(tokens)
-    inputs, targets = training_batch(stream_of(tokens, shard), order, first, count)
+    inputs, targets = batch_of(Windows(stream_of(tokens, shard), block, seed), first, count)
     assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (count, block)
     begins = [int(order.begin(np.array([sequence]))[0]) for sequence in range(first, first + count)]
     for row, begin in enumerate(begins):
@@ -167,12 +168,11 @@ def test_a_split_shorter_than_a_window_is_refused(tokens: int) -> None:
 def test_validation_covers_every_target_once(
     tokens: int, block: int, limit: int, batch: int, world: int, shard: int
 ) -> None:
-    stream = stream_of(tokens, shard)
-    windows = validation_windows(stream, block, limit)
+    windows = ValidationWindows(stream_of(tokens, shard), block, limit)
     seen: list[int] = []
     for rank in range(world):  # batches are dealt out as nib.training.validation does
-        for first in range(rank * batch, windows, world * batch):
-            inputs, targets = validation_batch(stream, block, first, batch, windows)
+        for first in range(rank * batch, windows.size, world * batch):
+            inputs, targets = windows.batch(first, batch)
             assert inputs.shape == targets.shape == (batch, block)
             for row in range(batch):
                 for position, target in enumerate(targets[row].tolist()):
@@ -192,16 +192,16 @@ def test_validation_covers_every_target_once(
 def test_the_next_batch_is_loaded_while_one_is_trained_on() -> None:
     loaded: queue.Queue[int] = queue.Queue()
 
-    def load(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def load(step: int) -> list[Batch]:
         loaded.put(step)
         if step == 5:
             raise OSError("the disk is gone")
-        return torch.tensor(step), torch.tensor(-step)
+        return [(torch.tensor(step), torch.tensor(-step))]
 
     batches = BatchesAhead(load, torch.device("cpu"))
-    assert batches.take(3) == (3, -3)
+    assert batches.take(3) == [(3, -3)]
     assert [loaded.get(timeout=10) for _ in range(2)] == [3, 4], "the second was not asked for"
-    assert batches.take(8) == (8, -8), "any step will do"
-    assert batches.take(4) == (4, -4)
+    assert batches.take(8) == [(8, -8)], "any step will do"
+    assert batches.take(4) == [(4, -4)]
     with pytest.raises(OSError, match="gone"):
         batches.take(5)

@@ -23,10 +23,8 @@ from numpy.typing import NDArray
 
 import nib.data.dataset
 from nib.common.exits import InputError, RunError
-from nib.data.dataset import (
-    Dataset,
-    validation_windows,
-)
+from nib.data.dataset import Dataset
+from nib.data.sequences import ValidationWindows
 from nib.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 
 torch.set_num_threads(1)
@@ -82,7 +80,7 @@ def test_a_sound_directory_opens(dtype: str, tmp_path: Path) -> None:
 
 def test_a_split_may_be_empty(tmp_path: Path) -> None:
     write_dataset(tmp_path, TRAIN, VAL[:0])
-    assert Dataset(tmp_path).val.tokens == 0 and validation_windows(Dataset(tmp_path).val, 8, 0) == 0
+    assert Dataset(tmp_path).val.tokens == 0 and ValidationWindows(Dataset(tmp_path).val, 8, 0).size == 0
 
 
 def test_prepared_data_opens(corpus: Path) -> None:

@@ -25,6 +25,7 @@ from test_sample import make_run
 import export as script
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
+from nib.data.chat import Chat, fit_tokenizer
 from nib.formats.checkpoint import write_checkpoint
 from nib.formats.export import export
 from nib.formats.huggingface import HuggingFaceModel
@@ -34,6 +35,12 @@ from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer, Tokenizer, train_bpe
 
 BYTE = make_tokenizer("byte")
+MESSAGES = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "What is 2 + 2? <|end|>"},
+    {"role": "assistant", "content": "4, é."},
+    {"role": "user", "content": "Sure?\n"},
+]
 
 
 def save_run(directory: Path, model: GPT, tokenizer: Tokenizer = BYTE, **state: Any) -> Path:
@@ -265,6 +272,53 @@ IN_GGUF = {
     "Qwen3, grouped": dict(RMS, qk_norm=True, n_kv_head=2, rope_base=500.0),
     "Arcee": dict(RMS, mlp="relu2", n_kv_head=2),
 }
+
+
+def chat_run(directory: Path, kind: str) -> tuple[Path, Chat, GPT]:
+    """A run whose tokenizer has a chat template, the template at work, and the model."""
+    made = {"byte": make_tokenizer, "bpe": lambda _: train_bpe([TORTURE], 300)}
+    characters = "".join(sorted(set("".join(message["content"] for message in MESSAGES))))
+    tokenizer = made.get(kind, lambda _: CharTokenizer(characters))(kind)
+    fit_tokenizer(tokenizer)
+    model = random_model(**{**RMS, "vocab_size": tokenizer.vocab_size}, qk_norm=True, block_size=128, mlp_hidden=64)
+    save_run(directory, model, tokenizer)
+    return directory, Chat(tokenizer), model
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe", "char"])
+def test_a_chat_is_asked_and_ended_in_transformers_as_in_nib(kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    run, chat, model = chat_run(tmp_path / "run", kind)
+    exported(run, tmp_path / "out")
+    end = chat.tokenizer.special_tokens["<|end|>"]
+    ends = [id for id in (chat.tokenizer.end_of_text, end) if id is not None]
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == (ends if len(ends) > 1 else end)
+    assert (tmp_path / "out/chat_template.jinja").read_text("utf-8") == chat.tokenizer.chat_template
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain = [{**message, "content": message["content"].replace("<|end|>", "")} for message in MESSAGES]
+    ids = theirs.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    assert ids == chat.prompt_ids(plain)
+    assert theirs.apply_chat_template(MESSAGES, tokenize=False) == chat.render(MESSAGES)
+    found = open_theirs(tmp_path / "out").generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0].tolist()
+    expected = greedy(lambda x: model(x)[0], torch.tensor([ids]), 30)
+    stops = [place for place, id in enumerate(expected) if id in ends]
+    assert found[len(ids) :] == (expected[: stops[0] + 1] if stops else expected)
+    again = read_tokenizer(tmp_path / "out")
+    assert Chat(again).prompt_ids(MESSAGES) == chat.prompt_ids(MESSAGES)
+    assert {again.end_of_text, *again.stop_ids} - {None} == set(ends)
+
+
+@pytest.mark.parametrize("kind", ["byte", "bpe"])
+def test_gguf_has_the_chat_template_and_the_end_of_a_turn(kind: str, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    run, chat, _ = chat_run(tmp_path / "run", kind)
+    exported(run, tmp_path / "out", kind="gguf")
+    fields = gguf.GGUFReader(tmp_path / "out/out.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == chat.tokenizer.chat_template
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == chat.tokenizer.special_tokens["<|end|>"]
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == chat.tokenizer.end_of_text
 
 
 def llama_cpp_model(path: Path) -> Any:

@@ -1,0 +1,34 @@
+"""An assistant from scratch: sums, words and lists to turn round, facts and names to look up, over several turns.
+
+    make chat
+
+2 CPU cores, about 3 minutes. It learns the assistant's turns only, of questions that are generated with their answers
+(nib/data/questions.py). bench/chat.py counts how many of those held out it answers; sample.py chat --chat asks it.
+"""
+
+dataset = "questions"  # made and prepared when it is missing: bytes, and tokens for the turns of a chat
+block_size = 256
+batch_size = 8  # conversations, of 5 questions on average
+
+n_layer = 4
+n_head = 4
+n_embd = 128
+mlp_hidden = 256
+norm = "rmsnorm"
+position = "rope"
+rope_base = 100.0  # wavelengths of some hundred characters
+mlp = "swiglu"
+qk_norm = True
+tie_weights = False
+
+optimizer = "muon"
+learning_rate = 3e-3
+muon_learning_rate = 0.03
+muon_momentum = 0.9
+weight_decay = 0.1
+max_iters = 2200
+warmup_iters = 10
+schedule = "linear"
+
+eval_interval = 0
+checkpoint_interval = 0

@@ -1,0 +1,239 @@
+"""The sequences that a model is trained and validated on, as rows of tensors: windows of a text, or conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nib.common.exits import InputError
+from nib.common.wording import counted
+from nib.data.dataset import Dataset, TokenStream
+from nib.data.mixture import Mixture
+from nib.data.order import WindowOrder, deal, epochs
+
+Row = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets of one sequence, of the same length
+EMPTY: Row = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of -1 do not count
+
+
+class Sequences(Protocol):
+    """The training sequences of a run, numbered from 0 without end. `size` of them are an epoch."""
+
+    size: int
+    mean_tokens: float  # of a sequence
+
+    def rows(self, sequences: NDArray[np.int64]) -> list[Row]: ...
+
+    def tokens(self, sequences: NDArray[np.int64]) -> int: ...
+
+
+class Windows:
+    """The windows of a text. Raises InputError when it is shorter than one."""
+
+    def __init__(self, stream: TokenStream, block_size: int, seed: int) -> None:
+        self.stream, self.order = stream, WindowOrder(stream.tokens, block_size, seed)
+        self.size, self.mean_tokens = self.order.windows, float(block_size)
+
+    def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
+        length = self.order.block_size + 1
+        windows = [self.stream.read(begin, begin + length) for begin in self.order.begin(sequences).tolist()]
+        return [(window[:-1], window[1:]) for window in windows]
+
+    def tokens(self, sequences: NDArray[np.int64]) -> int:
+        return len(sequences) * self.order.block_size
+
+
+class Conversations:
+    """The conversations of a split, each a sequence of its own, cut at block_size + 1 tokens.
+
+    What follows its last learned token is left out of a row: nothing that counts sees it.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, seed: int = 0) -> None:
+        assert stream.starts is not None and stream.mask is not None
+        self.stream, self.mask, self.starts, self.seed = stream, stream.mask, stream.starts, seed
+        whole = np.diff(self.starts) - 1
+        self.lengths = np.minimum(whole, block_size)
+        self.size, self.cut = len(whole), int((whole > block_size).sum())
+        self.mean_tokens = max(1.0, float(self.lengths.mean())) if self.size else 1.0
+
+    def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which conversation each of the run's sequences is."""
+        found = np.empty_like(sequences)
+        for chosen, _, index in epochs(sequences, self.size, self.seed):
+            found[chosen] = index
+        return found
+
+    def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
+        return [self.row(number) for number in self.index(sequences).tolist()]
+
+    def row(self, number: int) -> Row:
+        begin = int(self.starts[number])
+        end = begin + int(self.lengths[number]) + 1
+        tokens, learned = self.stream.read(begin, end), self.mask.read(begin, end)[1:]
+        width = int(learned.nonzero()[0].max(initial=-1)) + 1
+        return tokens[:width], np.where(learned[:width], tokens[1 : width + 1], -1)
+
+    def tokens(self, sequences: NDArray[np.int64]) -> int:
+        return int(self.lengths[self.index(sequences)].sum())
+
+
+class Mixed:
+    """The sequences of several datasets, each of which has its share of them at any time."""
+
+    def __init__(self, parts: list[Sequences], shares: list[Fraction]) -> None:
+        self.parts, self.shares = parts, shares
+        self.size = sum(part.size for part in parts)
+        self.mean_tokens = sum(float(share) * part.mean_tokens for share, part in zip(shares, parts, strict=True))
+
+    def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
+        of, number = deal(sequences, self.shares)
+        found = {k: iter(part.rows(number[of == k])) for k, part in enumerate(self.parts)}
+        return [next(found[k]) for k in of.tolist()]
+
+    def tokens(self, sequences: NDArray[np.int64]) -> int:
+        of, number = deal(sequences, self.shares)
+        return sum(part.tokens(number[of == k]) for k, part in enumerate(self.parts))
+
+
+def training_sequences(data: Dataset | Mixture, block_size: int, seed: int) -> Sequences:
+    """Those of one dataset, or of several in their shares. Raises InputError for a training split too short."""
+    parts: list[Sequences] = []
+    for dataset in data.parts:
+        if dataset.chat and not dataset.train.tokens:
+            raise InputError(f"{dataset.directory} has no conversation to train on. Prepare more of them")
+        split = dataset.train
+        parts.append(Conversations(split, block_size, seed) if dataset.chat else Windows(split, block_size, seed))
+    return Mixed(parts, data.shares) if len(parts) > 1 else parts[0]
+
+
+def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
+    """What a run on it says at its beginning."""
+    for part, share in zip(data.parts, data.shares, strict=True):
+        of = f"{float(share):.1%} of the sequences: " if len(data.parts) > 1 else ""
+        yield (
+            f"data:   {of}{part.directory}, {part.train.tokens / 1e6:.2f}M training and "
+            f"{part.val.tokens / 1e6:.2f}M validation tokens ({part.meta['tokenizer']}, "
+            f"{counted(part.vocab_size, 'id')})"
+        )
+        for name, split in (("training", part.train), ("validation", part.val)) if part.chat else ():
+            rows = Conversations(split, block_size)
+            if rows.cut:
+                what = f"{rows.cut} of {rows.size} {name} conversations of {part.directory} are cut"
+                yield f"warning: {what}: they do not fit into block_size {block_size}"
+
+
+def micro_batches(rows: list[Row], size: int, block_size: int, widths: int = 0) -> list[Batch]:
+    """The rows in batches of `size`, those of like lengths together, right-padded to the longest of each.
+
+    With `widths` there are no more than so many different lengths: each is another shape to a compiler.
+    """
+    rows = sorted(rows, key=lambda row: -len(row[0]))  # stable: windows, all of one length, stay in their order
+    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    step = -(-block_size // widths) if widths else 1
+    return [padded(part, min(block_size, -(-len(part[0][0]) // step) * step)) for part in parts]
+
+
+def padded(rows: list[Row], width: int) -> Batch:
+    shape = len(rows), max(1, width)
+    inputs, targets = np.zeros(shape, dtype=np.int64), np.full(shape, -1)
+    for place, (read, right) in enumerate(rows):
+        inputs[place, : len(read)], targets[place, : len(read)] = read, right
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+
+class BatchesAhead:
+    """The micro-batches of any step, by `load(step)`; those of the next one are loaded while this one is trained on.
+
+    On a GPU's way they are pinned there too. An error of `load` comes when its step does.
+    """
+
+    def __init__(self, load: Callable[[int], list[Batch]], device: torch.device) -> None:
+        self.load, self.device = load, device
+        self.thread = ThreadPoolExecutor(1, "batches")
+        self.waiting: dict[int, Future[list[Batch]]] = {}
+
+    def take(self, step: int) -> list[Batch]:
+        batch = (self.waiting.pop(step, None) or self.thread.submit(self.prepare, step)).result()
+        self.waiting = {step + 1: self.thread.submit(self.prepare, step + 1)}
+        return batch
+
+    def prepare(self, step: int) -> list[Batch]:
+        batch = self.load(step)
+        if self.device.type != "cuda":
+            return batch
+        torch.cuda.set_device(self.device)  # a thread begins on the first one, and pinning would open that
+        return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
+
+
+class ValidationSequences(Protocol):
+    """What a pass over a split goes through, in batches. `size` is the number of sequences."""
+
+    size: int
+
+    def batch(self, first: int, count: int) -> Batch: ...
+
+
+@dataclass
+class ValidationWindows:
+    """Windows side by side that cover the targets of a text, or its first `limit` tokens (0: all)."""
+
+    stream: TokenStream
+    block_size: int
+    limit: int
+
+    def __post_init__(self) -> None:
+        tokens = min(self.stream.tokens, self.limit + 1) if self.limit else self.stream.tokens
+        self.size = math.ceil((tokens - 1) / self.block_size) if tokens > 1 else 0
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Windows first to first + count; targets past the last window are -1."""
+        inputs = torch.zeros(count * self.block_size, dtype=torch.int64)
+        targets = torch.full((count * self.block_size,), -1)
+        end = min(first + count, self.size)
+        if first < end:
+            tokens = torch.from_numpy(self.stream.read(first * self.block_size, end * self.block_size + 1))
+            inputs[: len(tokens) - 1], targets[: len(tokens) - 1] = tokens[:-1], tokens[1:]
+        return inputs.view(count, self.block_size), targets.view(count, self.block_size)
+
+
+class ValidationConversations:
+    """The conversations of a split, or its first ones with `limit` learned tokens (0: all), the longest first."""
+
+    def __init__(self, stream: TokenStream, block_size: int, limit: int) -> None:
+        self.conversations = Conversations(stream, block_size)
+        lengths, learned = [], 0  # of those with a target that counts
+        for number in range(self.conversations.size):
+            _, targets = self.conversations.row(number)
+            if len(targets):
+                lengths.append((-len(targets), number))
+                learned += int((targets >= 0).sum())
+            if limit and learned >= limit:
+                break
+        self.order = [number for _, number in sorted(lengths)]
+        self.size = len(self.order)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """At least one row on every process, since sharded models need that."""
+        rows = [self.conversations.row(number) for number in self.order[first : first + count]]
+        return padded(rows or [EMPTY], max((len(inputs) for inputs, _ in rows), default=0))
+
+
+def validation_sequences(
+    data: Dataset | Mixture, block_size: int, limit: int
+) -> list[tuple[str, float, ValidationSequences]]:
+    """By name and share, of each dataset whose validation split has a target that counts."""
+    found = []
+    for part, share in zip(data.parts, data.shares, strict=True):
+        kind = ValidationConversations if part.chat else ValidationWindows
+        found.append((part.name, float(share), kind(part.val, block_size, limit)))
+    return [(name, share, sequences) for name, share, sequences in found if sequences.size]
