@@ -182,6 +182,7 @@ def main() -> None:
     headline = f"# nib on a GPU\n\n{time.strftime('%Y-%m-%d')}, commit {commit.strip()}: `{command}`"
     if options.device == "cpu":
         headline += "\n\nOn a CPU, at tiny sizes, to see that the script runs: these numbers say nothing."
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the machine may be busy, and nothing is measured
     results: list[dict[str, Any]] = []
     with (place / "results-gpu.jsonl").open("w") as file:
 
