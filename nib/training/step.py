@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nib.training.distributed import is_sharded, whole
 
@@ -18,13 +17,14 @@ if TYPE_CHECKING:
     from nib.training.run import Run
 
 
-def optimizer_step(run: Run, batch: list[Batch]) -> tuple[float, float]:
+def optimizer_step(run: Run, batch: list[Batch]) -> tuple[Tensor, Tensor]:
     """One update from this process's share of the global batch, in micro-batches.
 
     Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
     before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and float16's
     loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step, process and
-    micro-batch decide every random number, so that a resumed run draws what an unbroken one would have.
+    micro-batch decide every random number, so that a resumed run draws what an unbroken one would have. With
+    run.queued nothing here waits for the device: both results lie there.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
     (counted,) = cluster.total([float(sum(int((targets >= 0).sum()) for _, targets in batch))])
@@ -33,18 +33,22 @@ def optimizer_step(run: Run, batch: list[Batch]) -> tuple[float, float]:
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
         with exchanging(model, index == len(batch) - 1):
-            with run.precision.autocast():
+            with run.precision.training(masked=run.model.config.window > 0):
                 _, loss = model(to_device(inputs, cluster.device), to_device(targets, cluster.device))
             share = loss * (float((targets >= 0).sum()) / max(1.0, counted))
             scaler.scale(share * cluster.world).backward()
         total += share.detach()
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)))
-    loss_sum, unfit = cluster.total([float(total), float(not math.isfinite(grad_norm))])
-    grad_norm += math.inf if unfit else 0.0  # all processes decide alike
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
+    found = torch.stack((total, norm)).to(cluster.device if run.queued else "cpu").double()
+    loss_sum, unfit = cluster.total_on_device(torch.stack((found[0], (~found[1].isfinite()).double())))
+    grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # all processes decide alike
+    skip = ~(loss_sum + grad_norm).isfinite()  # scaler.step would decide for each optimizer by its own gradients
     for optimizer in run.optimizers:
-        if math.isfinite(loss_sum + grad_norm):  # scaler.step would decide for each optimizer by its own gradients
+        if run.queued:
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        if run.queued or not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -55,8 +59,8 @@ def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    elif isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
+    elif hasattr(model, "no_sync") and not last:  # it is wrapped in DDP, and perhaps compiled
+        return model.no_sync()  # type: ignore[operator]
     return nullcontext()
 
 
