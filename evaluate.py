@@ -81,13 +81,21 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     """One result for each data. Raises InputError."""
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
+    from nib.data.mixture import read_names
     from nib.data.paths import find_dataset
     from nib.formats.load import build, read_config
-    from nib.generation.scoring import read_choices, score_choices, score_texts, texts_of_dataset, texts_of_file
+    from nib.generation.scoring import (
+        read_choices,
+        score_choices,
+        score_conversations,
+        score_texts,
+        texts_of_dataset,
+        texts_of_file,
+    )  # fmt: skip
     from nib.training.start import open_dataset
 
     own = getattr(source, "state", {}).get("settings", {}).get("dataset")
-    wanted = settings.data or ([str(own)] if own else [])
+    wanted = settings.data or ([*read_names(str(own))] if own else [])
     if not wanted:
         raise InputError(f"{name} does not say what it was trained on. Give --data")
     device, tokenizer = pick_device(settings.device), source.tokenizer()
@@ -120,15 +128,19 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
                 "accuracy_norm": found.normalized, "stderr_norm": found.standard_error(found.normalized),
             })  # fmt: skip
             continue
-        texts = (
-            texts_of_dataset(datasets[data], tokenizer)
-            if data in datasets
-            else texts_of_file(Path(data), settings.field, tokenizer)
-        )
-        score = score_texts(
-            model, tokenizer, texts, context=context, stride=stride, batch=settings.batch_size,
-            max_tokens=settings.max_tokens, each=show if settings.tokens else None,
+        options: dict[str, Any] = dict(
+            context=context, batch=settings.batch_size, max_tokens=settings.max_tokens,
+            each=show if settings.tokens else None,
         )  # fmt: skip
+        if data in datasets and datasets[data].chat:
+            score = score_conversations(model, tokenizer, datasets[data], **options)
+        else:
+            texts = (
+                texts_of_dataset(datasets[data], tokenizer)
+                if data in datasets
+                else texts_of_file(Path(data), settings.field, tokenizer)
+            )
+            score = score_texts(model, tokenizer, texts, stride=stride, **options)
         if not score.tokens:
             raise InputError(f"there is no text in {data}. Give a source that has some")
         results.append({

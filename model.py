@@ -83,10 +83,10 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation (arXiv 1910.07467), in the dtype of its input under autocast too."""
+    """Root-mean-square normalisation (arXiv 1910.07467), in the dtype of its input whatever autocast makes of it."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
 
 
 def make_norm(size: int, config: GPTConfig) -> nn.Module:
@@ -192,8 +192,10 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, positions, k, v)
         dropout = self.dropout if self.training else 0.0
         causal = True if mask is None and T > 1 else False  # noqa: SIM210  torch.compile needs a bool
-        shared = self.heads[0] != self.heads[1]
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=shared)
+        shared = self.heads[0] // self.heads[1]
+        if shared > 1 and x.device.type != "cpu" and (mask is not None or q.dtype != torch.bfloat16):
+            k, v = (each.repeat_interleave(shared, 1) for each in (k, v))  # here no fused kernel lets heads share
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] < q.shape[1])
         return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
@@ -237,7 +239,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, next-token logits or the loss out."""
 
-    max_logits = 2**24  # held at once: 64 MB in float32; the loss of a larger batch is computed in chunks
+    max_logits = 2**24  # held at once: 64 MB in float32; the loss of more is computed in chunks. 0: fit for a compiler
     vocab_multiple = 1  # the loss pads the head with rows of zeros to a multiple of this, for GPUs
     sinusoid: Tensor
     rope_cos: Tensor
@@ -370,14 +372,15 @@ class GPT(nn.Module):
         """Mean cross-entropy in nats of hidden states (B, T, C) against targets (B, T); targets of -1 are ignored."""
         x, targets = x.flatten(0, 1), targets.flatten()
         count = (targets >= 0).sum().clamp_min(1)
-        rows, padding = max(1, self.max_logits // self.config.vocab_size), -self.config.vocab_size % self.vocab_multiple
+        V = self.config.vocab_size
+        # sqrt(N C) rows: compiled, a chunk's logits (rows, V) are alive beside the head's gradients of N / rows chunks.
+        rows, padding = self.max_logits // V or math.isqrt(x.numel()), -V % self.vocab_multiple
         if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
         weight = F.pad((self.head or self.wte).weight, (0, 0, 0, padding))
         rows -= rows % 128 if rows > 128 else 0
-        total = ChunkedCrossEntropy.apply(x, weight, targets, self.config.vocab_size, rows, torch.is_grad_enabled())
-        return total / count
+        return ChunkedCrossEntropy.apply(x, weight, targets, V, rows, torch.is_grad_enabled()) / count
 
 
 # The loss for large vocabularies
@@ -398,7 +401,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs_grad else x[:0])
         trained = needs_grad and weight.requires_grad
-        grad_weight = torch.zeros_like(weight if trained else weight[:0])
+        grad_weight = torch.zeros_like(weight if trained else weight[:0], dtype=torch.float32)  # even of 16-bit W
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
@@ -416,7 +419,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
                 if trained:
                     grad_weight += grad.t() @ part.to(grad.dtype)
-        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod

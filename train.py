@@ -71,7 +71,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             loss, grad_norm = optimizer_step(run, run.next_batch())
             run.count_step(loss, grad_norm)
             validation = run.validate() if run.validation_due() else None
-            run.log(loss, grad_norm, validation)
+            run.log(validation)
             if run.sample_due():
                 run.sample()
             if run.save_due(validation):

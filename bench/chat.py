@@ -9,6 +9,7 @@ character and the model ended it by itself. The first conversations are printed 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -85,10 +86,10 @@ def show(messages: list[dict[str, Any]], answers: list[str | None]) -> None:
 
 
 def kind_of(question: str) -> str:
-    words = question.split()
     if " has " in question:
         return "look-up"
-    return "sort numbers" if words[0] == "Sort" and words[1] != "the" else " ".join(words[:2])
+    words = re.sub(r"[0-9].*", "numbers", question).rstrip(".?").split()
+    return " ".join(words[:1] if words[0] == "Reverse" else words[:2])
 
 
 if __name__ == "__main__":

@@ -84,7 +84,8 @@ def ours_of(rows: list[dict[str, str]]) -> dict[str, float]:
         weights = open_source("out/policy").weights()  # type: ignore[call-arg]
         run.model.load_state_dict(weights)
         loss, grad_norm = optimizer_step(run, run.next_batch())
-        return {"loss": loss, "grad_norm": grad_norm} | run.measured
+        found = {"loss": loss, "grad_norm": grad_norm} | run.measured
+        return {name: float(value) for name, value in found.items()}
 
 
 def theirs_of(rows: list[dict[str, str]]) -> dict[str, float]:

@@ -6,7 +6,8 @@ Trains one undisturbed run; then runs of the same settings whose processes are k
 also while they write a checkpoint, whose newest checkpoint is now and then damaged (a bit flipped, cut short, a file
 missing, a file of something else), and which are resumed by the same command line until they are done. Their final
 weights, optimizer state and the loss of every step must be those of the undisturbed run, bit by bit. With --change the
-number of processes changes too, between 1, 2 and 2 with fsdp, and the losses must follow to rounding.
+number of processes changes too, between 1, 2 and 2 with fsdp, and the losses must follow to rounding. With
+--dataset=chats the run learns conversations with a loss mask, and with --dataset=chats:0.3,words:0.7 a mixture.
 
 Dropout, accumulation, Muon and AdamW are on. Prints a table and one JSON line last; exit status 1 at any difference.
 """
@@ -14,6 +15,7 @@ Dropout, accumulation, Muon and AdamW are on. Prints a table and one JSON line l
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -33,7 +35,7 @@ from safetensors.torch import load_file
 from nib.formats.checkpoint import FILES, list_checkpoints
 
 SETTINGS = (
-    "--dataset=words --n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 --micro_batch_size=2 "
+    "--n_layer=2 --n_head=2 --n_embd=64 --block_size=32 --batch_size=8 --micro_batch_size=2 "
     "--warmup_iters=10 --eval_interval=50 --log_interval=1 --checkpoint_interval=5 --keep_checkpoints=3 "
     "--learning_rate=1e-3 --device=cpu"
 ).split()
@@ -53,8 +55,14 @@ def make_corpus(root: Path) -> None:
     for number in range(60):
         words = " ".join(numbers.choice(["alpha", "beta", "gamma", "delta\n", "epsilon"]) for _ in range(400))
         (root / "texts" / f"{number}.txt").write_text(words)
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "texts", "--out=data/words", "--tokenizer=byte"]
-    subprocess.run([*command, "--val-fraction=0.1"], cwd=root, check=True, capture_output=True)
+    with (root / "chats.jsonl").open("w") as file:
+        for left, right in itertools.product(range(20), range(20)):
+            row = {"prompt": f"{left} + {right}?", "completion": f"{left + right}" + "!" * (left % 5)}
+            file.write(json.dumps(row) + "\n")
+    chats, words = ["chats.jsonl", "--format=chat", "--tokenizer=byte"], ["texts", "--tokenizer=data/chats"]
+    for sources, name in ((chats, "chats"), (words, "words")):
+        command = [sys.executable, str(ROOT / "prepare_data.py"), *sources, f"--out=data/{name}", "--val-fraction=0.1"]
+        subprocess.run(command, cwd=root, check=True, capture_output=True)
 
 
 def make_pairs(root: Path) -> None:
@@ -146,6 +154,7 @@ def compare(one: Path, other: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--dataset", default="words", help="words, chats, or a mixture of them")
     parser.add_argument("--steps", type=int, default=200, help="steps of a run")
     parser.add_argument("--dropout", type=float, default=0.1, help="0 with --change, where draws depend on processes")
     parser.add_argument("--damage", type=float, default=0.25, help="how often the newest checkpoint is damaged")
@@ -155,7 +164,7 @@ def main() -> None:
     arguments = parser.parse_args()
     dice = random.Random(arguments.seed)
     dropout = 0.0 if arguments.change else arguments.dropout
-    settings = [f"--max_iters={arguments.steps}", f"--dropout={dropout}"]
+    settings = [f"--dataset={arguments.dataset}", f"--max_iters={arguments.steps}", f"--dropout={dropout}"]
     ways = [(1, "ddp"), (2, "ddp"), (2, "fsdp")] if arguments.change else [(1, "ddp")]
     kills = writing = damaged = runs = compared = differ = 0
     largest = 0.0

@@ -1,7 +1,6 @@
 """Training tokens per second of the same GPT-2-shaped model and batch: nib's step against nanoGPT's.
 
     python bench/throughput.py --nanogpt PATH_TO_CLONE [--size tiny --size small --size 124m]
-    python bench/throughput.py --device cuda        # nib alone: tokens/s and MFU, 124 M, bfloat16, compiled
 
 Float32, eager, AdamW, gradient clipping; nib runs train.py's own `optimizer_step`, nanoGPT the body of its loop. The
 two take turns, in a process each. Prints a table and one JSON line last.
@@ -27,7 +26,7 @@ SIZES = {
     "small": (6, 6, 384, 256, 65, 8, 2),
     "124m": (12, 12, 768, 1024, 50304, 1, 1),
 }
-TARGET, CUDA_TOKENS, CUDA_MFU = 1.2, 500_000, 0.5
+TARGET = 1.2
 
 
 def timed(step: Callable[[], Any], steps: int, clock: str = "wall") -> Callable[[], tuple[float, float]]:
@@ -49,9 +48,7 @@ def random_batch(vocab: int, batch: int, context: int) -> tuple[torch.Tensor, to
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def make_nib(
-    size: str, clock: str = "wall", micro: int = 0, device: str = "cpu", batch: int = 0
-) -> Callable[[], tuple[float, float]]:
+def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tuple[float, float]]:
     from model import GPT, GPTConfig
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
@@ -63,12 +60,12 @@ def make_nib(
 
     layers, heads, width, context, vocab, sequences, steps = SIZES[size]
     settings = TrainSettings(
-        batch_size=batch or sequences, micro_batch_size=micro, block_size=context, device=device, optimizer="adamw",
+        batch_size=sequences, micro_batch_size=micro, block_size=context, device="cpu", optimizer="adamw",
         learning_rate=6e-4,
     )  # fmt: skip
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
     shape = GPT2 | shape | dict(mlp="gelu")
-    cluster = start_cluster(device)
+    cluster = start_cluster("cpu")
     tune_for_training(cluster.device)
     no_dataset: Any = None
     run = Run(settings, no_dataset, cluster)
@@ -81,9 +78,7 @@ def make_nib(
         optimizer_step(run, batch)
         run.progress.step += 1
 
-    turn: Any = timed(step, steps, clock)
-    turn.micro, turn.model = run.micro_batch_size, run.model
-    return turn
+    return timed(step, steps, clock)
 
 
 def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) -> Callable[[], tuple[float, float]]:
@@ -108,34 +103,14 @@ def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) ->
     return timed(step, steps, clock)
 
 
-def on_cuda(check: bool, batch: int, rounds: int) -> None:
-    """Tokens/s and model FLOPs utilisation of nib alone."""
-    from nib.common.device import device_name, peak_flops
-    from nib.training.cost import flops_per_token
-
-    SIZES["124m"] = (*SIZES["124m"][:-1], 10)
-    turn: Any = make_nib("124m", device="cuda", batch=batch)
-    context, device = SIZES["124m"][3], torch.device("cuda", 0)
-    for _ in range(2):
-        turn()
-    rate = batch * context / alternate({"nib": lambda: turn()[0]}, rounds)["nib"]
-    mfu = rate * flops_per_token(turn.model, context) / peak_flops(device, torch.bfloat16)
-    print(f"{device_name(device)}, micro-batches of {turn.micro}: {rate:,.0f} tokens/s, MFU {100 * mfu:.1f} %")
-    finish(dict(tokens_per_second=rate, mfu=mfu, micro=turn.micro), rate >= CUDA_TOKENS and mfu >= CUDA_MFU, check)
-
-
 def main() -> None:
     parser = parser_for(__doc__, peer=False)
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--batch", type=int, default=480, help="sequences a step with --device cuda")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of all threads, busy machine"
     )
     arguments: argparse.Namespace = parser.parse_args()
-    if arguments.device == "cuda":
-        on_cuda(arguments.check, arguments.batch, arguments.rounds)
     if arguments.nanogpt is None:
         sys.exit("give --nanogpt PATH_TO_CLONE")
     ratios, rates = {}, {}

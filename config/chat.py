@@ -2,7 +2,7 @@
 
     make chat
 
-2 CPU cores, about 3 minutes. It learns the assistant's turns only, of questions that are generated with their answers
+2 CPU cores, about 5 minutes. It learns the assistant's turns only, of questions that are generated with their answers
 (nib/data/questions.py). bench/chat.py counts how many of those held out it answers; sample.py chat --chat asks it.
 """
 
@@ -26,7 +26,7 @@ learning_rate = 3e-3
 muon_learning_rate = 0.03
 muon_momentum = 0.9
 weight_decay = 0.1
-max_iters = 2200
+max_iters = 2600
 warmup_iters = 10
 schedule = "linear"
 

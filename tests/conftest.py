@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,26 @@ def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> su
     return subprocess.run(  # type: ignore[call-overload, no-any-return]
         [sys.executable, str(ROOT / script), *arguments], cwd=cwd, capture_output=True, text=True, **options
     )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="", help="where the tests marked gpu run: cuda, or cpu to see that they do")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a device, of the tests marked gpu only those run that check on a CPU what no other test does."""
+    for item in items:
+        marker = item.get_closest_marker("gpu")
+        if marker and not marker.kwargs.get("cpu_too") and not config.getoption("--device"):
+            item.add_marker(pytest.mark.skip(reason="give --device cuda"))
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Any:
+    """The torch.device of a test that is marked gpu."""
+    from nib.common.device import pick_device
+
+    return pick_device(request.config.getoption("--device") or "cpu")
 
 
 Call = Callable[..., subprocess.CompletedProcess[str]]

@@ -342,8 +342,9 @@ def test_fsdp_follows_one_process(tmp_path: Path) -> None:
 
 
 def test_the_soak_in_short(tmp_path: Path) -> None:
-    """Random kills and damage, as bench/soak.py does by the hundred."""
-    done = run_script("bench/soak.py", "--kills=2", "--steps=60", "--damage=0.9", cwd=tmp_path, timeout=200)
+    """Random kills and damage, as bench/soak.py does by the hundred, of a run on conversations and a text."""
+    mixture = "--dataset=chats:0.3,words:0.7"
+    done = run_script("bench/soak.py", mixture, "--kills=2", "--steps=60", "--damage=0.9", cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["kills"] >= 2 and result["bytes_compared"] > 500_000 and result["differences"] == 0

@@ -8,7 +8,7 @@ from model_helpers import GPT2, random_model, random_tokens
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from model import GPT, ChunkedCrossEntropy, GPTConfig
 
 
 def masked_targets(seed: int = 1) -> Tensor:
@@ -97,3 +97,26 @@ def test_chunked_loss_without_gradients() -> None:
         _, quiet = model(random_tokens(3, 20), masked_targets())
     assert not quiet.requires_grad
     torch.testing.assert_close(quiet, model(random_tokens(3, 20), masked_targets())[1].detach())
+
+
+def test_16_bit_weights_get_a_gradient_that_was_summed_in_float32() -> None:
+    """As FSDP has them; many chunks must not round their sum to 16 bits as often as there are chunks."""
+    torch.manual_seed(0)
+    x, weight, targets = torch.randn(512, 16), torch.randn(40, 16), torch.randint(40, (512,))
+    found = []
+    for dtype in (torch.float64, torch.bfloat16):
+        leaf = weight.bfloat16().to(dtype).requires_grad_()
+        ChunkedCrossEntropy.apply(x.bfloat16().to(dtype), leaf, targets, 40, 4, True).backward()
+        assert leaf.grad is not None and leaf.grad.dtype == dtype
+        found.append(leaf.grad.double())
+    # A chunk's own product rounds to 2^-9 of itself, and chunks cancel in part.
+    assert (found[1] - found[0]).norm() / found[0].norm() < 0.004
+
+
+def test_without_a_limit_chunks_grow_with_the_root_of_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model()
+    model.max_logits, model.vocab_multiple, rows = 0, 64, []
+    monkeypatch.setattr(ChunkedCrossEntropy, "apply", lambda *given: rows.append(given[4]) or given[0].sum())
+    for tokens in (8, 72, 2048):
+        model.loss(torch.zeros(1, tokens, 32), torch.zeros(1, tokens, dtype=torch.int64))
+    assert rows == [16, 48, 256], "above 128 whole tiles"

@@ -27,10 +27,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import train as train_script
 from model import GPT, GPTConfig
+from nib.common.device import Precision
 from nib.common.exits import InputError, RunError
 from nib.data.dataset import Dataset
 from nib.training import step
-from nib.training.placement import large_enough
+from nib.training.account import LiveBytes
+from nib.training.placement import large_enough, trial
 from nib.training.report import command_line
 from nib.training.run import Run
 
@@ -344,6 +346,15 @@ def test_memory_that_runs_out_makes_the_micro_batch_smaller(monkeypatch: pytest.
     assert train("--max_iters=1") == 0
     state = json.loads(Path("out/run/checkpoints/step-00000001/state.json").read_text())
     assert state["micro_batch_size"] == 4
+
+
+def test_a_trial_holds_the_gradients_that_a_step_would_accumulate() -> None:
+    model, precision, peaks = GPT(GPTConfig(vocab_size=50, block_size=8)), Precision("float32", torch.device("cpu")), []
+    for accumulates in (False, True):
+        with LiveBytes() as live:
+            assert trial(model, model, 1, 8, precision, accumulates) is None
+        peaks.append(live.peak)
+    assert peaks[1] - peaks[0] == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path: Path) -> None:

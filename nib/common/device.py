@@ -7,10 +7,13 @@ import os
 import re
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nib.common.exits import InputError
 from nib.common.wording import counted
@@ -59,6 +62,7 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
                 f"device {name} is not there: this machine has {counted(count, 'CUDA device')}. Use --device=auto"
             )
         torch.cuda.set_device(index)
+        torch.backends.cuda.enable_cudnn_sdp(False)  # see Precision.training
         return torch.device("cuda", index)
     if device.type not in ("cpu", "mps") or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise InputError(f"device {name} is not there. Use --device=auto")
@@ -135,6 +139,38 @@ class Precision:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextmanager
+    def training(self, masked: bool) -> Iterator[None]:
+        """`autocast` for a forward pass that is trained on: on Hopper with cuDNN's attention, unless that gets a mask.
+
+        It takes half of flash's time there, and more elsewhere (transformers pull request 48163). In all other work it
+        is off: each new length costs it a plan, and wrong numbers have been reported (pytorch issues 193893, 196678).
+        """
+        with ExitStack() as stack:
+            hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
+            if hopper and not masked:
+                from torch.nn.attention import SDPBackend, sdpa_kernel
+
+                others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+                stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
+            stack.enter_context(self.autocast())
+            yield
+
+
+class Copied:
+    """A copy of a tensor on its way to the CPU, which only `read` waits for."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.copy = tensor.to("cpu", non_blocking=True, copy=True)  # in pinned memory, if from a GPU
+        self.event = torch.cuda.Event() if tensor.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def read(self) -> Any:
+        if self.event:
+            self.event.synchronize()
+        return self.copy.tolist()
 
 
 # As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime and driver, NCCL, mmap, cuBLAS

@@ -20,7 +20,7 @@ from nib.common.exits import InputError
 from nib.common.files import plain_file
 from nib.common.wording import printable
 from nib.data.shards import FIRST, LEARNED
-from nib.data.template import CLOSE, GUARD, OPEN, ChatTemplate, TemplateFault
+from nib.data.template import CLOSE, GUARD, OPEN, OTHER, ChatTemplate, TemplateFault
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -104,7 +104,7 @@ class Chat:
         self.tokenizer = tokenizer
         source = tokenizer.chat_template
         if not source:
-            raise InputError(f"tokenizer {tokenizer.name} has no chat template. Give one with --chat-template=FILE")
+            raise InputError(f"tokenizer {tokenizer.name} has no chat template. {OTHER.replace('another one', 'one')}")
         self.template = ChatTemplate(source, tokenizer.named_tokens())
         self.has_generation = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
         specials = sorted((token for token in tokenizer.special_tokens if len(token) > 1), key=len, reverse=True)

@@ -42,20 +42,25 @@ class Mixture:
     """Datasets of one tokenizer, with their shares of the training sequences."""
 
     def __init__(self, parts: dict[str, Dataset], shares: list[Fraction]) -> None:
-        """Raises InputError for datasets of different tokenizers."""
+        """Raises InputError for datasets of different tokenizers, or conversations of different templates."""
         self.parts, self.shares = list(parts.values()), shares
         for name, part in parts.items():
             part.name = name
-        first = self.parts[0]
+        first = next((part for part in self.parts if part.chat), self.parts[0])  # its template is the model's
         self.directory = ", ".join(str(part.directory) for part in self.parts)  # for messages
         self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
         self.kind = "preference" if any(part.kind == "preference" for part in self.parts) else first.kind
-        for part in self.parts[1:]:
-            one, other = ((each.token_bytes, each.end_of_text) for each in (self.tokenizer, part.tokenizer))
+        for part in self.parts:
+            one, other = (
+                (each.token_bytes, each.end_of_text, each.special_tokens) for each in (self.tokenizer, part.tokenizer)
+            )
             if one != other:
                 old, new = sorted((part, first), key=lambda each: each.vocab_size)
                 how = f"Prepare {old.directory} again with --tokenizer={typed(new.directory)}"
                 raise InputError(f"{part.directory} has another tokenizer than {first.directory}. {how}")
+            if part.chat and part.tokenizer.chat_template != self.tokenizer.chat_template:
+                what = f"{part.directory} has another chat template than {first.directory}"
+                raise InputError(f"{what}. Prepare one of them again with --chat-template=FILE")
             part.tokenizer = self.tokenizer
 
     def fingerprint(self) -> str:

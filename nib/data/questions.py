@@ -29,7 +29,7 @@ class Questions:
         self.random, self.held_out = random.Random(seed), held_out
         self.kinds = {  # and how often they come: more often what takes longer to learn
             self.add: 3, self.add_twice: 2, self.reverse: 1, self.sort_letters: 2, self.sort_numbers: 2,
-            self.look_up: 3, self.own_name: 1,
+            self.look_up: 4, self.own_name: 1,
         }  # fmt: skip
 
     def conversation(self) -> Messages:

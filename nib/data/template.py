@@ -24,7 +24,7 @@ from nib.common.exits import InputError
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 # A rendering of a long conversation takes milliseconds and a few MB.
 CPU_SECONDS, OUTPUT_CHARACTERS, MEMORY_BYTES, NUMBER_BITS = 5.0, 1 << 26, 1 << 31, 1 << 12
-OTHER = "Give another one with --chat-template=FILE"
+OTHER = "Give another one as the model's chat_template.jinja, or with prepare_data.py --chat-template=FILE"
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 

@@ -203,7 +203,8 @@ def parameters_on_meta() -> Iterator[None]:
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
     """Have the texts of a model trained on the dataset end as the source's do.
 
-    Raises InputError unless the ids in the dataset mean to the model what it has learned.
+    Special tokens may be added after the ids of a run's, as those of a chat are: the model gets embeddings for them.
+    Raises InputError unless the other ids in the dataset mean to the model what it has learned.
     """
     size = source.model_config["vocab_size"]
     try:
@@ -212,12 +213,15 @@ def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
         if not isinstance(source, NanoGPTCheckpoint):  # which has no tokenizer of its own
             raise
         tokenizer = dataset.tokenizer
-    if tokenizer.token_bytes != dataset.tokenizer.token_bytes:
+    known = len(tokenizer.token_bytes)
+    added = dataset.tokenizer.token_bytes[known:]
+    grows = isinstance(source, Checkpoint) and known == size and not any(added)
+    if tokenizer.token_bytes != dataset.tokenizer.token_bytes[:known] or (added and not grows):
         what = f"{name} has {counted(size, 'token id')}, {dataset.directory} {dataset.vocab_size}"
         if size == dataset.vocab_size:
             what = f"{name} has another tokenizer than {dataset.directory}"
         raise InputError(f"{what}. Prepare the data with {shlex.quote('--tokenizer=' + name)}")
-    if size < dataset.vocab_size:  # mostly by special tokens that were added later, and which no text has
+    if size < dataset.vocab_size and not added:  # mostly by special tokens that were added later, and which no text has
         for split in (dataset.train, dataset.val):
             for begin in range(0, split.tokens, 1 << 22):
                 largest = split.read(begin, begin + (1 << 22)).max()

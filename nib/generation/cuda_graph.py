@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from nib.common.device import Copied
 from nib.common.exits import RunError
 from nib.generation.engine import LanguageModel, Rows
 from nib.generation.request import Sample, SamplingSettings
@@ -91,7 +92,9 @@ class Step:
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
-        # A graph break would put Python back into the step, so it is an error.
+        # torch compiles 8 shapes in a process, which may be asked for many. A graph break would put Python back into
+        # the step, so it is an error.
+        torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit
         self.run: Callable[[], None] = torch.compile(self.forward, fullgraph=True, dynamic=False, **compiling)
         self.compile()
         if device.type == "cuda":
@@ -145,7 +148,7 @@ class CompiledRows(Rows):
     @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart
     def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
         super().__init__(model, samples, settings)
-        self.unread: deque[tuple[Tensor, Any]] = deque()  # tokens on their way to the host, and what says they are here
+        self.unread: deque[Copied] = deque()  # tokens on their way to the host
         length = static_length(self.cache.max_length, self.block_size)
         weight = next(iter(model.parameters()))
         cache = StaticCache(model.config, len(samples), length, self.device, weight.dtype)
@@ -164,11 +167,7 @@ class CompiledRows(Rows):
 
     def fetch(self) -> None:
         """Have the step's tokens copied to the host, without waiting for them; the next step overwrites them."""
-        tokens = self.step.tokens.to("cpu", non_blocking=True, copy=True)  # in pinned memory, if from a GPU
-        event = torch.cuda.Event() if self.device.type == "cuda" else None
-        if event:
-            event.record()
-        self.unread.append((tokens, event))
+        self.unread.append(Copied(self.step.tokens))
 
     def queue(self) -> None:
         self.draw()
@@ -188,10 +187,7 @@ class CompiledRows(Rows):
             self.queue()
         if self.runs_on():
             self.queue()
-        tokens, event = self.unread.popleft()
-        if event:
-            event.synchronize()
-        written = zip(self.samples, tokens.tolist(), strict=True)
+        written = zip(self.samples, self.unread.popleft().read(), strict=True)
         self.new = [None if sample.finish_reason else token for sample, token in written]
         return self.new
 

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
 from nib.data.documents import find_sources, read_parts
 from nib.data.encode import part_text
+from nib.data.sequences import ValidationConversations
 from nib.tokenizer.huggingface import begin_of_text
 from nib.tokenizer.tokenizer import Tokenizer
 
@@ -66,19 +68,24 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
             return
 
 
-@torch.inference_mode()
 def token_log_probs(model: Any, group: list[Window]) -> list[list[float]]:
     """The log-probability in nats of each predicted id of each window."""
-    device = next(model.parameters()).device
     width = max(2, *(len(window.ids) for window in group)) - 1  # of a single id nothing is predicted
     inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
     for number, window in enumerate(group):
         size = len(window.ids) - 1
         inputs[number, :size] = torch.tensor(window.ids[:-1])
         targets[number, window.first - 1 : size] = torch.tensor(window.ids[window.first :])
+    return target_log_probs(model, inputs, targets)
+
+
+@torch.inference_mode()
+def target_log_probs(model: Any, inputs: Tensor, targets: Tensor) -> list[list[float]]:
+    """The log-probability in nats of each target of each row that is not -1, in their order."""
+    device = next(model.parameters()).device
     x = model.hidden(inputs.to(device))  # (B, T, C)
     rows, columns = (targets >= 0).nonzero(as_tuple=True)
-    found: list[list[float]] = [[] for _ in group]
+    found: list[list[float]] = [[] for _ in inputs]
     step = max(1, MAX_LOGITS // model.config.vocab_size)
     for begin in range(0, len(rows), step):
         row, column = rows[begin : begin + step], columns[begin : begin + step]
@@ -125,6 +132,35 @@ def score_texts(
         for window, log_probs in zip(group, token_log_probs(model, group), strict=True):
             score.nats -= math.fsum(log_probs)
             for id, log_prob in zip(window.ids[window.first :], log_probs, strict=True):
+                if each:
+                    each(id, -log_prob)
+    return score
+
+
+def score_conversations(
+    model: Any, tokenizer: Tokenizer, dataset: Dataset, *, context: int, batch: int, max_tokens: int = 0,
+    each: Callable[[int, float], None] | None = None,
+) -> TextScore:  # fmt: skip
+    """Score the learned tokens of the conversations of the validation split, as score_texts does with texts.
+
+    Each is cut at `context`, as in training. Raises InputError for a dataset of another tokenizer.
+    """
+    if (dataset.tokenizer.token_bytes, dataset.tokenizer.special_tokens) != (
+        tokenizer.token_bytes, tokenizer.special_tokens
+    ):  # fmt: skip
+        what = f"the conversations of {dataset.directory} are in the ids of another tokenizer than the model's"
+        raise InputError(f"{what}. Prepare them with --tokenizer=RUN or HF_DIR, the model")
+    score, lengths = TextScore(), tokenizer.byte_lengths()
+    sequences = ValidationConversations(dataset.val, context, max_tokens)
+    for first in range(0, sequences.size, batch):
+        inputs, targets = sequences.batch(first, batch)
+        for right, log_probs in zip(targets.tolist(), target_log_probs(model, inputs, targets), strict=True):
+            learned = [id for id in right if id >= 0]
+            score.texts += 1
+            score.tokens += len(learned)
+            score.bytes += int(lengths[learned].sum())
+            score.nats -= math.fsum(log_probs)
+            for id, log_prob in zip(learned, log_probs, strict=True):
                 if each:
                     each(id, -log_prob)
     return score

@@ -30,7 +30,7 @@ SILENCE = 20.0  # seconds of waiting after which it is said what for
 
 @dataclass
 class Cluster:
-    """The processes of one run. Agreements go over gloo, between CPUs, so that no GPU has to be waited for."""
+    """The processes of one run. They agree over gloo on what their CPUs know, so that no GPU has to be waited for."""
 
     rank: int
     world: int
@@ -47,6 +47,12 @@ class Cluster:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor)
         return tensor.tolist()
+
+    def total_on_device(self, tensor: Tensor) -> Tensor:
+        """The sum over processes of each element of a tensor on the device, which nobody waits for."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def from_first(self, value: Any) -> Any:
         """What the first process passes, on all of them."""

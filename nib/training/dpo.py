@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,17 +147,18 @@ class Preferences:
         _, policy = model(run.to_device(part.inputs), run.to_device(part.targets))
         return dpo_loss(policy.view(2, -1), run.to_device(reference), self.beta)
 
-    def take(self) -> list[float]:
-        sums, self.sums = self.sums.tolist(), torch.zeros(len(MEASURED))
+    def take(self) -> Tensor:
+        sums, self.sums = self.sums, torch.zeros(len(MEASURED))
         return sums
 
-    def measured(self, sums: list[float], counted: float) -> dict[str, float]:
+    def measured(self, sums: Iterable[Tensor], counted: float) -> dict[str, Tensor]:
         return {name: value / counted for name, value in zip(MEASURED, sums, strict=True)}
 
     def validate(self, run: Run) -> PreferenceValidation:
         policy = torch.from_numpy(self.log_probabilities(run, self.held_out).T)
         losses, rewards = dpo_loss(policy, torch.from_numpy(self.reference["val"].T), self.beta)
-        return PreferenceValidation(float(losses.mean()), self.measured(summed(rewards).tolist(), self.held_out.size))
+        found = self.measured(summed(rewards), self.held_out.size)
+        return PreferenceValidation(float(losses.mean()), {name: float(value) for name, value in found.items()})
 
     @torch.no_grad()
     def log_probabilities(self, run: Run, pairs: Pairs) -> np.ndarray:

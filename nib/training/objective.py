@@ -6,9 +6,11 @@ and checkpoints are the same for all.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nib.common.exits import InputError
@@ -60,11 +62,11 @@ class LanguageModelling:
         _, loss = run.ready(run.to_device(part[0]), run.to_device(part[1]))
         return loss
 
-    def take(self) -> list[float]:
+    def take(self) -> Tensor:
         """What was measured of this process's micro-batches since the last call, summed."""
-        return []
+        return torch.zeros(0)
 
-    def measured(self, sums: list[float], counted: float) -> dict[str, float]:
+    def measured(self, sums: Sequence[Tensor], counted: float) -> dict[str, Tensor]:
         """The same of all processes, for the metrics of a step."""
         return {}
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nib.common.device import pick_dtype
 from nib.training.distributed import like, whole
 from nib.training.lora import MARK
 
@@ -18,7 +19,8 @@ from nib.training.lora import MARK
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-# So many elements at least are updated together by Muon: 64 MB.
+# So many elements at least are updated together by Muon: 64 MB; four times as many where a small product leaves most
+# of a GPU idle.
 ENOUGH = 2**24
 
 # From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones, on one
@@ -27,15 +29,16 @@ SINGLE_ROWS = 128
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of `matrices` (K, rows, columns), in float32 or bfloat16.
+    """The nearest semi-orthogonal matrix, roughly, of each of `matrices` (K, rows, columns); a GPU takes 16 bits.
 
     Newton-Schulz iteration: singular values end between about 0.7 and 1.2, which trains as well as exactly 1.
     """
     a, b, c = NEWTON_SCHULZ
-    x = matrices.bfloat16() if matrices.is_cuda else matrices.float()
+    x = matrices.float()
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.to(pick_dtype("auto", x.device))  # not before: gradients may be too small for float16
     if x.device.type == "cpu" and x.shape[-2] >= SINGLE_ROWS:
         x = torch.stack([orthogonalise_one(each, steps) for each in x])
     else:
@@ -93,8 +96,11 @@ class Muon(UncompiledOptimizer):
     learning rate. `parts` gives the row counts by which a parameter that holds several matrices one above the
     other (queries, keys and values) is cut before each is orthogonalised by itself. With several processes each
     orthogonalises its share of them and they exchange the results; parameters sharded by FSDP are put together for
-    that, a few at a time.
+    that, a few at a time. As with torch's fused optimizers, a tensor `found_inf` of 1 makes a step change nothing
+    without a wait for the device.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], parts: dict[nn.Parameter, list[int]], lr: float, weight_decay: float,
@@ -109,27 +115,34 @@ class Muon(UncompiledOptimizer):
             for parameters in portions(group["params"]):
                 self._update(parameters, group)
 
-    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        matrices: list[Tensor] = []
+    def _update(self, parameters: Any, group: dict[str, Any]) -> None:
+        """Operations on lists, each of which a GPU does in few kernels."""
         for parameter in parameters:
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            buffer, grad = state["momentum_buffer"], parameter.grad
-            assert grad is not None
-            buffer.lerp_(grad, 1 - group["momentum"])
-            update = whole(grad.lerp(buffer, group["momentum"]))  # Nesterov
-            matrices.extend(update.split(self.sizes(parameter)))
-        done = iter(shared_orthogonalise(matrices))
-        for parameter in parameters:
-            columns, sizes = parameter.shape[1], self.sizes(parameter)
-            scaled = [next(done) * max(1.0, size / columns) ** 0.5 for size in sizes]
-            update = torch.cat(scaled).to(parameter.dtype) if len(scaled) > 1 else scaled[0].to(parameter.dtype)
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(like(parameter, update), alpha=-group["lr"])
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers, skip = [self.state[parameter]["momentum_buffer"] for parameter in parameters], self.found_inf
+        updates: Any = [parameter.grad for parameter in parameters]
+        if skip is not None:  # then NaN, which no factor makes 0, goes nowhere
+            stays = skip > 0
+            updates = [torch.where(stays, *each) for each in zip(buffers, updates, strict=True)]
+        torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
+        torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov, in the place of the gradients
+        pairs = zip(parameters, updates, strict=True)
+        matrices = shared_orthogonalise([each for p, update in pairs for each in self.split(p, whole(update))])
+        torch._foreach_mul_(matrices, [max(1.0, each.shape[0] / each.shape[1]) ** 0.5 for each in matrices])
+        decay: Any = 1 - group["lr"] * group["weight_decay"]
+        if skip is not None:
+            torch._foreach_mul_(matrices, 1 - skip)
+            decay = torch.where(stays, 1.0, decay)
+        done = iter(matrices)
+        parts = [[next(done) for _ in self.split(p, p)] for p in parameters]
+        pairs = zip(parameters, parts, strict=True)
+        updates = [like(p, torch.cat(each) if len(each) > 1 else each[0]) for p, each in pairs]
+        torch._foreach_mul_(parameters, decay)
+        torch._foreach_add_(parameters, updates, alpha=-group["lr"])
 
-    def sizes(self, parameter: nn.Parameter) -> list[int]:
-        return self.parts.get(parameter, [parameter.shape[0]])
+    def split(self, parameter: nn.Parameter, rows: Tensor) -> tuple[Tensor, ...]:
+        return rows.split(self.parts.get(parameter, [parameter.shape[0]]))
 
 
 def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
@@ -141,7 +154,8 @@ def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     for parameter in parameters:
         if parameter.grad is not None:
             portion.append(parameter)
-        if len(portion) >= processes() and sum(each.numel() for each in portion) >= ENOUGH:
+        enough = ENOUGH if parameter.device.type == "cpu" else 4 * ENOUGH
+        if len(portion) >= processes() and sum(each.numel() for each in portion) >= enough:
             yield portion
             portion = []
     if portion:
@@ -153,13 +167,14 @@ def processes() -> int:
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of matrices of any shapes, those of the same shape together."""
+    """`orthogonalise` of matrices of any shapes, those of the same shape together; in the dtype of the matrices."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
     done = list(matrices)
     for alike in by_shape.values():
-        for i, result in zip(alike, orthogonalise(torch.stack([matrices[i] for i in alike])), strict=True):
+        found = orthogonalise(torch.stack([matrices[i] for i in alike])).to(matrices[0].dtype).contiguous()
+        for i, result in zip(alike, found, strict=True):
             done[i] = result
     return done
 
@@ -173,15 +188,15 @@ def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     shares = [by_size[rank::world] for rank in range(world)]
     lengths = [[matrices[i].numel() for i in share] for share in shares]
     mine = orthogonalise_all([matrices[i] for i in shares[dist.get_rank()]])
-    dtype = torch.bfloat16 if matrices[0].is_cuda else torch.float32  # of orthogonalise
-    sent = torch.zeros(max(map(sum, lengths)), device=matrices[0].device, dtype=dtype)
+    dtype, device = matrices[0].dtype, matrices[0].device
+    sent = torch.zeros(max(map(sum, lengths)), device=device, dtype=pick_dtype("auto", device))  # orthogonalise's
     if mine:
         torch.cat([matrix.flatten() for matrix in mine], out=sent[: sum(matrix.numel() for matrix in mine)])
     everyone = [torch.empty_like(sent) for _ in range(world)]
     dist.all_gather(everyone, sent)  # one exchange: each costs a wait for the slowest process
     done = list(matrices)
     for share, sizes, results in zip(shares, lengths, everyone, strict=True):
-        for i, result in zip(share, results[: sum(sizes)].split(sizes), strict=True):
+        for i, result in zip(share, results[: sum(sizes)].to(dtype).split(sizes), strict=True):
             done[i] = result.view(matrices[i].shape)
     return done
 

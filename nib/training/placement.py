@@ -12,17 +12,16 @@ from torch.nn.parallel import DistributedDataParallel
 from nib.common.device import Precision, is_out_of_memory
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted
-from nib.training.distributed import Cluster
+from nib.training.distributed import Cluster, is_sharded
 from nib.training.report import Reporter
 from nib.training.settings import TrainSettings
+from nib.training.step import exchanging
 
 # Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
 # for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
 CPU_ACTIVATIONS = 2**24
 # A GPU should be busy with that many tokens (not measured); beyond, the loss unrolls into more and more chunks.
 GPU_TOKENS = 2**16
-# Of a GPU's memory, for the logits of a chunk in float32: each chunk adds to the whole gradient of the head.
-GPU_LOGITS = 1 / 128
 # Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
 GPU_VOCAB_MULTIPLE = 64
 # Lengths of conversations in a batch: each is compiled for. torch gives up at the ninth.
@@ -80,8 +79,7 @@ def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> Non
     """Tell the model what it may keep in memory on the device."""
     model.activation_checkpointing = settings.activation_checkpointing
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        model.max_logits, model.vocab_multiple = int(memory * GPU_LOGITS / 4), GPU_VOCAB_MULTIPLE
+        model.max_logits, model.vocab_multiple = 0, GPU_VOCAB_MULTIPLE
 
 
 def fit_to_device(
@@ -92,43 +90,49 @@ def fit_to_device(
     report: Reporter,
     rows: int = 1,
 ) -> tuple[int, nn.Module]:
-    """The micro-batch size of a process, and the model ready to train: compiled where asked, wrapped in DDP.
+    """The micro-batch size of a process, and the model ready to train: wrapped in DDP, compiled where asked.
 
-    A sequence of the batch has so many `rows`. An automatic size is the largest that an uncompiled trial forward and
-    backward pass has memory for, up to one that is known to be large enough. Raises RunError when not even one
-    sequence fits.
+    A sequence of the batch has so many `rows`. An automatic size is the largest that trial passes, uncompiled and then
+    compiled, have memory for, up to one that is known to be large enough. Raises RunError when not even one fits.
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
+    local = sizes[0]
     if not settings.micro_batch_size:
         sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
-    while True:
-        failure = trial(model, model, rows * sizes[0], settings.block_size, precision)
-        out_of_memory = failure is not None and is_out_of_memory(failure)
-        short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
-        if broken:
-            raise failure or RunError("another process could not run the model. See its message")
-        if not short:
-            break
-        if len(sizes) == 1:
-            raise RunError(f"a micro-batch of {sizes[0]} does not fit into memory. Use a smaller model or block_size")
-        sizes = sizes[1:]
+
+    def most(ready: nn.Module) -> tuple[int, Exception | None]:
+        """The largest of `sizes` that fits, and what else went wrong, also in another process."""
+        for size in sizes:
+            failure = trial(ready, model, rows * size, settings.block_size, precision, accumulates=size < local)
+            out_of_memory = failure is not None and is_out_of_memory(failure)
+            short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
+            if broken:
+                return size, failure or RunError("another process could not run the model. See its message")
+            if not short:
+                return size, None
+        raise RunError(f"a micro-batch of {sizes[-1]} does not fit into memory. Use a smaller model or block_size")
+
     ready: nn.Module = model
-    if is_compiled(settings, cluster.device):
-        # For this shape alone: torch's kernels for any shape are slower.
-        ready = torch.compile(model, dynamic=False)  # type: ignore[assignment]
-        failure = trial(ready, model, rows * sizes[0], settings.block_size, precision)
-        (broken,) = cluster.total([float(failure is not None)])
-        if broken:
-            reason = str(failure or "another process failed").strip().splitlines()[0]
-            report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
-            ready = model
     if cluster.world > 1 and settings.parallel == "ddp":
         # Buffers are tables that never change. Newer releases of torch have another name for not sending them around.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
-        ready = DistributedDataParallel(ready, **options)
-    return sizes[0], ready
+        ready = DistributedDataParallel(model, **options)
+    size, failure = most(ready)
+    if failure:
+        raise failure
+    if is_compiled(settings, cluster.device):
+        sizes = sizes[sizes.index(size) :]
+        # For this shape alone: torch's kernels for any shape are slower. DDP's buckets become a graph each, whose
+        # gradients are exchanged while the next ones are computed.
+        compiled: Any = torch.compile(ready, dynamic=False)
+        fits, failure = most(compiled)
+        if failure is None:
+            return fits, compiled
+        reason = str(failure).strip().splitlines()[0]
+        report.say(f"warning: torch.compile failed, training goes on uncompiled: {reason}")
+    return size, ready
 
 
 def is_compiled(settings: TrainSettings, device: torch.device) -> bool:
@@ -144,10 +148,13 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
     return [size for size in sizes if size <= most] or sizes[-1:]
 
 
-def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precision: Precision) -> Exception | None:
-    """One forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
+def trial(
+    ready: nn.Module, model: Any, size: int, block_size: int, precision: Precision, accumulates: bool
+) -> Exception | None:
+    """A forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
 
-    What a pass leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
+    Where a step accumulates gradients, beside those too, which FSDP holds whole until it exchanges them. What a pass
+    leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
 
     Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
     """
@@ -155,8 +162,11 @@ def trial(ready: nn.Module, model: nn.Module, size: int, block_size: int, precis
     try:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
+        if accumulates:
+            room += [torch.empty(parameter.shape, device=device) for parameter in trained]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
-        with precision.autocast():
+        # With DDP nothing is exchanged: a process without memory would leave the others waiting.
+        with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
             _, loss = ready(tokens, targets)
         loss.sum().backward()
         del room, loss

@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import time
+from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nib.common.device import Precision, device_name, is_out_of_memory, peak_flops, peak_memory
+from nib.common.device import Copied, Precision, device_name, peak_flops, peak_memory
 from nib.common.exits import RunError
 from nib.common.signals import StopSignal
 from nib.common.wording import counted, typed
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
 from nib.data.sequences import BatchesAhead, describe
-from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, name_restored
+from nib.formats.checkpoint import Checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
@@ -33,7 +34,7 @@ from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, 
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.schedule import finished, rate_factor
 from nib.training.settings import TrainSettings, as_dict
-from nib.training.state import Progress, Saver, load_optimizer_tensors, lock_run, parameter_names, snapshot
+from nib.training.state import Progress, Saver, lock_run, restore, snapshot
 from nib.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -58,8 +59,11 @@ class Run:
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
         self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
-        self.measured: dict[str, float] = {}  # of the last step, besides loss and gradient
+        self.measured: dict[str, Tensor] = {}  # of the last step, besides loss and gradient
         self.rate_factor = 1.0  # of the peak learning rates
+        self.queued = cluster.device.type == "cuda"  # the device may be a step behind the loop, which does not wait
+        self.unread: deque[tuple[int, Copied]] = deque()  # loss and gradient norm of the last steps
+        self.loss = self.grad_norm = math.nan  # of the last one that was read
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
 
     def __enter__(self) -> Run:
@@ -106,7 +110,7 @@ class Run:
             muon_momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
         )  # fmt: skip
         if checkpoint is not None:
-            self.restore(checkpoint)
+            restore(self, checkpoint)
         self.micro_batch_size, self.ready = fit_to_device(
             model, settings, self.precision, cluster, self.report, self.objective.rows
         )
@@ -220,23 +224,42 @@ class Run:
         """How often the training data was gone through before `step`."""
         return step * self.settings.batch_size / self.training.size
 
-    def count_step(self, loss: float, grad_norm: float) -> None:
-        """Count a step that was done, or skipped because its numbers were not finite.
+    def count_step(self, loss: Tensor, grad_norm: Tensor) -> None:
+        """Count a step. How it came out is read a step later on a device that works ahead, unless it is asked for now.
+
+        Raises RunError as `read_steps` does.
+        """
+        progress, settings = self.progress, self.settings
+        progress.tokens += self.training.tokens(self.sequences(progress.step))
+        progress.step += 1
+        self.unread.append((progress.step, Copied(torch.stack((loss, grad_norm)))))
+        intervals = (settings.log_interval, settings.sample_interval, settings.checkpoint_interval)
+        asked = self.finished() or self.validation_due() or any(due(progress.step, each) for each in intervals)
+        ahead = int(self.queued and not asked)
+        if len(self.unread) > ahead:
+            self.unread[-1 - ahead][1].read()  # so that the device's time is counted
+        progress.seconds += time.perf_counter() - self.began
+        sent = self.stop.number if self.stop else 0
+        progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
+        self.read_steps(ahead)
+
+    def read_steps(self, ahead: int = 0) -> None:
+        """See which steps, but the newest `ahead`, were done, and which skipped since their numbers were not finite.
 
         Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
         """
         progress, limit, report = self.progress, self.settings.max_skipped_steps, self.report
-        progress.tokens += self.training.tokens(self.sequences(progress.step))
-        progress.seconds += time.perf_counter() - self.began
-        sent = self.stop.number if self.stop else 0
-        progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
-        progress.step += 1
-        if math.isfinite(loss + grad_norm):
-            progress.skipped_in_a_row = 0
-        else:
-            progress.skipped_steps += 1
-            progress.skipped_in_a_row += 1
-            report.say(f"warning: step {progress.step} is skipped: loss {loss:g}, gradient norm {grad_norm:g}")
+        if len(self.unread) <= ahead:
+            return
+        while len(self.unread) > ahead:
+            step, copied = self.unread.popleft()
+            self.loss, self.grad_norm = copied.read()
+            if math.isfinite(self.loss + self.grad_norm):
+                progress.skipped_in_a_row = 0
+            else:
+                progress.skipped_steps += 1
+                progress.skipped_in_a_row += 1
+                report.say(f"warning: step {step} is skipped: loss {self.loss:g}, gradient norm {self.grad_norm:g}")
         if not limit or progress.skipped_in_a_row < limit:
             return
         self.saver.keep = 0  # the older ones are what one may want to go back to
@@ -245,8 +268,8 @@ class Run:
         self.finish_saving()
         self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
         raise RunError(
-            f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step "
-            f"{progress.step}. {way_back(self.settings, self.progress)}"
+            f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step {step}. "
+            f"{way_back(self.settings, self.progress)}"
         )
 
     def validation_due(self) -> bool:
@@ -256,10 +279,10 @@ class Run:
     def validate(self) -> Validation | PreferenceValidation:
         return self.objective.validate(self)
 
-    def log(self, loss: float, grad_norm: float, validation: Validation | PreferenceValidation | None) -> None:
+    def log(self, validation: Validation | PreferenceValidation | None) -> None:
         """Move the progress bar, and write a line of metrics where it is time for one."""
         progress, settings = self.progress, self.settings
-        rate = self.tokens_per_second
+        rate, loss = self.tokens_per_second, self.loss
         self.report.progress(
             progress.step, self.steps, progress.seconds, settings.max_seconds, self.epoch(progress.step), loss, rate,
             rate * self.flops / self.peak,
@@ -274,10 +297,11 @@ class Run:
         known = {"mfu": round(rate * self.flops / self.peak, 4)} if self.peak < math.inf else {}
         if validation:
             known |= validation.metrics()
+        measured = {name: float(value) for name, value in self.measured.items()}
         self.report.metrics(
             step=progress.step, epoch=round(self.epoch(progress.step), 4), tokens=progress.tokens, loss=loss,
-            lr=self.rate_factor * settings.learning_rate, grad_norm=grad_norm, tokens_per_second=round(rate, 1),
-            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **self.measured, **known,
+            lr=self.rate_factor * settings.learning_rate, grad_norm=self.grad_norm, tokens_per_second=round(rate, 1),
+            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **measured, **known,
         )  # fmt: skip
 
     def sample_due(self) -> bool:
@@ -297,46 +321,20 @@ class Run:
         self.best = validation is not None and validation.loss < self.progress.best_val_loss
         if validation:
             self.progress.best_val_loss = min(validation.loss, self.progress.best_val_loss)
-        if self.best or self.unchanged():
-            return self.best
         limit = self.settings.checkpoint_seconds
-        return due(self.progress.step, self.settings.checkpoint_interval) or bool(
+        due_now = due(self.progress.step, self.settings.checkpoint_interval) or bool(
             limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit)
         )
+        return self.best or (due_now and not self.unchanged())
 
     # ---- checkpoints
-
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put back all but the weights, which the model was built with, as it was when the checkpoint was made.
-
-        With eval_only that is the progress alone, and nothing is written.
-        """
-        names = parameter_names(self.model)
-        try:
-            if not self.settings.eval_only:
-                load_optimizer_tensors(self.optimizers, names, checkpoint.optimizer())
-            self.precision.scaler.load_state_dict(checkpoint.state["scaler"])
-            self.progress = Progress(**checkpoint.state["progress"])
-            if not all(type(value) in (int, float) for value in asdict(self.progress).values()):
-                raise TypeError("its progress is not in numbers")
-        except (RuntimeError, KeyError, TypeError) as error:
-            if isinstance(error, RuntimeError) and is_out_of_memory(error):
-                raise
-            raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
-        before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
-        if self.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
-            change = f"a process had {counted(before, 'thread')} until here, now {threads}"
-            self.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
-        checkpoint.release()
-        if self.cluster.first and not self.settings.eval_only:
-            name_restored(self.out_dir / "checkpoints", checkpoint.directory.name, checkpoint.state.get("best") is True)
-        self.saved_step = self.progress.step
 
     def save(self) -> None:
         """Copy the state and write it in the background; when the write before this one failed, say so and go on.
 
         Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
         """
+        self.read_steps()
         trained = MARK if self.adapter else ""
         weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first, part=trained)
         finite = all(tensor.isfinite().all() for tensor in weights.values())
@@ -374,6 +372,7 @@ class Run:
 
     def unchanged(self) -> bool:
         """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
+        self.read_steps()
         return self.progress.step - self.progress.skipped_in_a_row <= self.saved_step
 
 

@@ -161,7 +161,25 @@ def build_model(
     source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
     if checkpoint and parsed.settings.lora_rank:  # which has the shape, but the adapter alone
         source = open_source(base_name(checkpoint))
-    return (build(source, lambda: GPT(config)) if source else GPT(config)), source
+    if source is None:
+        return GPT(config), None
+    known = source.model_config["vocab_size"]
+    if known != config.vocab_size and parsed.settings.lora_rank:
+        what = f"the data has ids that {parsed.settings.init_from} has no embeddings for, and an adapter learns none"
+        raise InputError(f"{what}. Train without lora_rank first, or prepare the data with another template")
+    model = build(source, lambda: GPT(dataclasses.replace(config, vocab_size=known)))
+    return (model if known == config.vocab_size else with_more_ids(model, GPT(config))), source
+
+
+def with_more_ids(model: Any, grown: Any) -> Any:
+    """`grown`, whose vocabulary is larger, with the weights of `model`; new ids begin as the mean of the others."""
+    weights = model.state_dict()
+    for name, weight in grown.state_dict().items():
+        if weight.shape != weights[name].shape:
+            mean = weights[name].mean(0, keepdim=True)
+            weights[name] = torch.cat([weights[name], mean.expand(len(weight) - len(weights[name]), -1)])
+    grown.load_state_dict(weights)
+    return grown
 
 
 def choose_shape(
@@ -180,6 +198,8 @@ def choose_shape(
     config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     for part in dataset.parts:
         take_vocabulary(source, part, settings.init_from)
+    if checkpoint is None and dataset.vocab_size > config.vocab_size and isinstance(source, Checkpoint):
+        config = dataclasses.replace(config, vocab_size=dataset.vocab_size)  # by the special tokens of a chat
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
     longer = checkpoint is None and "block_size" in parsed.given and settings.block_size > config.block_size

@@ -7,17 +7,23 @@ import os
 import shutil
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from nib.common.device import is_out_of_memory
 from nib.common.exits import WRITER, InputError, RunError
-from nib.formats.checkpoint import BrokenCheckpoint, name_checkpoint, named_checkpoint, remove_old, write_checkpoint
+from nib.common.wording import counted
+from nib.formats import checkpoint as files
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, name_checkpoint, named_checkpoint, write_checkpoint
 from nib.tokenizer.tokenizer import Tokenizer
 from nib.training.distributed import like, reshard, whole
+
+if TYPE_CHECKING:
+    from nib.training.run import Run
 
 
 def lock_run(out_dir: Path) -> IO[str]:
@@ -77,7 +83,7 @@ class Saver:
             place = write_checkpoint(self.checkpoints, weights, optimizer, state, self.tokenizer)
             if best:
                 name_checkpoint(self.checkpoints, "best", place.name)
-            remove_old(self.checkpoints, self.keep, place.name)
+            files.remove_old(self.checkpoints, self.keep, place.name)
         except Exception as error:  # raised again in `finish`, in the thread that trains
             self.error = error
 
@@ -160,3 +166,31 @@ def snapshot(
 
 def parameter_names(model: nn.Module) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def restore(run: Run, checkpoint: Checkpoint) -> None:
+    """Put back all but the weights, which the model was built with, as it was when the checkpoint was made.
+
+    With eval_only that is the progress alone, and nothing is written.
+    """
+    names = parameter_names(run.model)
+    try:
+        if not run.settings.eval_only:
+            load_optimizer_tensors(run.optimizers, names, checkpoint.optimizer())
+        run.precision.scaler.load_state_dict(checkpoint.state["scaler"])
+        run.progress = Progress(**checkpoint.state["progress"])
+        if not all(type(value) in (int, float) for value in asdict(run.progress).values()):
+            raise TypeError("its progress is not in numbers")
+    except (RuntimeError, KeyError, TypeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+    before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
+    if run.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
+        change = f"a process had {counted(before, 'thread')} until here, now {threads}"
+        run.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
+    checkpoint.release()
+    if run.cluster.first and not run.settings.eval_only:
+        is_best = checkpoint.state.get("best") is True
+        files.name_restored(run.out_dir / "checkpoints", checkpoint.directory.name, is_best)
+    run.saved_step = run.progress.step

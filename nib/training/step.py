@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from nib.training.distributed import is_sharded, whole
 
@@ -20,13 +19,14 @@ if TYPE_CHECKING:
     from nib.training.run import Run
 
 
-def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[float, float]:
+def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor, Tensor]:
     """One update from this process's share of the global batch, in micro-batches.
 
     Returns the loss, the mean over all targets (nats) or pairs of the global batch that count, and the norm of its
     gradient before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and
     float16's loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step,
     process and micro-batch decide every random number, so that a resumed run draws what an unbroken one would have.
+    With run.queued nothing here waits for the device: both results lie there.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
     objective: Any = run.objective
@@ -36,19 +36,24 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[float,
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
         with exchanging(model, index == len(batch) - 1):
-            with run.precision.autocast():
+            with run.precision.training(masked=run.model.config.window > 0):
                 loss = objective.loss(run, part)
             share = loss * (objective.weight(part) / max(1.0, counted))
             scaler.scale(share * cluster.world).backward()
         total += share.detach()
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
-    grad_norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf)))
-    loss_sum, unfit, *sums = cluster.total([float(total), float(not math.isfinite(grad_norm)), *objective.take()])
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
+    found = torch.stack((total, norm)).to(cluster.device if run.queued else "cpu").double()
+    numbers = torch.stack((found[0], (~found[1].isfinite()).double()))
+    loss_sum, unfit, *sums = cluster.total_on_device(torch.cat((numbers, objective.take().to(numbers))))
     run.measured = objective.measured(sums, counted)
-    grad_norm += math.inf if unfit else 0.0  # all processes decide alike
+    grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # all processes decide alike
+    skip = ~(loss_sum + grad_norm).isfinite()  # scaler.step would decide for each optimizer by its own gradients
     for optimizer in run.optimizers:
-        if math.isfinite(loss_sum + grad_norm):  # scaler.step would decide for each optimizer by its own gradients
+        if run.queued:
+            optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        if run.queued or not skip:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
@@ -59,8 +64,8 @@ def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
     """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    elif isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
+    elif hasattr(model, "no_sync") and not last:  # it is wrapped in DDP, and perhaps compiled
+        return model.no_sync()  # type: ignore[operator]
     return nullcontext()
 
 

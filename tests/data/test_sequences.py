@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_data import sums, write_chats
+from chat_data import conversation, sums, write_chats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dataset import TRAIN, VAL, write_dataset
@@ -28,6 +28,7 @@ from nib.data.sequences import (
     training_sequences,
     validation_sequences,
 )
+from nib.tokenizer.tokenizer import ByteTokenizer, CharTokenizer
 
 torch.set_num_threads(1)
 quick = settings(max_examples=60, deadline=None, database=None, derandomize=True)
@@ -264,8 +265,6 @@ def test_names_and_their_shares_are_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_another_tokenizer_is_refused(chats: Dataset, tmp_path: Path) -> None:
-    from nib.tokenizer.tokenizer import CharTokenizer
-
     write_dataset(tmp_path / "text", TRAIN % 3, VAL % 3)
     CharTokenizer("abc").save(tmp_path / "text")
     meta = json.loads((tmp_path / "text/meta.json").read_text())
@@ -275,3 +274,13 @@ def test_another_tokenizer_is_refused(chats: Dataset, tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match=message):
         Mixture({"a": chats, "b": Dataset(tmp_path / "text")}, [Fraction(1, 2)] * 2)
+    # The same ids under other names, and conversations that are written in another way.
+    for name, template in (("<|other|>", ""), ("", "{{ messages }}")):
+        write_chats(tmp_path / "other", [conversation("a", "b")], [])
+        tokenizer = ByteTokenizer()
+        tokenizer.chat_template = template
+        tokenizer.special_tokens = {name: 256} if name else tokenizer.special_tokens
+        (opened := Dataset(tmp_path / "other")).tokenizer = tokenizer
+        message = "other has another tokenizer" if name else "other has another chat template"
+        with pytest.raises(InputError, match=message):
+            Mixture({"a": chats, "b": opened}, [Fraction(1, 2)] * 2)

@@ -1,7 +1,7 @@
 """sample.py --compile without its GPU: the compiled step writes what the plain path writes, from one compilation.
 
 aot_eager traces a step as the GPU's compiler is given it, and then runs it with torch's own operations, so the numbers
-are the plain ones. What only a GPU can show, the recording, is in the tests at the end, which need one.
+are the plain ones. What only a GPU can show, the recording, is in tests/test_gpu.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run_script
 from model_helpers import GPT2, LLAMA, random_tokens, randomise
 from test_engine import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -123,6 +122,16 @@ def test_texts_of_other_lengths_take_the_same_compiled_step(counter):
     assert counter.frame_count == 2
 
 
+def test_a_process_compiles_more_shapes_than_torch_allows(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # by itself it is 8
+    model = make_model(n_layer=1)
+    for rows in range(1, 4):
+        cache = StaticCache(model.config, rows, 16, torch.device("cpu"), torch.float32)
+        with torch.no_grad():
+            Step(model, make_settings(temperature=0.0), cache, 257, dict(backend="eager"))
+
+
 def test_the_static_cache_has_a_power_of_two_of_positions():
     for room, block_size, length in [(1, 1024, 256), (256, 1024, 256), (257, 1024, 512), (700, 800, 800), (9, 16, 16)]:
         assert static_length(room, block_size) == length
@@ -229,22 +238,3 @@ def test_training_compiles_once_and_whole_to_the_same_gradients(changes, recompu
         for ours, plain in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
     assert counter.frame_count == 1
-
-
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("filters", [{}, *FILTERS], ids=str)
-def test_the_recorded_step_writes_what_the_plain_path_writes_on_a_gpu(filters):
-    """In float32, where fused kernels round nearly as torch's own do."""
-    torch._dynamo.reset()
-    model = make_model(position="rope", n_kv_head=2).to("cuda")
-    same_text(model, PROMPTS, make_settings(num_samples=2, **filters))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_benchmark_says_that_it_needs_a_gpu(tmp_path):
-    done = run_script("bench/decode_cuda.py", "--check", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: this benchmark needs a CUDA GPU, and torch finds none. Run it on a machine with one\n"

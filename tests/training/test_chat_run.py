@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,10 @@ import pytest
 import torch
 from chat_data import Conversation, conversation, sums, write_chats
 from conftest import ROOT
-from test_train import assert_same_run, losses, metrics, tensors
+from test_train import losses, metrics, tensors
 
+import evaluate as evaluate_script
+import prepare_data as prepare_script
 import train as train_script
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
@@ -45,16 +44,6 @@ def in_data(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def train(*arguments: str) -> int:
     return train_script.train(train_script.read_settings([*TINY, *arguments]))
-
-
-def command(processes: int, *arguments: str) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "train.py"), *TINY, *arguments]
-
-
-def run_processes(processes: int, *arguments: str) -> None:
-    done = subprocess.run(command(processes, *arguments), capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
 
 
 def nats(model: Any, text: Conversation, block_size: int = 32) -> tuple[float, list[int]]:
@@ -102,25 +91,32 @@ def test_the_loss_of_a_batch_is_the_sum_over_single_conversations(monkeypatch: p
 
 
 def test_two_processes_have_the_loss_of_one() -> None:
-    for data in ("--dataset=chats", MIXTURE):
-        name = data[-4:]
-        train(data, "--max_iters=3", "--eval_interval=1", f"--out_dir=out/one{name}")
-        run_processes(2, data, "--max_iters=3", "--eval_interval=1", "--micro_batch_size=2", f"--out_dir=out/two{name}")
-        one, two = metrics(f"out/one{name}"), metrics(f"out/two{name}")
-        for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("val_loss", 1e-4), ("tokens", 0), ("epoch", 0)):
-            assert two[0][key] == pytest.approx(one[0][key], rel=tolerance), key
+    settings = [*TINY, MIXTURE, "--max_iters=3", "--eval_interval=1", "--micro_batch_size=2", "--out_dir=out/two"]
+    train(*settings, "--out_dir=out/one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*launcher, str(ROOT / "train.py"), *settings], capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    one, two = metrics("out/one"), metrics("out/two")
+    for key, tolerance in (("loss", 1e-6), ("grad_norm", 1e-5), ("val_loss", 1e-4), ("tokens", 0), ("epoch", 0)):
+        assert two[0][key] == pytest.approx(one[0][key], rel=tolerance), key
 
 
-def test_validation_is_over_learned_tokens() -> None:
+def test_validation_is_over_learned_tokens(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     train("--max_iters=1")
     model = GPT(GPTConfig(**json.loads(Path("out/run/config.json").read_text())["model_config"]))
     model.load_state_dict(tensors("out/run"))
-    found = [nats(model, text) for text in VAL]
-    total, learned = math.fsum(loss for loss, _ in found), [right for _, targets in found for right in targets]
+    alone = [nats(model, text) for text in VAL]
+    total, learned = math.fsum(loss for loss, _ in alone), [right for _, targets in alone for right in targets]
     last = metrics()[-1]
     assert last["val_loss"] == pytest.approx(total / len(learned), rel=1e-6)
     size = sum(right < 256 for right in learned)
     assert last["val_bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-6)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "out/run", "--json"])
+    evaluate_script.main()
+    found = json.loads(capsys.readouterr().out)
+    assert (found["texts"], found["tokens"], found["bytes"]) == (len(VAL), len(learned), size)
+    assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -199,6 +195,21 @@ def test_a_mixture_may_fine_tune() -> None:
     assert train(MIXTURE, "--init_from=out/base", "--max_iters=2", "--out_dir=out/tuned") == 0
 
 
+def test_a_run_on_text_is_fine_tuned_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vocabulary grows by the special tokens of the template."""
+    train("--dataset=words", "--max_iters=2", "--out_dir=out/base")
+    rows = [{"prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
+    Path("talk.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(sys, "argv", "prepare_data.py talk.jsonl --format=chat --tokenizer=out/base".split())
+    prepare_script.main()
+    train("--dataset=talk", "--init_from=out/base", "--max_iters=0", "--out_dir=out/tuned", "--max_epochs=8")
+    base, tuned = tensors("out/base")["wte.weight"], tensors("out/tuned")["wte.weight"]
+    assert (len(base), len(tuned)) == (257, 261)
+    assert losses("out/tuned")[-1] < losses("out/tuned")[0] - 1
+    train("--dataset=talk", "--init_from=out/base", "--max_iters=0", "--out_dir=out/tuned", "--max_epochs=9")
+    assert metrics("out/tuned")[-1]["step"] == 44
+
+
 def test_conversations_are_compiled_for_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -212,22 +223,3 @@ def test_conversations_are_compiled_for_few_lengths(monkeypatch: pytest.MonkeyPa
     assert 2 < counter.frame_count <= 8
     train("--micro_batch_size=1", "--max_iters=12", "--out_dir=out/plain")
     assert losses("out/compiled") == pytest.approx(losses("out/plain"), rel=1e-4)
-
-
-@pytest.mark.parametrize(("processes", "data"), [(1, "--dataset=chats"), (1, MIXTURE), (2, MIXTURE)])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(processes: int, data: str, tmp_path: Path) -> None:
-    """SIGKILL of all processes between checkpoints; the same command resumes."""
-    settings = [data, "--dropout=0.1", "--micro_batch_size=2", "--max_iters=40", "--eval_interval=15"]
-    run_processes(processes, *settings, "--out_dir=out/whole")
-    killed = command(processes, *settings, "--checkpoint_interval=7", "--out_dir=out/killed")
-    process = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    path = tmp_path / "out/killed/metrics.jsonl"
-    while process.poll() is None and (not path.exists() or len(path.read_text().splitlines()) < 20):
-        time.sleep(0.005)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
-    for pid in [process.pid, *map(int, children.split())]:
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-    assert 20 <= len(losses("out/killed")) < 40
-    run_processes(processes, *settings, "--out_dir=out/killed")
-    assert_same_run("out/whole", "out/killed")

@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from test_train import TINY, in_corpus, metrics, train
 
-import nib.training.run
 from nib.formats import checkpoint
 from nib.formats.checkpoint import Checkpoint, list_checkpoints, remove_old
+from nib.training import objective
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 

@@ -64,6 +64,15 @@ def test_singular_values_come_near_one(shape: tuple[int, int], size: float) -> N
     assert (diagonal - diagonal.diag().diag()).abs().max() < 1e-3
 
 
+def test_float16_takes_gradients_that_are_too_small_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on cards without tensor cores for bfloat16."""
+    monkeypatch.setattr("nib.training.optimizer.pick_dtype", lambda *_: torch.float16)
+    torch.manual_seed(0)
+    found = orthogonalise(1e-9 * torch.randn(1, 32, 96))[0]
+    values = torch.linalg.svdvals(found.float())
+    assert found.dtype == torch.float16 and values.max() < 1.25 and values.min() > 0.6
+
+
 def test_zero_gradient_stays_zero() -> None:
     assert not orthogonalise(torch.zeros(2, 4, 6)).any()
 

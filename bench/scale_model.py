@@ -1,0 +1,246 @@
+"""On paper: how long a step takes and how much memory it needs on 1 to 1,024 GPUs, by DDP and by FSDP.
+
+    python bench/scale_model.py [--measure]
+
+A model, not a measurement: no GPU has run nib. It counts a step's arithmetic at the share of the peak that one GPU is
+assumed to reach, the bytes that nib's DDP and FSDP2 really exchange and when, over the ring or the tree of nccl, and
+what of that the backward pass hides. It is held against published runs of others, and with --measure against two gloo
+processes on this machine. Prints tables and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import GPT2, ROOT, finish
+from scaling import Group
+
+from model import GPT, GPTConfig
+from nib.training.cost import flops_per_token, num_parameters
+
+GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
+# Published runs: what they are, with which hardware, tokens a step, GPUs, and seconds a step or tokens/s of a GPU.
+LLM_C = "github.com/karpathy/llm.c, scripts/run_gpt2_{}.sh"
+TITAN = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3, torch.compile"
+
+
+@dataclass
+class Hardware:
+    """GB/s are of one direction, as nccl reaches them (its bus bandwidth), about 80 % of what the data sheets say."""
+
+    name: str
+    peak: float  # dense bfloat16, FLOP/s
+    gigabytes: float
+    inside: float  # GB/s of a GPU to the others of its machine
+    between: float  # GB/s of a machine to the others, all of its network cards together
+    latency: float = 5e-6  # of one hop, in seconds
+    machine: int = 8  # GPUs
+
+
+H100 = Hardware("H100 SXM, 8 x 400 Gb/s", 989e12, 80, 360, 320)
+A100 = Hardware("A100 SXM, 8 x 200 Gb/s", 312e12, 80, 230, 160)
+RTX4090 = Hardware("RTX 4090, PCIe 4, 25 Gb/s", 165e12, 24, 20, 2.5)
+
+
+@dataclass
+class Shape:
+    """What the model of a step needs to know of a model: see `shape_of` for those that nib can build."""
+
+    name: str
+    parameters: float
+    flops: float  # to train on a token
+    layers: int
+    width: int
+    vocabulary: int
+
+
+def shape_of(name: str, **changes: Any) -> Shape:
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**(GPT2 | changes)))
+    config = model.config
+    flops = flops_per_token(model)
+    return Shape(name, num_parameters(model), flops, config.n_layer, config.n_embd, config.vocab_size)
+
+
+def exchange(size: float, gpus: int, on: Hardware, kind: str) -> float:
+    """Seconds to sum (all-reduce), gather or scatter `size` bytes over the GPUs, by the better of ring and tree."""
+    if gpus == 1:
+        return 0.0
+    speed = 1e9 * (on.inside if gpus <= on.machine else min(on.inside, on.between))
+    passes = 2 if kind == "sum" else 1
+    ring = passes * ((gpus - 1) / gpus * size / speed + (gpus - 1) * on.latency)
+    tree = passes * (size / speed + 2 * math.log2(gpus) * on.latency)
+    return min(ring, tree) if kind == "sum" else ring  # nccl gathers and scatters by rings alone
+
+
+def step_seconds(
+    shape: Shape, on: Hardware, gpus: int, tokens: int, micro: int, mfu: float, parallel: str, overlap: bool = True
+) -> tuple[float, float]:
+    """Seconds of a step of `tokens` over all GPUs, in micro-batches of `micro` tokens; and those of exchange in it.
+
+    DDP sums float32 gradients in the last backward pass, in buckets, of which the last is not hidden. FSDP2 gathers
+    16-bit weights block by block before each forward and each backward pass, while the block before is computed, and
+    scatters float32 gradients in the last backward pass. A backward pass is two thirds of the arithmetic.
+    """
+    parts = max(1, round(tokens / gpus / micro))
+    compute = tokens / gpus * shape.flops / (on.peak * mfu)
+    backward = compute / parts * 2 / 3
+    block = (shape.parameters - shape.vocabulary * shape.width) / shape.layers
+    if parallel == "ddp":
+        size = 4 * shape.parameters
+        shown = exchange(size, gpus, on, "sum")
+        if overlap:  # the embedding's gradient is the last to be known
+            last = exchange(4 * max(25e6 / 4, shape.vocabulary * shape.width), gpus, on, "sum")
+            shown = min(shown, last + max(0.0, shown - last - backward))
+    else:
+        gather, scatter = (exchange(each * block, gpus, on, "gather") for each in (2, 4))
+        root = exchange(2 * shape.vocabulary * shape.width, gpus, on, "gather")
+        a_block = compute / parts / shape.layers
+        forward = shape.layers * max(0.0, gather - a_block / 3)
+        back = shape.layers * max(0.0, gather - a_block * 2 / 3)
+        last = shape.layers * max(0.0, gather + scatter - a_block * 2 / 3)
+        shown = parts * (root + gather + forward) + (parts - 1) * back + last + 2 * root + scatter
+    agreements = 4 * gpus * 30e-6  # two sums of a few numbers over gloo's ring: the host's, which is a step ahead
+    return max(compute + shown, agreements), shown
+
+
+def gigabytes(shape: Shape, gpus: int, micro: int, parallel: str, accumulates: bool) -> float:
+    """Memory of one GPU: weights, gradients and AdamW's state in float32, activations, and the loss's chunks."""
+    held = 16.0 * shape.parameters / (1 if parallel == "ddp" else gpus)
+    if accumulates:  # DDP's buckets beside the gradients; FSDP's gradients whole until they are exchanged
+        held += 4.0 * shape.parameters
+    if parallel == "fsdp":  # two blocks and the head in 16 bits, the head's gradient in float32
+        block = (shape.parameters - shape.vocabulary * shape.width) / shape.layers
+        held += 4 * block + 6 * shape.vocabulary * shape.width
+    activations = 40.0 * micro * shape.width * shape.layers  # about 17 numbers, most of them of 16 bits
+    rows = math.sqrt(micro * shape.width)
+    loss = rows * shape.vocabulary * 4 + micro / rows * shape.vocabulary * shape.width * 2
+    return (held + activations + loss) / 1e9
+
+
+def published() -> list[dict[str, Any]]:
+    """What the runs of others say of the two assumptions: the share of the peak, and what is lost by exchanging."""
+    rows = []
+    for name, on, changes, tokens, seconds in (
+        ("124M", A100, {}, 524_288, 0.300),
+        ("350M", A100, dict(n_layer=24, n_head=16, n_embd=1024), 524_288, 0.820),
+        ("1558M", H100, dict(n_layer=48, n_head=25, n_embd=1600), 1_048_576, 2.80),
+    ):
+        shape = shape_of(name, **changes)
+        mfu = tokens * shape.flops / seconds / 8 / on.peak
+        source = LLM_C.format(name)
+        rows.append(dict(run=f"GPT-2 {name}, 8 x {on.name[:4]}", published=f"MFU {mfu:.2f}", source=source))
+    # Llama 3.1 8B, 2 x 8192 tokens a GPU; activations are recomputed in part, which the share of the peak contains.
+    titan = Shape("Llama 3.1 8B", 8.03e9, 6 * 7.5e9 + 12 * 32 * 4096 * 8192, 32, 4096, 128_256)
+    mfu = 6667 * titan.flops / H100.peak
+    few, many = (step_seconds(titan, H100, n, 16384 * n, 16384, mfu, "fsdp")[0] for n in (8, 128))
+    rows.append(
+        dict(
+            run="Llama 3.1 8B by FSDP, tokens/s of a GPU, 128 to 8", published=f"{6514 / 6667:.3f}",
+            model=f"{few / many:.3f}", source=TITAN,
+        )
+    )  # fmt: skip
+    return rows
+
+
+# ---- two processes here --------------------------------------------------------------------------------------------
+
+
+def sum_over_two(size: int) -> None:
+    """One of two gloo processes: prints the seconds of a sum of `size` float32 numbers."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    numbers, found = torch.ones(size), []
+    for _ in range(5):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        found.append(time.perf_counter() - began)
+    print(min(found), flush=True)
+    os._exit(0)
+
+
+def measured() -> dict[str, float]:
+    """A step of two gloo processes, and the model's: half of the batch on one, and a sum that hides in backward."""
+    layers, width = 6, 384
+    half, two = Group(1, [layers, width, 256, 4], 1), Group(2, [layers, width, 256, 8], 1)
+    found = [(half.turn(), two.turn()) for _ in range(4)][1:]
+    for group in (half, two):
+        group.end()
+    compute, both = (min(each) for each in zip(*found, strict=True))
+    size = num_parameters(GPT(GPTConfig(**(GPT2 | dict(n_layer=layers, n_head=6, n_embd=width, block_size=256,
+                                                       vocab_size=512)))))  # fmt: skip
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    sides = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--exchange", str(size)], env={**place, "RANK": str(rank)}, cwd=ROOT,
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    summed = max(float(side.communicate()[0]) for side in sides)
+    # On cores that the products keep busy, nothing of the sum is hidden.
+    return dict(one_half=compute, sum=summed, model=compute + summed, two=both)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="two gloo processes of this machine beside the model")
+    parser.add_argument("--mfu", type=float, default=0.42, help="share of the peak that one GPU is assumed to reach")
+    parser.add_argument("--exchange", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.exchange:
+        sum_over_two(options.exchange)
+    result: dict[str, Any] = {"published": published(), "tables": {}}
+    for row in result["published"]:
+        print(f"{row['run']:52} published {row['published']:10} model {row.get('model', '-'):8} {row['source']}")
+    shapes = {
+        "GPT-2 124M": (shape_of("124M"), 65536, 524_288),
+        "GPT-2 1558M": (shape_of("1558M", n_layer=48, n_head=25, n_embd=1600), 16384, 1_048_576),
+        "7B": (shape_of("7B", n_layer=32, n_head=32, n_embd=4096, block_size=4096), 8192, 4_194_304),
+    }
+    for on in (H100, A100, RTX4090):
+        for name, (shape, micro, tokens) in shapes.items():
+            print(f"\n{name} on {on.name}, {tokens:,} tokens a step; efficiency against one GPU, GB")
+            print(f"{'GPUs':>6}{'DDP':>8}{'GB':>8}{'FSDP':>8}{'GB':>8}   DDP without overlap")
+            for gpus in GPUS:
+                part = min(micro if on.gigabytes > 30 else micro // 8, tokens // gpus)
+                cells, several = [], tokens // gpus > part
+                for parallel, overlap in (("ddp", True), ("fsdp", True), ("ddp", False)):
+                    seconds, _ = step_seconds(shape, on, gpus, tokens, part, options.mfu, parallel, overlap)
+                    ideal = tokens / gpus * shape.flops / (on.peak * options.mfu)
+                    cells.append((ideal / seconds, gigabytes(shape, gpus, part, parallel, several)))
+                ddp, fsdp, plain = cells
+                fits = ["" if cell[1] <= on.gigabytes else "!" for cell in cells]
+                print(
+                    f"{gpus:6}{ddp[0]:8.2f}{ddp[1]:7.1f}{fits[0] or ' '}{fsdp[0]:8.2f}{fsdp[1]:7.1f}{fits[1] or ' '}"
+                    f"{plain[0]:8.2f}"
+                )
+                result["tables"][f"{name}, {on.name}, {gpus}"] = dict(ddp=ddp, fsdp=fsdp, without_overlap=plain[0])
+    print(
+        "\n! is more than there is. DDP's largest model, with a tenth of the memory for all but 20 bytes a parameter:"
+    )
+    for on in (H100, A100, RTX4090):
+        print(f"  {on.name}: {0.9 * on.gigabytes / 20:.1f} billion parameters")
+    if options.measure:
+        result["measured"] = found = measured()
+        print(f"\ntwo gloo processes here: {found['two']:.3f} s a step; the model says {found['model']:.3f} s", end=" ")
+        print(f"({found['one_half']:.3f} s of half the batch on one, {found['sum']:.3f} s of a sum)")
+    finish(result, True, False)
+
+
+if __name__ == "__main__":
+    main()
