@@ -69,8 +69,9 @@ def make_pairs(root: Path) -> None:
     numbers = random.Random(2)
     rows = [{"prompt": f"{n} ", "chosen": "alpha " * numbers.randint(1, 3), "rejected": f"beta {n}"} for n in range(90)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "pairs.jsonl", "--format=preference", "--tokenizer=byte"]
-    subprocess.run([*command, "--val-fraction=0.1"], cwd=root, check=True, capture_output=True)
+    options = ["--format=preference", "--tokenizer=data/words", "--val-fraction=0.1"]
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "pairs.jsonl", *options]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
 
 
 def command_for(processes: int, parallel: str, settings: list[str], run: str) -> list[str]:
@@ -174,7 +175,7 @@ def main() -> None:
         make_corpus(root)
         if arguments.job != "text":
             make_pairs(root)
-            train_for(command_for(1, "ddp", ["--max_iters=20"], "base"), root, None)
+            train_for(command_for(1, "ddp", ["--dataset=words", "--max_iters=20"], "base"), root, None)
             settings += JOBS[arguments.job]
         began = time.monotonic()
         if train_for(command_for(1, "ddp", settings, "whole"), root, None) != 0:
