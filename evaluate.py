@@ -42,6 +42,7 @@ class Settings:
     stride: int = option(0, "tokens from one window to the next, up to context; 0: half of it", at_least=0)
     max_tokens: int = option(0, "stop after so many tokens of each data; 0: never", at_least=0)
     batch_size: int = option(8, "windows at once", at_least=1)
+    adapter: str = option("", "a low-rank adapter to add to the models: a directory of peft's, or a run of LoRA")
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     tokens: bool = option(False, "also print each token of the texts with its surprise in nats: -ln(its probability)")
     json: bool = option(False, "print a JSON object a line in place of the tables")
@@ -65,7 +66,7 @@ def main() -> None:
     results = []
     with memory_errors("Lower --batch-size or --context, or use a smaller model"):
         for target in parsed.arguments or [""]:
-            source = open_source(target or None)
+            source = open_source(target or None, adapter=settings.adapter)
             results += evaluate(source, target or str(source.directory), settings)
     if settings.json:
         for result in results:
@@ -82,7 +83,6 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from nib.common.device import pick_device, pick_dtype
     from nib.data.mixture import read_names
     from nib.data.paths import find_dataset
-    from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import build, read_config
     from nib.generation.scoring import (
         read_choices,
@@ -94,7 +94,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     )  # fmt: skip
     from nib.training.start import open_dataset
 
-    own = source.state.get("settings", {}).get("dataset") if isinstance(source, Checkpoint) else None
+    own = getattr(source, "state", {}).get("settings", {}).get("dataset")
     wanted = settings.data or ([*read_names(str(own))] if own else [])
     if not wanted:
         raise InputError(f"{name} does not say what it was trained on. Give --data")

@@ -1,7 +1,8 @@
-"""Write a model for other tools: a Hugging Face directory, or a GGUF file for llama.cpp.
+"""Write a model for other tools: a Hugging Face directory, a GGUF file for llama.cpp, or an adapter for peft.
 
 python export.py small exported/small            for transformers and vLLM
 python export.py out/small small-gguf --format gguf
+python export.py out/tuned tuned-peft --format peft      the adapter of a run with lora_rank; --merge: adapter and base
 """
 
 from __future__ import annotations
@@ -15,9 +16,13 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
 from nib.common.options import option, parse
+
+if TYPE_CHECKING:
+    from nib.formats.load import Source
 
 USAGE = "python export.py RUN|CHECKPOINT|HF_DIR OUT_DIR [--option=value]..."
 ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card, as the architecture
@@ -29,7 +34,12 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 class Settings:
     dtype: str = option("auto", "of the weights; auto: as they are", choices=("auto", "float32", "bfloat16", "float16"))
     max_shard_size: str = option("5GB", "largest file of weights, in bytes, KB, MB or GB; more become several files")
-    format: str = option("hf", "hf: a Hugging Face directory; gguf: one file for llama.cpp", choices=("hf", "gguf"))
+    format: str = option(
+        "hf",
+        "hf: a Hugging Face directory; gguf: one file for llama.cpp; peft: the adapter alone",
+        choices=("hf", "gguf", "peft"),
+    )
+    merge: bool = option(False, "add the adapter of a run with lora_rank to its base, in float32, then cast to dtype")
 
 
 def main() -> None:
@@ -51,9 +61,32 @@ def main() -> None:
     with memory_errors("Lower --max-shard-size, or use a machine with more"):
         source = open_source(parsed.arguments[0])
         config = read_config(source, GPTConfig)
+        check_adapter(source, settings)
+        if settings.format == "peft":
+            same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
         weights = read_weights(source, lambda: GPT(config))
         name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
     print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
+
+
+def check_adapter(source: Source, settings: Settings) -> None:
+    """Raise InputError where what is asked for is not what the source has."""
+    from nib.formats.adapter import AdaptedModel
+
+    adapted = isinstance(source, AdaptedModel)
+    if settings.merge and settings.format == "peft":
+        raise InputError("--merge makes a whole model, --format=peft an adapter alone. Leave one out")
+    if not adapted and (settings.merge or settings.format == "peft"):
+        raise InputError(f"{source.directory} has no adapter: it was not trained with lora_rank. Leave out the option")
+    if adapted and not settings.merge and settings.format != "peft":
+        raise InputError(f"{source.directory} is an adapter. Add --merge for a whole model, or --format=peft")
+
+
+def same_rotation(config: Any, base: Any) -> None:
+    """Raise InputError where a run has given its base a longer context: peft's files say nothing of positions."""
+    for name, value in vars(base).items():
+        if name.startswith("rope_") and value != getattr(config, name):
+            raise InputError(f"{name} is another than the base's, which no file of peft's can say. Use --merge")
 
 
 def parse_size(text: str) -> int:

@@ -24,7 +24,6 @@ from nib.cpu.threads import choose_threads
 from nib.generation.request import SamplingSettings, read_prompt
 
 if TYPE_CHECKING:
-    from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import Source
 
 USAGE = "python look.py [RUN|CHECKPOINT|HF_DIR] --prompt TEXT|FILE:path [--name=value]..."
@@ -40,6 +39,7 @@ class Options:
     prompt: str = option("", "the text to look at, or FILE:path for a file's")
     output: str = option("look.html", "the page to write")
     max_new_tokens: int = option(16, "most tokens to write after the prompt, as sample.py does", at_least=0)
+    adapter: str = option("", "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA")
     checkpoints: bool = option(False, "also what the run's other checkpoints do with the same text")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
@@ -74,14 +74,13 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     """Write the page. Raises InputError."""
     from model import GPT, GPTConfig
     from nib.common.device import pick_device
-    from nib.formats.checkpoint import Checkpoint
     from nib.formats.load import build, open_source, read_config
     from nib.generation.engine import generate_text
     from nib.look.page import make_page
     from nib.look.snapshot import check_length, take_snapshot
 
     options, device = parsed.settings, pick_device(parsed.settings.device)
-    source = open_source(parsed.arguments[0] if parsed.arguments else None)
+    source = open_source(parsed.arguments[0] if parsed.arguments else None, adapter=options.adapter)
     sources: Sequence[Source] = checkpoints_beside(source) if options.checkpoints else [source]
     tokenizer, config = source.tokenizer(), read_config(source, GPTConfig)
     prompt_ids = tokenizer.encode_prompt(prompt)
@@ -100,7 +99,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     snapshots = []
     for each in sources:
         snapshot = take_snapshot(model if each is source else load(each), ids, tokenizer)
-        snapshots.append(snapshot | {"step": each.state["step"] if isinstance(each, Checkpoint) else None})
+        snapshots.append(snapshot | {"step": getattr(each, "state", {}).get("step")})
     about = {
         "model": str(source.directory), "parameters": sum(each.numel() for each in model.parameters()),
         "config": vars(config), "prompt_tokens": len(sample.prompt_tokens),
@@ -117,22 +116,23 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     print(f"{options.output}: {len(ids)} tokens, {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
-def checkpoints_beside(source: Source) -> list[Checkpoint]:
+def checkpoints_beside(source: Source) -> list[Source]:
     """The checkpoints of the source's run in the order of training, itself among them. Raises InputError."""
-    from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, list_checkpoints
+    from nib.formats.checkpoint import BrokenCheckpoint, list_checkpoints
+    from nib.formats.load import open_source
 
-    if not isinstance(source, Checkpoint):
+    if not getattr(source, "state", {}):
         raise InputError(f"{source.directory} has no checkpoints of nib's training. Leave out --checkpoints")
     paths = [path for path in list_checkpoints(source.directory.parent)[::-1] if path.name != source.directory.name]
     step = max(1.0, len(paths) / (MOST_CHECKPOINTS - 1))
-    found = [source]
+    found: list[Source] = [source]
     for index in range(min(len(paths), MOST_CHECKPOINTS - 1)):
         path = paths[int(index * step)]
         try:
-            found.append(Checkpoint(path))
+            found.append(open_source(str(path)))
         except BrokenCheckpoint as error:
             print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
-    return sorted(found, key=lambda each: int(each.state["step"]))
+    return sorted(found, key=lambda each: int(each.state["step"]))  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

@@ -400,7 +400,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs_grad else x[:0])
-        grad_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=torch.float32)  # even of 16-bit W
+        trained = needs_grad and weight.requires_grad
+        grad_weight = torch.zeros_like(weight if trained else weight[:0], dtype=torch.float32)  # even of 16-bit W
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
@@ -416,11 +417,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
                 grad = grad.mul_(kept).to(logits.dtype)
                 grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
-                grad_weight += grad.t() @ part.to(grad.dtype)
+                if trained:
+                    grad_weight += grad.t() @ part.to(grad.dtype)
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total, grad_weight * grad_total, None, None, None, None
+        grad_weight = grad_weight * grad_total if ctx.needs_input_grad[1] else None
+        return grad_x * grad_total, grad_weight, None, None, None, None

@@ -70,6 +70,9 @@ class Options(SamplingSettings):
         "with --top-logprobs",
         group="input and output",
     )  # fmt: skip
+    adapter: str = option(
+        "", "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA", group="system"
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
     dtype: str = option(
         "auto", "of the weights; auto takes 16 bits on a GPU",
@@ -101,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
     with memory_errors("Use a smaller model, or --quantize int8"):
         model, tokenizer, origin = load_model(
-            parsed.arguments, options.device, options.dtype, options.quantize, options.compile
+            parsed.arguments, options.device, options.dtype, options.quantize, options.compile, options.adapter
         )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows a question mark
         sys.stdout.reconfigure(errors="replace")
@@ -154,7 +157,12 @@ def read_messages(prompt: str, system: str) -> list[dict[str, Any]]:
 
 
 def load_model(
-    arguments: list[str], device_name: str, dtype_name: str, quantized: str = "none", compiled: bool = False
+    arguments: list[str],
+    device_name: str,
+    dtype_name: str,
+    quantized: str = "none",
+    compiled: bool = False,
+    adapter: str = "",
 ) -> tuple[GPT, Tokenizer, str]:
     """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
 
@@ -170,6 +178,7 @@ def load_model(
     from nib.cpu.int8 import pack_int8, quantize
     from nib.cpu.linear import pack_linears
     from nib.cpu.process import tune_for_sampling
+    from nib.formats.adapter import AdaptedModel
     from nib.formats.load import build, open_source, read_config
 
     device = pick_device(device_name)
@@ -178,7 +187,10 @@ def load_model(
         tune_for_sampling()
     if compiled and device.type != "cuda":
         raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
-    source = open_source(arguments[0] if arguments else None)
+    source = open_source(arguments[0] if arguments else None, adapter=adapter)
+    if quantized == "int8" and isinstance(source, AdaptedModel):
+        what = "an adapter is not merged into 8 bits"
+        raise InputError(f"{what}. Leave out --quantize, or merge first: python export.py RUN OUT --merge")
     config = read_config(source, GPTConfig)
     model = build(source, lambda: GPT(config), sampling=True)
     model.to(device)

@@ -29,6 +29,7 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
     from model import GPT, GPTConfig
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
+    from nib.training.objective import LanguageModelling
     from nib.training.report import Reporter
     from nib.training.run import Run
     from nib.training.settings import TrainSettings
@@ -41,7 +42,7 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
     shape = dict(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512)
     no_dataset: Any = None
     run = Run(settings, no_dataset, cluster)
-    run.report = Reporter(Path(), active=False)
+    run.report, run.objective = Reporter(Path(), active=False), LanguageModelling(settings, None)
     run.take(GPT(GPTConfig(**GPT2 | shape)))
     tokens = torch.randint(512, (batch // world, context + 1))
     parts = [each.split(run.micro_batch_size) for each in (tokens[:, :-1], tokens[:, 1:])]

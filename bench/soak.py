@@ -39,6 +39,11 @@ SETTINGS = (
     "--warmup_iters=10 --eval_interval=50 --log_interval=1 --checkpoint_interval=5 --keep_checkpoints=3 "
     "--learning_rate=1e-3 --device=cpu"
 ).split()
+JOBS = {  # besides training from scratch
+    "text": [],
+    "lora": ["--init_from=out/base", "--lora_rank=4", "--lora_dropout=0.1"],
+    "dpo": ["--init_from=out/base", "--dataset=pairs", "--learning_rate=1e-3"],
+}
 # Between processes the same sums are taken in another order: float32 rounding, about 1e-7 of a loss at first, which
 # training then magnifies; after 200 steps of this job differences stay well below this.
 ROUNDING = 5e-3
@@ -58,6 +63,14 @@ def make_corpus(root: Path) -> None:
     for sources, name in ((chats, "chats"), (words, "words")):
         command = [sys.executable, str(ROOT / "prepare_data.py"), *sources, f"--out=data/{name}", "--val-fraction=0.1"]
         subprocess.run(command, cwd=root, check=True, capture_output=True)
+
+
+def make_pairs(root: Path) -> None:
+    numbers = random.Random(2)
+    rows = [{"prompt": f"{n} ", "chosen": "alpha " * numbers.randint(1, 3), "rejected": f"beta {n}"} for n in range(90)]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [sys.executable, str(ROOT / "prepare_data.py"), "pairs.jsonl", "--format=preference", "--tokenizer=byte"]
+    subprocess.run([*command, "--val-fraction=0.1"], cwd=root, check=True, capture_output=True)
 
 
 def command_for(processes: int, parallel: str, settings: list[str], run: str) -> list[str]:
@@ -146,6 +159,7 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1, help="0 with --change, where draws depend on processes")
     parser.add_argument("--damage", type=float, default=0.25, help="how often the newest checkpoint is damaged")
     parser.add_argument("--change", action="store_true", help="change the number of processes at every start")
+    parser.add_argument("--job", choices=JOBS, default="text", help="what is trained; lora and dpo on a model of text")
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     dice = random.Random(arguments.seed)
@@ -158,6 +172,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         make_corpus(root)
+        if arguments.job != "text":
+            make_pairs(root)
+            train_for(command_for(1, "ddp", ["--max_iters=20"], "base"), root, None)
+            settings += JOBS[arguments.job]
         began = time.monotonic()
         if train_for(command_for(1, "ddp", settings, "whole"), root, None) != 0:
             sys.exit((root / "log").read_text())

@@ -52,6 +52,7 @@ def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tup
     from model import GPT, GPTConfig
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
+    from nib.training.objective import LanguageModelling
     from nib.training.report import Reporter
     from nib.training.run import Run
     from nib.training.settings import TrainSettings
@@ -68,7 +69,7 @@ def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tup
     tune_for_training(cluster.device)
     no_dataset: Any = None
     run = Run(settings, no_dataset, cluster)
-    run.report = Reporter(Path(), active=False)
+    run.report, run.objective = Reporter(Path(), active=False), LanguageModelling(settings, None)
     run.take(GPT(GPTConfig(**shape)))
     parts = [each.split(run.micro_batch_size) for each in random_batch(vocab, settings.batch_size, context)]
     batch = list(zip(*parts, strict=True))

@@ -23,7 +23,7 @@ from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
-KINDS = ("text", "chat")
+KINDS = ("text", "chat", "preference")
 # Of a split, at a time, and not above a quarter of the files that the process may hold open: each map is one of them.
 # Opening one takes 40 us, reading a window of an open one 4 us.
 OPEN_SHARDS = 128
@@ -41,7 +41,8 @@ class Dataset:
         self.meta = read_meta(directory)
         self.tokenizer: Tokenizer = load_tokenizer(directory)
         self.vocab_size = int(self.meta["vocab_size"])
-        self.chat = self.meta.get("kind", "text") == "chat"  # conversations, with a mask of what is learned
+        self.kind = str(self.meta.get("kind", "text"))
+        self.chat = self.kind != "text"  # conversations, with a mask of what is learned; of a preference two a pair
         if self.tokenizer.vocab_size != self.vocab_size:
             size = self.tokenizer.vocab_size
             sizes = f"the tokenizer has {counted(size, 'id')}, meta.json says {self.vocab_size}"

@@ -49,6 +49,7 @@ class Mixture:
         first = next((part for part in self.parts if part.chat), self.parts[0])  # its template is the model's
         self.directory = ", ".join(str(part.directory) for part in self.parts)  # for messages
         self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
+        self.kind = "preference" if any(part.kind == "preference" for part in self.parts) else first.kind
         for part in self.parts:
             one, other = (
                 (each.token_bytes, each.end_of_text, each.special_tokens) for each in (self.tokenizer, part.tokenizer)

@@ -19,10 +19,11 @@ from nib.common.device import DTYPES
 from nib.common.exits import InputError, RunError
 from nib.common.files import new_directory
 from nib.common.wording import counted
+from nib.formats.adapter import AdaptedModel
 from nib.formats.architectures import KNOWN, Architecture, choose_architecture, write_config_json
-from nib.formats.checkpoint import Checkpoint
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
+from nib.formats.peft import write_peft
 from nib.formats.places import Place, has_bias, places
 from nib.tokenizer.huggingface import GENERATION_JSON, as_tokenizer_json, begin_of_text, read_settings, write_tokenizer
 
@@ -42,8 +43,8 @@ def export(
 ) -> str:  # fmt: skip
     """Write the model into the new directory `out`, whole or not at all; returns the name of its architecture.
 
-    `config` is the GPTConfig of the source's model, `kind` hf or gguf. Raises InputError for a model that no
-    architecture expresses, RunError for a full disk.
+    `config` is the GPTConfig of the source's model, `kind` hf, gguf or, of an adapter alone, peft. Raises InputError
+    for a model that no architecture expresses, RunError for a full disk.
     """
     model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
     for field in dataclasses.fields(config):
@@ -60,7 +61,10 @@ def export(
     tensors = their_tensors(places(architecture, model, shapes), weights)
     try:
         with new_directory(out) as staging:
-            if kind == "gguf":
+            if kind == "peft":
+                assert isinstance(source, AdaptedModel)
+                write_peft(source, shapes, staging, None if dtype == "auto" else stored)
+            elif kind == "gguf":
                 path = staging / f"{out.name}.gguf"
                 write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
             else:
@@ -152,8 +156,8 @@ def model_card(
         f'write = pipeline("text-generation", "{name}")', 'print(write("Once")[0]["generated_text"])',
         "```",
     ]  # fmt: skip
-    if isinstance(source, Checkpoint):
-        settings, progress = source.state.get("settings", {}), source.state.get("progress", {})
+    if state := getattr(source, "state", {}):
+        settings, progress = state.get("settings", {}), state.get("progress", {})
         lines += ["", "## Training", "", "| setting | value |", "|---|---|"]
         lines += [f"| {key} | {settings[key]} |" for key in CARD_KEYS if key in settings]
         lines += [f"| {key} | {progress[key]} |" for key in ("step", "tokens") if key in progress]

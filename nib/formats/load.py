@@ -17,25 +17,31 @@ from nib.common.device import is_out_of_memory
 from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
 from nib.common.wording import counted
-from nib.formats.checkpoint import Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
+from nib.formats.adapter import AdaptedModel
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
+from nib.formats.peft import PeftAdapter, is_peft
 from nib.formats.places import Shapes
 
 if TYPE_CHECKING:
     from nib.data.dataset import Dataset
 
-Source = Checkpoint | HuggingFaceModel | NanoGPTCheckpoint
+Source = Checkpoint | HuggingFaceModel | NanoGPTCheckpoint | AdaptedModel
 Model = TypeVar("Model", bound=Any)
 Config = TypeVar("Config")
 KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # of settings, by their annotation
 
 
-def open_source(target: str | None, root: Path = Path("out")) -> Source:
+def open_source(target: str | None, root: Path = Path("out"), adapter: str = "") -> Source:
     """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
 
-    All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
+    An adapter alone, a run of LoRA or a directory of peft's, brings its base along; `adapter` names one to put on the
+    target. All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
+    if adapter:
+        found = open_adapter(adapter, root)
+        return with_base(found, root) if target is None else AdaptedModel(open_source(target, root), found)
     for path in () if target is None else (Path(target), root / target):
         pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
         if pickled.is_file() and not (path / "checkpoints").exists():
@@ -43,12 +49,49 @@ def open_source(target: str | None, root: Path = Path("out")) -> Source:
         # One without weights, such as a repository of something else, does not hide a run of its name.
         if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
             return HuggingFaceModel(path)
+        if is_peft(path):
+            return with_base(PeftAdapter(path), root)
         if is_checkpoint(path):
-            return open_checkpoint(find_checkpoint(str(path)))
+            return with_base(open_checkpoint(find_checkpoint(str(path))), root)
     if target and is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
     path = find_checkpoint(target, root)
-    return HuggingFaceModel(path) if is_hugging_face(path) else open_checkpoint(path)
+    return HuggingFaceModel(path) if is_hugging_face(path) else with_base(open_checkpoint(path), root)
+
+
+def open_adapter(name: str, root: Path) -> Checkpoint | PeftAdapter:
+    """A directory of peft's, or a run of LoRA or one of its checkpoints. Raises InputError."""
+    path = next((path for path in (Path(name), root / name) if path.exists()), Path(name))
+    if not path.exists():
+        raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a run of LoRA")
+    if is_checkpoint(path):
+        checkpoint = open_checkpoint(find_checkpoint(str(path)))
+        if "adapter" in checkpoint.state:
+            return checkpoint
+        raise InputError(f"{name} holds a whole model, not an adapter. Give it in place of the base")
+    return PeftAdapter(path)
+
+
+def base_name(adapter: Checkpoint | PeftAdapter) -> str:
+    """What opens the base of an adapter: the directory where it was, or else what it was called."""
+    if isinstance(adapter, PeftAdapter):
+        return adapter.base
+    try:
+        directory, name = (str(adapter.state["adapter"][key]) for key in ("base_directory", "base"))
+    except (KeyError, TypeError):
+        raise BrokenCheckpoint(f"{adapter.directory} does not name its base. Use another checkpoint") from None
+    return directory if Path(directory).exists() else name
+
+
+def with_base(found: Checkpoint | PeftAdapter, root: Path = Path("out")) -> Checkpoint | AdaptedModel:
+    """An adapter together with the base it names; a checkpoint of a whole model as it is. Raises InputError."""
+    if isinstance(found, Checkpoint) and "adapter" not in found.state:
+        return found
+    try:
+        return AdaptedModel(open_source(base_name(found), root), found)
+    except InputError as error:
+        way = f"Give the base first: BASE --adapter {shlex.quote(str(found.directory))}"
+        raise InputError(f"the base of {found.directory} cannot be opened: {str(error).rstrip('.')}. {way}") from None
 
 
 def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:

@@ -33,6 +33,8 @@ from nib.data.prepare import BUILTIN_DATASETS
 from nib.data.sequences import training_sequences
 from nib.training.cost import flops_by_part, num_parameters, parameters_by_part
 from nib.training.distributed import Cluster, own_place
+from nib.training.lora import MARK, with_adapter
+from nib.training.objective import LanguageModelling, settle_objective
 from nib.training.optimizer import Muon, make_optimizers
 from nib.training.placement import large_enough, micro_batch_sizes, set_limits
 from nib.training.report import Reporter
@@ -61,21 +63,31 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
         raise InputError("dry_run accounts for one process. Start it with python instead of torchrun")
     settings = parsed.settings
     config, dataset = shape_of(parsed, GPTConfig)
+    if dataset:
+        settle_objective(settings, dataset)
+    if settings.objective == "dpo":
+        raise InputError("dry_run does not account for pairs of answers. Leave it out")
+    settings.complete(parsed.given)
+
+    def make() -> Any:
+        return with_adapter(GPT(config), settings)
+
     cluster = Cluster(0, 1, device := pick_device(settings.device))
     with torch.device("meta"):
-        model = GPT(config)
-    saved = sum(tensor.nbytes for tensor in model.state_dict().values())
+        model = make()
+    trained = MARK if settings.lora_rank else ""
+    saved = sum(tensor.nbytes for name, tensor in model.state_dict().items() if trained in name)
     total, parts, flops = num_parameters(model), parameters_by_part(model), flops_by_part(model, settings.block_size)
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, 1)
     sizes = sizes if settings.micro_batch_size else large_enough(sizes, settings.block_size, config, device)
     free = free_memory(device)
     while True:
-        memory = memory_of_step(lambda: GPT(config), settings, cluster, sizes[0])
+        memory = memory_of_step(make, settings, cluster, sizes[0])
         if (fits := (memory["peak"] or 0) < free) or len(sizes) == 1:
             break
         sizes = sizes[1:]
     micro = sizes[0]
-    trial = timed_steps(lambda: GPT(config), settings, cluster, micro) if fits else None
+    trial = timed_steps(make, settings, cluster, micro) if fits else None
     training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
     epoch, mean_tokens = (training.size, training.mean_tokens) if training else (0, float(settings.block_size))
     steps = (settings if training else replace(settings, max_epochs=0.0)).steps(epoch, mean_tokens)
@@ -193,7 +205,7 @@ def timed_steps(
     counts = (1, 2) if settings.batch_size > micro else (1,)
     no_dataset: Any = None
     run = Run(replace(settings, batch_size=micro, micro_batch_size=micro), no_dataset, cluster)
-    run.report = Reporter(run.out_dir, active=False, record=False)
+    run.report, run.objective = Reporter(run.out_dir, active=False, record=False), LanguageModelling(settings, None)
     tune_for_training(cluster.device)
     torch.manual_seed(settings.seed)
 

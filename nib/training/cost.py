@@ -20,7 +20,7 @@ def part_of(model: nn.Module, parameter_name: str) -> str:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Trained parameters; a tied head has none of its own."""
+    """Parameters; a tied head has none of its own."""
     found = dict.fromkeys(("embeddings", "attention", "feed_forward", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = part_of(model, name)
@@ -28,17 +28,18 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def num_parameters(model: nn.Module) -> int:
-    """The number of trained parameters; a tied head is counted once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def num_parameters(model: nn.Module, trained: bool = False) -> int:
+    """The number of parameters, or of those that are `trained`; a tied head is counted once."""
+    return sum(each.numel() for each in model.parameters() if each.requires_grad or not trained)
 
 
 def flops_by_part(model: nn.Module, length: int = 0) -> dict[str, int]:
     """Floating-point operations of the matrix products to train on one token of a sequence of `length` positions.
 
-    6 for each weight of a matrix: 2 forward, 4 backward. Scores are those of queries with keys and the sums of values
-    by them: 12 n_layer H D length. By convention (arXiv 2204.02311, appendix B) the causal mask does not halve them, a
-    window does shorten them, and what a fused kernel computes twice counts once. length 0: block_size.
+    6 for each weight of a matrix: 2 forward, 4 backward, 2 where it is not trained. Scores are those of queries with
+    keys and the sums of values by them: 12 n_layer H D length. By convention (arXiv 2204.02311, appendix B) the causal
+    mask does not halve them, a window does shorten them, and what a fused kernel computes twice counts once. length 0:
+    block_size.
     """
     config: Any = model.config
     seen = min(length or config.block_size, config.window or config.block_size)
@@ -47,7 +48,7 @@ def flops_by_part(model: nn.Module, length: int = 0) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         part = "head" if name == "wte.weight" and config.tie_weights else part_of(model, name)
         if parameter.ndim > 1 and part != "embeddings":
-            found[part] = found.get(part, 0) + 6 * parameter.numel()
+            found[part] = found.get(part, 0) + (6 if parameter.requires_grad else 4) * parameter.numel()
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nib.common.device import pick_dtype
 from nib.training.distributed import like, whole
+from nib.training.lora import MARK
 
 # Newton-Schulz coefficients tuned for a steep start at zero, so that five steps bring all singular values near 1:
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
@@ -206,10 +207,12 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """The optimizers of `model`, each of whose groups carries its peak rate as `peak_lr`.
 
-    Decay falls on matrices only (two dimensions or more). Under "muon" the matrices inside the blocks go to Muon.
+    Decay falls on matrices only (two dimensions or more). Under "muon" the matrices inside the blocks go to Muon, but
+    never those of an adapter: B A is what would have to be orthogonal, and starts from 0.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    hidden = [p for name, p in named if kind == "muon" and name.startswith("blocks.") and p.ndim == 2]
+    blocks = [(name, p) for name, p in named if name.startswith("blocks.") and MARK not in name]
+    hidden = [p for _, p in blocks if kind == "muon" and p.ndim == 2]
     chosen = set(hidden)
     rest = [p for _, p in named if p not in chosen]
     groups = [

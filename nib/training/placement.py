@@ -83,22 +83,27 @@ def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> Non
 
 
 def fit_to_device(
-    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter
+    model: nn.Module,
+    settings: TrainSettings,
+    precision: Precision,
+    cluster: Cluster,
+    report: Reporter,
+    rows: int = 1,
 ) -> tuple[int, nn.Module]:
     """The micro-batch size of a process, and the model ready to train: wrapped in DDP, compiled where asked.
 
-    An automatic size is the largest that trial passes, uncompiled and then compiled, have memory for, up to one that is
-    known to be large enough. Raises RunError when not even one sequence fits.
+    A sequence of the batch has so many `rows`. An automatic size is the largest that trial passes, uncompiled and then
+    compiled, have memory for, up to one that is known to be large enough. Raises RunError when not even one fits.
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     local = sizes[0]
     if not settings.micro_batch_size:
-        sizes = large_enough(sizes, settings.block_size, model.config, cluster.device)
+        sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
 
     def most(ready: nn.Module) -> tuple[int, Exception | None]:
         """The largest of `sizes` that fits, and what else went wrong, also in another process."""
         for size in sizes:
-            failure = trial(ready, model, size, settings.block_size, precision, accumulates=size < local)
+            failure = trial(ready, model, rows * size, settings.block_size, precision, accumulates=size < local)
             out_of_memory = failure is not None and is_out_of_memory(failure)
             short, broken = cluster.total([float(out_of_memory), float(failure is not None and not out_of_memory)])
             if broken:
@@ -155,14 +160,15 @@ def trial(
     """
     device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
-        room = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
         if accumulates:
-            room += [torch.empty(parameter.shape, device=device) for parameter in model.parameters()]
+            room += [torch.empty(parameter.shape, device=device) for parameter in trained]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         # With DDP nothing is exchanged: a process without memory would leave the others waiting.
         with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
             _, loss = ready(tokens, targets)
-        loss.backward()
+        loss.sum().backward()
         del room, loss
     except (RuntimeError, MemoryError) as error:
         return error.with_traceback(None) if is_out_of_memory(error) else error

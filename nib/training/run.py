@@ -9,7 +9,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,24 +21,30 @@ from nib.common.signals import StopSignal
 from nib.common.wording import amount, counted, typed
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
-from nib.data.sequences import Batch, BatchesAhead, describe, micro_batches, training_sequences, validation_sequences
+from nib.data.sequences import BatchesAhead, describe
 from nib.formats.checkpoint import Checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
+from nib.training.lora import MARK
+from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.schedule import finished, rate_factor
 from nib.training.settings import TrainSettings, as_dict
 from nib.training.state import Progress, Saver, lock_run, restore, snapshot
-from nib.training.validation import Validation, mean_of, validate
+from nib.training.validation import Validation
+
+if TYPE_CHECKING:
+    from nib.training.dpo import PreferenceValidation
 
 
 class Run:
     """One run while it is trained. `start` in nib/training/start.py makes it; train.py's loop calls its methods."""
 
+    adapter: dict[str, Any] | None = None  # with lora_rank: what is trained of which base
     lock: IO[str] | None = None
     stop: StopSignal | None = None
     model: Any  # model.GPT
@@ -53,6 +59,7 @@ class Run:
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
         self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
+        self.measured: dict[str, Tensor] = {}  # of the last step, besides loss and gradient
         self.rate_factor = 1.0  # of the peak learning rates
         self.queued = cluster.device.type == "cuda"  # the device may be a step behind the loop, which does not wait
         self.unread: deque[tuple[int, Copied]] = deque()  # loss and gradient norm of the last steps
@@ -69,15 +76,15 @@ class Run:
 
     def open(self) -> None:
         """Take the directory for this run alone, and the signals. Raises InputError."""
-        self.training = training_sequences(self.dataset, self.settings.block_size, self.settings.seed)
-        self.validation = validation_sequences(self.dataset, self.settings.block_size, self.settings.eval_tokens)
+        self.objective = make_objective(self.settings, self.dataset)
+        self.training, self.validation = self.objective.training, self.objective.validation
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
         self.stop = StopSignal(at_once=self.settings.eval_only)  # a validation has nothing to save
         self.saver = Saver(self.out_dir, self.settings.keep_checkpoints, self.dataset.tokenizer)
         self.batch_of = self.load_batch
-        if self.cluster.device.type == "cuda":
+        if self.cluster.device.type == "cuda" and self.objective.reads_ahead:
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
@@ -96,6 +103,7 @@ class Run:
         """
         settings, cluster = self.settings, self.cluster
         self.model = place(model, settings, self.precision, cluster)
+        self.objective.prepare(model)
         self.optimizers = make_optimizers(
             model, kind=settings.optimizer, learning_rate=settings.learning_rate,
             betas=(settings.beta1, settings.beta2), muon_learning_rate=settings.muon_learning_rate,
@@ -103,7 +111,10 @@ class Run:
         )  # fmt: skip
         if checkpoint is not None:
             restore(self, checkpoint)
-        self.micro_batch_size, self.ready = fit_to_device(model, settings, self.precision, cluster, self.report)
+        self.micro_batch_size, self.ready = fit_to_device(
+            model, settings, self.precision, cluster, self.report, self.objective.rows
+        )
+        self.objective.begin(self, checkpoint)
         self.flops = flops_per_token(model, settings.block_size)
         self.peak = peak_flops(cluster.device, self.precision.dtype) * cluster.world
         self.logged_tokens, self.logged_seconds = self.progress.tokens, self.progress.seconds
@@ -122,7 +133,8 @@ class Run:
             budget = f"{counted(self.steps, 'step')}, {passes}, {amount(tokens)} tokens"
         up_to = "up to " if any(part.chat for part in dataset.parts) else ""
         processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
-        self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {self.flops / 1e6:.1f} MFLOP a token")
+        trained = f"{num_parameters(model, trained=True) / 1e6:.2f}M of them trained, " if self.adapter else ""
+        self.report.say(f"model:  {parameters / 1e6:.2f}M parameters, {trained}{self.flops / 1e6:.1f} MFLOP a token")
         for line in describe(dataset, settings.block_size):
             self.report.say(line)
         self.report.say(
@@ -163,7 +175,7 @@ class Run:
             report.say(
                 f"done: step {progress.step}, {progress.seconds:.0f} s of training; the run is in {self.out_dir}"
             )
-            chat = " --chat" if self.dataset.parts[0].chat else ""
+            chat = " --chat" if self.dataset.parts[0].chat and self.dataset.tokenizer.chat_template else ""
             report.say(f"sample from it: python sample.py {typed(self.out_dir)}{chat}")
         self.cluster.stop()
         if self.stopped_by:
@@ -191,14 +203,18 @@ class Run:
         )  # fmt: skip
         set_learning_rate(self.optimizers, self.rate_factor)
 
-    def next_batch(self) -> list[Batch]:
+    def next_batch(self) -> list[Any]:
         """This process's share of the global batch, in micro-batches: inputs and targets, each (sequences, T)."""
         return self.batch_of(self.progress.step)
 
-    def load_batch(self, step: int) -> list[Batch]:
+    def load_batch(self, step: int) -> list[Any]:
         own = np.array_split(self.sequences(step), self.cluster.world)[self.cluster.rank]
         widths = COMPILED_WIDTHS if is_compiled(self.settings, self.cluster.device) else 0
-        return micro_batches(self.training.rows(own), self.micro_batch_size, self.settings.block_size, widths)
+        return self.objective.batches(own, self.micro_batch_size, widths)
+
+    def to_device(self, tensor: Tensor) -> Tensor:
+        device = self.cluster.device
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
     def sequences(self, step: int) -> np.ndarray:
         """The numbers of the sequences in the global batch of a step."""
@@ -260,18 +276,10 @@ class Run:
         due_now = self.finished() or due(self.progress.step, self.settings.eval_interval)
         return due_now and bool(self.validation)
 
-    def validate(self) -> Validation:
-        """Over the validation split; of a mixture over that of each dataset, and their mean by the shares."""
-        # The model is not compiled here: a pass without gradients, and its last batch, would each be compiled anew.
-        return mean_of([
-            (name, share, validate(
-                self.model, sequences, self.dataset.tokenizer.byte_lengths(), batch=self.micro_batch_size,
-                cluster=self.cluster, autocast=self.precision.autocast(),
-            ))
-            for name, share, sequences in self.validation
-        ])  # fmt: skip
+    def validate(self) -> Validation | PreferenceValidation:
+        return self.objective.validate(self)
 
-    def log(self, validation: Validation | None) -> None:
+    def log(self, validation: Validation | PreferenceValidation | None) -> None:
         """Move the progress bar, and write a line of metrics where it is time for one."""
         progress, settings = self.progress, self.settings
         rate, loss = self.tokens_per_second, self.loss
@@ -288,12 +296,12 @@ class Run:
         self.logged_tokens, self.logged_seconds = progress.tokens, progress.seconds
         known = {"mfu": round(rate * self.flops / self.peak, 4)} if self.peak < math.inf else {}
         if validation:
-            known |= {"val_loss": validation.loss, "val_bits_per_byte": validation.bits_per_byte}
-            known |= {f"val_loss/{name}": part.loss for name, part in validation.parts.items()}
+            known |= validation.metrics()
+        measured = {name: float(value) for name, value in self.measured.items()}
         self.report.metrics(
             step=progress.step, epoch=round(self.epoch(progress.step), 4), tokens=progress.tokens, loss=loss,
             lr=self.rate_factor * settings.learning_rate, grad_norm=self.grad_norm, tokens_per_second=round(rate, 1),
-            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **known,
+            seconds=round(progress.seconds, 3), memory_bytes=peak_memory(self.cluster.device), **measured, **known,
         )  # fmt: skip
 
     def sample_due(self) -> bool:
@@ -305,7 +313,7 @@ class Run:
         (sample,) = generate_text(self.model, self.dataset.tokenizer, [""], settings)
         self.report.sample(self.progress.step, sample.text)
 
-    def save_due(self, validation: Validation | None) -> bool:
+    def save_due(self, validation: Validation | PreferenceValidation | None) -> bool:
         """Whether it is time to save: after the best validation so far, by the steps, or by the first process's clock.
 
         Not while all steps are skipped: the same weights again and again would push out older ones.
@@ -327,7 +335,8 @@ class Run:
         Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
         """
         self.read_steps()
-        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first)
+        trained = MARK if self.adapter else ""
+        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first, part=trained)
         finite = all(tensor.isfinite().all() for tensor in weights.values())
         if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
             self.report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
@@ -342,6 +351,8 @@ class Run:
             "best": self.best,
             "settings": as_dict(self.settings),
             "corpus": self.dataset.fingerprint(),
+            **self.objective.state(),
+            **({"adapter": self.adapter} if self.adapter else {}),
             "scaler": self.precision.scaler.state_dict(),
             "processes": self.cluster.world,
             "micro_batch_size": self.micro_batch_size,

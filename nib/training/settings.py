@@ -27,11 +27,16 @@ else:
     ModelSettings = model_settings(GPTConfig, COMMENTS)
 
 MODEL_KEYS = [field.name for field in fields(ModelSettings)]
+LORA_KEYS = ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
+# What users of peft expect where they do not say: the rate of TRL's LoRA recipes, the decay of transformers' Trainer.
+LORA_DEFAULTS = {"learning_rate": 2e-4, "weight_decay": 0.0}
+DPO_DEFAULTS = {"learning_rate": 1e-6, "weight_decay": 0.0, "optimizer": "adamw"}  # TRL's; of LoRA ten times that rate
 # What decides which model comes out. A resumed run must agree in all of these; the rest may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
-    *"seed init_from dataset batch_size optimizer learning_rate muon_learning_rate muon_momentum".split(),
-    *"weight_decay beta1 beta2".split(),
+    *LORA_KEYS,
+    *"objective dpo_beta seed init_from dataset batch_size optimizer learning_rate muon_learning_rate".split(),
+    *"muon_momentum weight_decay beta1 beta2".split(),
     *"grad_clip warmup_iters schedule decay_fraction min_lr dtype".split(),
 ]
 
@@ -51,6 +56,20 @@ class TrainSettings(ModelSettings):
     dry_run: bool = option(False, "say what the run would cost, and stop; nothing is written to out_dir", group="run")
     json: bool = option(False, "with dry_run: say it as a JSON object", group="run")
 
+    objective: str = option("auto", "lm: the next token; dpo: to prefer the chosen of two answers (arXiv 2305.18290); "
+                            "auto: what the dataset is for", choices=("auto", "lm", "dpo"), group="run")
+    dpo_beta: float = option(0.1, "dpo: how dear it is to move away from the model at the beginning", above=0,
+                             group="run")
+
+    lora_rank: int = option(0, "train low-rank differences from init_from's weights, of this rank, in place of the "
+                            "weights (arXiv 2106.09685); 0: the weights", at_least=0, group="adapter")
+    lora_alpha: float = option(0.0, "the differences are multiplied by lora_alpha / lora_rank; 0: twice the rank",
+                               at_least=0, group="adapter")
+    lora_targets: str = option("all", "what is adapted in the blocks, of q,k,v,o,gate,up,down; all: every linear layer",
+                               group="adapter")
+    lora_dropout: float = option(0.0, "share of the adapter's inputs dropped while training", at_least=0, below=1,
+                                 group="adapter")
+
     dataset: str = option("stdlib", "a name under data/, a directory made by prepare_data.py, or several of them with "
                           "their shares of the sequences, as a:0.7,b:0.3", group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
@@ -60,11 +79,14 @@ class TrainSettings(ModelSettings):
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                             choices=("adamw", "muon"), group="optimizer")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW", above=0, group="optimizer")
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW; if not set, 2e-4 with lora_rank, "
+                                  "1e-6 with dpo, 1e-5 with both", above=0,
+                                  group="optimizer")
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
     muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
                                   group="optimizer")
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only", at_least=0, group="optimizer")
+    weight_decay: float = option(0.1, "decoupled decay, on matrices only; 0 with lora_rank or dpo if not set",
+                                 at_least=0, group="optimizer")
     beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
     grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: never", at_least=0, group="optimizer")
@@ -116,6 +138,17 @@ class TrainSettings(ModelSettings):
         """What model.GPTConfig takes, without the vocab_size, which the dataset decides."""
         return {name: getattr(self, name) for name in MODEL_KEYS}
 
+    def complete(self, given: set[str]) -> None:
+        """Fill in what depends on other settings, where it is not among the names `given`."""
+        dpo, lora = self.objective == "dpo", bool(self.lora_rank)
+        values: dict[str, Any] = (LORA_DEFAULTS if lora else {}) | (DPO_DEFAULTS if dpo else {})
+        if dpo and lora:
+            values["learning_rate"] = 1e-5
+        for name, value in values.items():
+            if name not in given:
+                setattr(self, name, value)
+        self.lora_alpha = self.lora_alpha or 2.0 * self.lora_rank
+
     def check(self) -> None:
         """Raise InputError for settings that are each fine but not together."""
         if self.json and not self.dry_run:
@@ -128,6 +161,11 @@ class TrainSettings(ModelSettings):
         if not (self.max_iters or self.max_tokens or self.max_seconds or self.max_epochs):
             limits = "max_iters, max_tokens, max_seconds and max_epochs"
             raise InputError(f"{limits} are all 0: the run has no end. Set one of them")
+        if self.lora_rank and self.init_from == "scratch":
+            raise InputError("lora_rank adapts a model that is there, but init_from is scratch. Give --init_from")
+        for name in LORA_KEYS:
+            if not self.lora_rank and getattr(self, name) != getattr(TrainSettings, name):
+                raise InputError(f"{name} is set, but lora_rank is 0. Set lora_rank, 16 for example, or leave it out")
         if self.min_lr > self.learning_rate:
             raise InputError(f"min_lr {self.min_lr:g} is above learning_rate {self.learning_rate:g}. Lower min_lr")
         if self.micro_batch_size > self.batch_size:
@@ -151,7 +189,8 @@ class TrainSettings(ModelSettings):
 def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
     """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
     # What a run's checkpoint lacks was added to GPTConfig later; init was in every model before it was an option.
-    added = {name: getattr(TrainSettings, name) for name in MODEL_KEYS if name != "init"}
+    added = {name: getattr(TrainSettings, name) for name in (*MODEL_KEYS, *LORA_KEYS) if name != "init"}
+    added["objective"] = "lm"
     for name, before in {**added, **saved}.items():
         if name in IDENTITY_KEYS and before != getattr(settings, name):
             raise InputError(

@@ -22,8 +22,10 @@ from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
 from nib.data.sequences import training_sequences, validation_sequences
 from nib.data.shards import staging_path
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
-from nib.formats.load import Source, build, open_source, read_config, take_vocabulary
+from nib.formats.load import Source, base_name, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
+from nib.training.lora import adapt
+from nib.training.objective import settle_objective
 from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
@@ -41,6 +43,9 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     """
     settings = parsed.settings
     dataset = open_mixture(settings.dataset)
+    settle_objective(settings, dataset)
+    settings.complete(parsed.given)
+    settings.check()  # again: not all of them were known
     cluster = start_cluster(settings.device)
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
@@ -50,7 +55,10 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     checkpoint = find_checkpoint(run, parsed.given)
     if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
-    model = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    model, source = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    if settings.lora_rank:
+        run.adapter = adapt(model, source, settings, checkpoint)
+    del source  # and with it the files that it has mapped
     try:
         run.open()
         run.take(model, checkpoint)
@@ -143,18 +151,24 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
 
 def build_model(
     parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
-) -> Any:
+) -> tuple[Any, Source | None]:
     """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
 
-    Raises InputError for a shape that cannot be, or that is not the one init_from has.
+    With lora_rank the weights are those of the base in any case. Returns also where they come from. Raises InputError
+    for a shape that cannot be, or that is not the one init_from has.
     """
     torch.manual_seed(parsed.settings.seed)
     source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
+    if checkpoint and parsed.settings.lora_rank:  # which has the shape, but the adapter alone
+        source = open_source(base_name(checkpoint))
     if source is None:
-        return GPT(config)
+        return GPT(config), None
     known = source.model_config["vocab_size"]
+    if known != config.vocab_size and parsed.settings.lora_rank:
+        what = f"the data has ids that {parsed.settings.init_from} has no embeddings for, and an adapter learns none"
+        raise InputError(f"{what}. Train without lora_rank first, or prepare the data with another template")
     model = build(source, lambda: GPT(dataclasses.replace(config, vocab_size=known)))
-    return model if known == config.vocab_size else with_more_ids(model, GPT(config))
+    return (model if known == config.vocab_size else with_more_ids(model, GPT(config))), source
 
 
 def with_more_ids(model: Any, grown: Any) -> Any:

@@ -148,15 +148,17 @@ def load_optimizer_tensors(
 
 
 def snapshot(
-    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True
+    model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True, part: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Copies in CPU memory of the weights and the optimizers' state, which training cannot change any more.
 
-    Sharded tensors are put together one at a time, with the help of all processes; those with `keep` get the copies.
+    Of the weights only those are copied that have `part` in their name. Sharded tensors are put together one at a
+    time, with the help of all processes; those with `keep` get the copies.
     """
     reshard(model)
     copies: list[dict[str, Tensor]] = []
-    for tensors in (model.state_dict(), optimizer_tensors(optimizers, parameter_names(model))):
+    weights = {name: tensor for name, tensor in model.state_dict().items() if part in name}
+    for tensors in (weights, optimizer_tensors(optimizers, parameter_names(model))):
         full = ((name, whole(tensor.detach())) for name, tensor in tensors.items())
         copies.append({name: tensor.to("cpu", copy=True).contiguous() for name, tensor in full if keep})
     return copies[0], copies[1]

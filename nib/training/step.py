@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +14,40 @@ from torch import Tensor, nn
 from nib.training.distributed import is_sharded, whole
 
 if TYPE_CHECKING:
+    from nib.data.pairs import PairBatch
     from nib.data.sequences import Batch
     from nib.training.run import Run
 
 
-def optimizer_step(run: Run, batch: list[Batch]) -> tuple[Tensor, Tensor]:
+def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor, Tensor]:
     """One update from this process's share of the global batch, in micro-batches.
 
-    Returns the loss, in nats, the mean over all counted targets of the global batch, and the norm of its gradient
-    before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and float16's
-    loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step, process and
-    micro-batch decide every random number, so that a resumed run draws what an unbroken one would have. With
-    run.queued nothing here waits for the device: both results lie there.
+    Returns the loss, the mean over all targets (nats) or pairs of the global batch that count, and the norm of its
+    gradient before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and
+    float16's loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step,
+    process and micro-batch decide every random number, so that a resumed run draws what an unbroken one would have.
+    With run.queued nothing here waits for the device: both results lie there.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
-    (counted,) = cluster.total([float(sum(int((targets >= 0).sum()) for _, targets in batch))])
+    objective: Any = run.objective
+    (counted,) = cluster.total([sum(map(objective.weight, batch))])
     total = torch.zeros((), device=cluster.device)
-    for index, (inputs, targets) in enumerate(batch):
+    for index, part in enumerate(batch):
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
         with exchanging(model, index == len(batch) - 1):
             with run.precision.training(masked=run.model.config.window > 0):
-                _, loss = model(to_device(inputs, cluster.device), to_device(targets, cluster.device))
-            share = loss * (float((targets >= 0).sum()) / max(1.0, counted))
+                loss = objective.loss(run, part)
+            share = loss * (objective.weight(part) / max(1.0, counted))
             scaler.scale(share * cluster.world).backward()
         total += share.detach()
     for optimizer in run.optimizers:
         scaler.unscale_(optimizer)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or math.inf))
     found = torch.stack((total, norm)).to(cluster.device if run.queued else "cpu").double()
-    loss_sum, unfit = cluster.total_on_device(torch.stack((found[0], (~found[1].isfinite()).double())))
+    numbers = torch.stack((found[0], (~found[1].isfinite()).double()))
+    loss_sum, unfit, *sums = cluster.total_on_device(torch.cat((numbers, objective.take().to(numbers))))
+    run.measured = objective.measured(sums, counted)
     grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # all processes decide alike
     skip = ~(loss_sum + grad_norm).isfinite()  # scaler.step would decide for each optimizer by its own gradients
     for optimizer in run.optimizers:
@@ -66,7 +71,3 @@ def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
 
 def seed_for(*parts: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -28,6 +28,10 @@ class Validation:
     def perplexity(self) -> float:
         return math.exp(min(self.loss, 700.0))
 
+    def metrics(self) -> dict[str, float]:
+        found = {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
+        return found | {f"val_loss/{name}": part.loss for name, part in self.parts.items()}
+
     def __str__(self) -> str:
         bits = f"{self.bits_per_byte:.4f} bits per byte"
         of = "".join(f"; {name} {part.loss:.4f}" for name, part in self.parts.items())

@@ -45,6 +45,11 @@ def test_any_layout_of_memory_will_do(layout: str) -> None:
     torch.testing.assert_close((b @ given).double(), b.double() @ given.double(), rtol=1e-5, atol=1e-4)
 
 
+def test_a_slice_of_columns_which_onednn_is_slow_with_is_torchs_own() -> None:
+    whole = torch.randn(512, 1024)
+    assert products.suits(whole, whole.t()) and not products.suits(whole[:, :512], whole)
+
+
 def test_other_kinds_of_products_are_torchs_own() -> None:
     a, b = torch.randn(200, 200), torch.randn(200, 200)
     for dtype, tolerance in ((torch.float64, 1e-4), (torch.bfloat16, 0.5)):

@@ -170,7 +170,7 @@ def kind(name: object) -> Callable[[Path], None]:
         (flip("train-00000.rows", 0, 77), r"train-00000\.rows does not have the content"),
         (lambda data: (data / "val-00000.rows").unlink(), r"cannot read .*val-00000\.rows: No such file"),
         (lambda data: (data / "train-00000.mask").write_bytes(b"\1"), r"mask has 1 byte instead of 100"),
-        (kind("preference"), r"meta\.json is not what prepare_data\.py writes"),
+        (kind("ranking"), r"meta\.json is not what prepare_data\.py writes"),
         (kind(["chat"]), r"meta\.json is not what prepare_data\.py writes"),
     ],
 )

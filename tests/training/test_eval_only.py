@@ -14,9 +14,9 @@ import pytest
 from conftest import ROOT
 from test_train import TINY, in_corpus, metrics, train
 
-import nib.training.run
 from nib.formats import checkpoint
 from nib.formats.checkpoint import Checkpoint, list_checkpoints, remove_old
+from nib.training import objective
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 
@@ -98,7 +98,7 @@ def test_a_signal_ends_a_validation_at_once(number: int, monkeypatch: pytest.Mon
         os.kill(os.getpid(), number)
         time.sleep(60)
 
-    monkeypatch.setattr(nib.training.run, "validate", validating)
+    monkeypatch.setattr(objective, "validate", validating)
     if (child := os.fork()) == 0:
         signal.signal(number, signal.SIG_DFL)  # SIGHUP is ignored where the tests run under nohup
         try:

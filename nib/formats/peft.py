@@ -1,0 +1,211 @@
+"""Adapter directories of Hugging Face's peft, read and written: adapter_config.json, adapter_model.safetensors.
+
+The package peft is not needed. What its config asks for and nib does not do is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nib.common.exits import InputError
+from nib.common.files import read_object
+from nib.formats.adapter import AdaptedModel, Pair, Pairs, adapted_layers
+from nib.formats.architectures import Architecture, choose_architecture
+from nib.formats.places import Place, Shapes, places
+
+CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX = "base_model.model."
+# Of adapter_config.json what is read, and what says nothing about the numbers: which modules have a pair, the tensors
+# say themselves. Anything else must be empty.
+READ = set("r lora_alpha rank_pattern alpha_pattern use_rslora base_model_name_or_path".split())
+SILENT = set(
+    """peft_type task_type auto_mapping peft_version revision inference_mode target_modules exclude_modules
+    lora_dropout fan_in_fan_out init_lora_weights layers_to_transform layers_pattern megatron_core qalora_group_size
+    runtime_config bias""".split()
+)
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of A and B; other ones change the base as well
+
+
+def is_peft(path: Path) -> bool:
+    return (path / CONFIG_FILE).is_file()
+
+
+class PeftAdapter:
+    """A directory of peft's. Raises InputError for one that is broken or of another kind than LoRA."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            self.config = read_object(directory / CONFIG_FILE, 1 << 24)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise self.wrong(f"cannot read {CONFIG_FILE}: {str(reason)[:120]}") from None
+        config = self.config
+        if config.get("peft_type") != "LORA":
+            raise self.refuse(f"the kind {str(config.get('peft_type'))[:40]!r}")
+        if config.get("init_lora_weights") not in PLAIN_STARTS:
+            raise self.refuse(f"init_lora_weights = {str(config['init_lora_weights'])[:40]!r}")
+        if config.get("bias", "none") != "none":
+            raise self.refuse(f"bias = {str(config['bias'])[:40]!r}")
+        for key, value in config.items():
+            if value and key not in READ | SILENT:
+                raise self.refuse(f"{key[:40]} = {str(value)[:40]!r}")
+        for key in ("rank_pattern", "alpha_pattern"):
+            if not all(is_safe(pattern) for pattern in dict(config.get(key) or {})):
+                raise self.refuse(f"the {key} {str(config[key])[:80]}")
+        self.tensors, self.base_sha256 = self._read()
+
+    @property
+    def base(self) -> str:
+        """What the base is called where the adapter was trained."""
+        name = self.config.get("base_model_name_or_path")
+        if not isinstance(name, str) or not name:
+            raise self.wrong("it does not name its base. Give the base first, and this as --adapter", "")
+        return name
+
+    def _read(self) -> tuple[dict[str, Tensor], str]:
+        path = self.directory / WEIGHTS_FILE
+        if not path.is_file():
+            pickled = f"{PICKLED_FILE} is pickled, and " if (self.directory / PICKLED_FILE).exists() else ""
+            raise self.wrong(f"{pickled}there is no {WEIGHTS_FILE}", "Save the adapter as safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                return tensors, (file.metadata() or {}).get("base_sha256", "")
+        except (SafetensorError, OSError, ValueError) as error:
+            raise self.wrong(f"cannot read {WEIGHTS_FILE}: {str(error)[:120]}", "Copy the adapter again") from None
+
+    def pairs(self, base: Any, shapes: Shapes) -> Pairs:
+        """The adapter by our slices of a base with parameters of these shapes. Raises InputError."""
+        rest = {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
+        found: Pairs = {}
+        for place, names in their_modules(base, shapes):
+            first, module = 0, place.ours.removesuffix(".weight")
+            sizes = adapted_layers({place.ours: shapes[place.ours]}, base.model_config)[module]
+            ends = dict(zip(sizes, torch.tensor(list(sizes.values())).cumsum(0).tolist(), strict=True))
+            for name, rows in names.items():
+                A, B = (rest.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
+                if A is not None and B is not None:
+                    pair = self.pair(name, A, B, (rows, shapes[place.ours][1]))
+                    for target, end in ends.items():  # GPT-2 has one pair for queries, keys and values together
+                        if first <= end - sizes[target] and end <= first + rows:
+                            part = pair.B[end - sizes[target] - first : end - first]
+                            found[f"{module}.{target}"] = Pair(pair.A, part, pair.scale)
+                elif A is not None or B is not None:
+                    raise self.wrong(f"one of the two matrices of {name} is missing", "Copy the adapter again")
+                first += rows
+        if rest:
+            kind = "the embedding or head" if re.search(r"embed|lm_head|wte|wpe", min(rest)) else "it"
+            raise self.wrong(f"{min(rest)[:100]} has no place in {base.directory}: nib does not adapt {kind}")
+        if not found:
+            raise self.wrong("there is no pair of matrices in it")
+        return found
+
+    def pair(self, name: str, A: Tensor, B: Tensor, shape: tuple[int, int]) -> Pair:
+        rank = self.number("r", "rank_pattern", name)
+        if rank < 1 or rank > min(shape) or rank != int(rank):
+            raise self.wrong(f"the rank of {name} is {rank:g}, not from 1 to {min(shape)}")
+        if A.shape != (rank, shape[1]) or B.shape != (shape[0], rank):
+            has, wanted = (list(A.shape), list(B.shape)), ([int(rank), shape[1]], [shape[0], int(rank)])
+            raise self.wrong(f"the matrices of {name} are {has[0]} and {has[1]}, not {wanted[0]} and {wanted[1]}")
+        alpha = self.number("lora_alpha", "alpha_pattern", name)
+        return Pair(A, B, alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
+
+    def number(self, key: str, patterns: str, name: str) -> float:
+        """The number of a module: that of the first pattern that its name ends in, as in peft."""
+        value = self.config.get(key, 8)
+        for pattern, other in (self.config.get(patterns) or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", name):
+                value = other
+                break
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e9:
+            raise self.wrong(f"{key} of {name} is {str(value)[:40]!r}, not a number")
+        return value
+
+    def wrong(self, what: str, how: str = "Give the base and the adapter as they were trained") -> InputError:
+        return InputError(f"{self.directory}: {what}. {how}".removesuffix(". "))
+
+    def refuse(self, what: str) -> InputError:
+        return InputError(f"{self.directory} asks for {what}, which nib does not do. Merge it with peft, and give that")
+
+
+def is_safe(pattern: str) -> bool:
+    """Whether a regular expression is valid, and cannot be made to search for ever: no repeated groups, few repeats."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return len(pattern) < 200 and not re.search(r"\)[*+?{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
+
+
+def their_modules(base: Any, shapes: Shapes) -> Iterator[tuple[Place, dict[str, int]]]:
+    """Each linear layer of ours, and the modules of the base's architecture that make it up, with their rows."""
+    model = base.model_config
+    layers = adapted_layers(shapes, model)
+    for place in places(architecture_of(base), model, shapes):
+        if place.ours.removesuffix(".weight") in layers:
+            yield place, {name.removesuffix(".weight"): shape[place.transposed] for name, shape in place.parts}
+
+
+def architecture_of(base: Any) -> Architecture:
+    """The architecture of a Hugging Face model, or the one that export.py makes of another."""
+    found = getattr(base, "architecture", None)
+    return found if isinstance(found, Architecture) else choose_architecture(base.model_config)
+
+
+def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: torch.dtype | None) -> None:
+    """Write the adapter of a source into a directory, as peft would. Raises InputError, OSError."""
+    pairs, base = source.pairs(shapes), source.base
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for place, names in their_modules(base, shapes):
+        module = place.ours.removesuffix(".weight")
+        sizes = adapted_layers({place.ours: shapes[place.ours]}, base.model_config)[module]
+        groups = [[target] for target in sizes] if len(names) == len(sizes) else [list(sizes)]
+        for name, targets in zip(names, groups, strict=True):
+            own = {target: pairs[f"{module}.{target}"] for target in targets if f"{module}.{target}" in pairs}
+            if own:
+                A, B, alpha = joined(own, sizes, targets)
+                tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+                ranks[name], alphas[name] = len(A), alpha
+    tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    rank, alpha = min(ranks.values()), min(alphas.values())
+    name = source.state.get("adapter", {}).get("base") or str(base.directory)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "inference_mode": True,
+        "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none",
+        "target_modules": sorted({name.rpartition(".")[2] for name in ranks}), "use_rslora": False,
+        "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
+        "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},
+        "fan_in_fan_out": architecture_of(base).transposed, "modules_to_save": None,
+    }  # fmt: skip
+    (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    metadata = {"format": "pt", "base_sha256": str(source.state.get("adapter", {}).get("base_sha256", ""))}
+    save_file(tensors, directory / WEIGHTS_FILE, metadata)
+
+
+def joined(own: Pairs, sizes: dict[str, int], targets: list[str]) -> tuple[Tensor, Tensor, float]:
+    """A, B and alpha of one module of theirs, which holds one slice of ours or all of a layer's, one above the other.
+
+    Of several the matrices A are stacked, and B has those of the slices on its diagonal: the rank is their sum.
+    """
+    A = torch.cat([pair.A for pair in own.values()])
+    B, column, row = torch.zeros(sum(sizes[target] for target in targets), len(A)), 0, 0
+    scale = next(iter(own.values())).scale
+    for target in targets:
+        if pair := own.get(target):
+            rank = pair.B.shape[1]
+            B[row : row + sizes[target], column : column + rank] = pair.B * (pair.scale / scale)
+            column += rank
+        row += sizes[target]
+    return A, B, scale * len(A)

@@ -1,0 +1,140 @@
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): the weights stay as they are, and each slice learns a small difference.
+
+`add_adapter` makes a model so that can be trained as any other. Of a new adapter B is 0: it changes no bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nib.common.exits import InputError
+from nib.formats.adapter import TARGETS, adapted_layers, weights_checksum
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint
+from nib.formats.load import Source
+from nib.training.settings import TrainSettings
+
+MARK = ".lora_"  # in the names of the trained parameters
+NOT_TARGETS = ("wte", "wpe", "head", "lm_head", "embed_tokens", "embedding")
+
+
+class Pair(nn.Module):
+    """A (rank, inputs), drawn as peft draws it, and B (outputs, rank), zero."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(rank, inputs))
+        if self.lora_A.device == generator.device:  # not where only shapes are wanted
+            nn.init.uniform_(self.lora_A, -(inputs**-0.5), inputs**-0.5, generator)
+        self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
+
+
+class LoraLinear(nn.Module):
+    """A linear layer whose weight is kept, with a pair for some of its slices: `sizes` are the rows of all of them."""
+
+    def __init__(
+        self, base: nn.Linear, sizes: dict[str, int], targets: set[str], rank: int, scale: float, dropout: float,
+        generator: torch.Generator,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.weight, self.bias = base.weight, base.bias  # under their names, as checkpoints of the base have them
+        self.sizes, self.rank, self.scale, self.dropout = sizes, rank, scale, dropout
+        self.targets = [target for target in sizes if target in targets]
+        for target in self.targets:
+            self.add_module(target, Pair(base.in_features, sizes[target], rank, generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        pairs = {target: getattr(self, target) for target in self.targets}
+        dropped = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        low = F.linear(dropped, torch.cat([pair.lora_A for pair in pairs.values()])) * self.scale  # (..., pairs x rank)
+        parts = dict(zip(pairs, low.split(self.rank, dim=-1), strict=True))
+        deltas = [
+            F.linear(parts[target], pairs[target].lora_B) if target in pairs else y.new_zeros(*y.shape[:-1], size)
+            for target, size in self.sizes.items()
+        ]
+        return y + (torch.cat(deltas, dim=-1) if len(deltas) > 1 else deltas[0])
+
+
+def read_targets(text: str) -> set[str]:
+    """The targets in a list such as q,v; all: every one. Raises InputError."""
+    targets = {target.strip() for target in text.split(",") if target.strip()}
+    for target in sorted(targets - {"all", *TARGETS}):
+        why = "an embedding or head is not adapted" if target in NOT_TARGETS else "there is none of this name"
+        raise InputError(f"lora_targets has {target!r}: {why}. Choose of {','.join(TARGETS)}, or all")
+    if not targets:
+        raise InputError(f"lora_targets is empty. Choose of {','.join(TARGETS)}, or all")
+    return targets
+
+
+def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
+    """Freeze the model, and give each linear layer of its blocks pairs for those of its slices that are targets.
+
+    Raises InputError for a target that the model lacks, and for a rank beyond a matrix.
+    """
+    generator, wanted = torch.Generator().manual_seed(seed), read_targets(targets)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    layers = adapted_layers(shapes, vars(model.config))
+    has = {target for sizes in layers.values() for target in sizes}
+    if "all" not in wanted and wanted - has:
+        which = ",".join(target for target in TARGETS if target in has)
+        raise InputError(f"lora_targets has {min(wanted - has)!r}, which the model lacks. It has {which}")
+    model.requires_grad_(False)
+    for module, sizes in layers.items():
+        base = model.get_submodule(module)
+        if type(base) is not nn.Linear or base.out_features != sum(sizes.values()):
+            raise InputError(f"{module} of this model.py is no plain linear layer. Use lora_rank=0")
+        if not (own := {target for target in sizes if target in wanted or "all" in wanted}):
+            continue
+        most = min(base.in_features, *(sizes[target] for target in own))
+        if rank > most:
+            raise InputError(f"lora_rank {rank} is beyond the matrices of {module}: at most {most}. Lower it")
+        adapted = LoraLinear(base, sizes, own, rank, alpha / rank, dropout, generator)
+        model.set_submodule(module, adapted)
+
+
+def with_adapter(model: Any, settings: TrainSettings) -> Any:
+    """The model, with the adapter that the settings ask for, if any. Raises InputError."""
+    if settings.lora_rank:
+        add_adapter(
+            model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets,
+            dropout=settings.lora_dropout, seed=settings.seed,
+        )  # fmt: skip
+    return model
+
+
+def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of a checkpoint into the adapter. Raises RuntimeError for those of another."""
+    own = {name: parameter for name, parameter in model.named_parameters() if MARK in name}
+    if {name: tensor.shape for name, tensor in tensors.items()} != {name: own[name].shape for name in own}:
+        raise RuntimeError("it holds another adapter")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+
+def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """Add the adapter that the settings say to a model with the weights of `base`; that of the checkpoint, if any.
+
+    Returns what names the adapter and its base in checkpoints. Raises InputError.
+    """
+    assert base is not None
+    about = {
+        "rank": settings.lora_rank, "alpha": settings.lora_alpha, "targets": settings.lora_targets,
+        "base": settings.init_from, "base_directory": str(base.directory.resolve()),
+        "base_sha256": weights_checksum(model.state_dict()),
+    }  # fmt: skip
+    with_adapter(model, settings)
+    if checkpoint is not None:
+        before = checkpoint.state.get("adapter", {}).get("base_sha256")
+        if before != about["base_sha256"]:
+            what = f"{base.directory} is not the base that the run in {settings.out_dir} began with"
+            raise InputError(f"{what}: the checksum of its weights differs. Give another --out_dir")
+        try:
+            load_adapter(model, checkpoint.weights())
+        except (RuntimeError, KeyError) as error:
+            raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+    return about
