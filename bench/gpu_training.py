@@ -29,6 +29,7 @@ from nib.common.device import peak_flops, pick_device
 from nib.cpu.process import tune_for_training
 from nib.training import run as run_module
 from nib.training.distributed import Cluster
+from nib.training.objective import LanguageModelling
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
@@ -92,7 +93,7 @@ def make_run(device: torch.device, shape: dict[str, Any], optimizer: str, batch:
     )  # fmt: skip
     no_dataset: Any = None
     run = Run(settings, no_dataset, Cluster(0, 1, device))
-    run.report = Said()
+    run.report, run.objective = Said(), LanguageModelling(settings, None)
     run.training = SimpleNamespace(tokens=lambda sequences: len(sequences) * settings.block_size)  # type: ignore[assignment]
     run.steps = settings.max_iters
     with device:

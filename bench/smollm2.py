@@ -75,6 +75,8 @@ def write_model(reader: Any, directory: Path) -> None:
         "dtype": "float32",
     }  # fmt: skip
     write_json(directory / "config.json", config)
+    ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+    write_json(directory / "generation_config.json", ids)
     weights = {}
     for tensor in reader.tensors:
         weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)

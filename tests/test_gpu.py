@@ -30,6 +30,7 @@ from nib.tokenizer.huggingface import write_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer
 from nib.training import step
 from nib.training.distributed import Cluster
+from nib.training.objective import LanguageModelling
 from nib.training.optimizer import set_learning_rate
 from nib.training.report import Reporter
 from nib.training.run import Run
@@ -191,7 +192,7 @@ def test_a_process_that_takes_itself_for_one_of_two_trains_as_one(
                 grad_clip=0.0, optimizer="muon", compile=compile if world == 2 else "false",
             )  # fmt: skip
             run = Run(settings, dataset, Cluster(0, world, device))
-            run.report = Reporter(tmp_path, active=False)
+            run.report, run.objective = Reporter(tmp_path, active=False), LanguageModelling(settings, None)
             run.take(random_model(norm="rmsnorm", position="rope", n_embd=64).train())
             set_learning_rate(run.optimizers, 1.0)
             for run.progress.step in range(2):

@@ -25,6 +25,7 @@ from nib.generation.engine import stream_text
 from nib.generation.request import make_samples
 from nib.generation.scoring import score_texts
 from nib.training.distributed import Cluster
+from nib.training.objective import LanguageModelling
 from nib.training.optimizer import make_optimizers
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
@@ -56,6 +57,7 @@ def test_a_training_step_mixes_no_devices_and_reads_no_value(
     settings = TrainSettings(batch_size=4, micro_batch_size=2, block_size=24, optimizer=optimizer)
     dataset: Any = None
     run = Run(settings, dataset, Cluster(0, 1, META))
+    run.objective = LanguageModelling(settings, None)
     run.queued, run.micro_batch_size = True, 2
     run.model = run.ready = GPT(tiny(**shape)).to(META)
     run.model.max_logits, run.model.vocab_multiple = 5 * 40, 64

@@ -371,7 +371,7 @@ def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path: Path) -> None
             pass
     assert process.returncode == 0
     assert re.search(
-        rb"\d+% .*step \d+/200 \[\d\d:\d\d, \d\d:\d\d left, epoch \d\.\d+, loss \d\.\d+, [\d.]+k tokens/s\]", shown
+        rb"\d+% .*step \d+/200 \[\d\d:\d\d, \d\d:\d\d left, epoch \d\.\d+, loss \d\.\d+, [\d.]+[kM]? tokens/s\]", shown
     )
 
 

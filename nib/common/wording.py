@@ -35,6 +35,13 @@ def size(number: int) -> str:
     return f"{number / unit:.3g} {name}"
 
 
+def amount(number: float) -> str:
+    """A number of tokens, short: 85, 14.7k, 0.51M."""
+    units = ((999.5e6, 1e9, "B"), (1e5, 1e6, "M"), (999.5, 1e3, "k"))  # from where on, which it is, its name
+    _, unit, name = next((each for each in units if number >= each[0]), (0, 1, ""))
+    return f"{number / unit:.3g}{name}"
+
+
 def duration(seconds: float) -> str:
     """3.1 hours."""
     units = ((86400, "days"), (3600, "hours"), (60, "minutes"))

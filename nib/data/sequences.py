@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nib.common.exits import InputError
-from nib.common.wording import counted
+from nib.common.wording import amount, counted
 from nib.data.dataset import Dataset, TokenStream
 from nib.data.mixture import Mixture
 from nib.data.order import WindowOrder, deal, epochs
@@ -121,8 +121,8 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
     for part, share in zip(data.parts, data.shares, strict=True):
         of = f"{float(share):.1%} of the sequences: " if len(data.parts) > 1 else ""
         yield (
-            f"data:   {of}{part.directory}, {part.train.tokens / 1e6:.2f}M training and "
-            f"{part.val.tokens / 1e6:.2f}M validation tokens ({part.meta['tokenizer']}, "
+            f"data:   {of}{part.directory}, {amount(part.train.tokens)} training and "
+            f"{amount(part.val.tokens)} validation tokens ({part.meta['tokenizer']}, "
             f"{counted(part.vocab_size, 'id')})"
         )
         for name, split in (("training", part.train), ("validation", part.val)) if part.chat else ():

@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nib.common.exits import RunError
-from nib.common.wording import typed
+from nib.common.wording import amount, typed
 from nib.formats.checkpoint import list_checkpoints, named_checkpoint
 from nib.training.settings import TrainSettings
 from nib.training.state import Progress
@@ -103,7 +103,8 @@ class Reporter:
         mfu: float,
     ) -> None:  # fmt: skip
         """Move the bar; where there is none, print a line now and then. Called at every step."""
-        text = f"epoch {epoch:.2f}, loss {loss:.3f}, {rate / 1000:,.1f}k tokens/s"
+        text = f"epoch {epoch:.2f}, loss {loss:.3f}"
+        text += f", {amount(rate)} tokens/s" if rate else ""  # known from the first log_interval on
         text += f", MFU {100 * mfu:.0f} %" if mfu else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nib.common.device import Copied, Precision, device_name, peak_flops, peak_memory
 from nib.common.exits import RunError
 from nib.common.signals import StopSignal
-from nib.common.wording import counted, typed
+from nib.common.wording import amount, counted, typed
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
 from nib.data.sequences import BatchesAhead, describe
@@ -128,9 +128,9 @@ class Run:
         self.report.write("config.json", json.dumps(made | {"command": command_line()}, indent=1))
         budget = counted(f"{settings.max_seconds:g}", "second")
         if self.steps:
-            tokens = self.steps * settings.batch_size * self.training.mean_tokens / 1e6
+            tokens = self.steps * settings.batch_size * self.training.mean_tokens
             passes = counted(f"{self.epoch(self.steps):.3g}", "epoch")
-            budget = f"{counted(self.steps, 'step')}, {passes}, {tokens:.1f}M tokens"
+            budget = f"{counted(self.steps, 'step')}, {passes}, {amount(tokens)} tokens"
         up_to = "up to " if any(part.chat for part in dataset.parts) else ""
         processes = f"{cluster.world} processes, " if cluster.world > 1 else ""
         trained = f"{num_parameters(model, trained=True) / 1e6:.2f}M of them trained, " if self.adapter else ""

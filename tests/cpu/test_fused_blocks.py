@@ -8,13 +8,14 @@ import shutil
 
 import pytest
 import torch
-from model_helpers import LLAMA, random_model, random_tokens
+from model_helpers import LLAMA, random_model, random_tokens, randomise
 from torch import Tensor
 from torch.nn import functional as F
 
 import model as model_module
 from model import GPT, MLP, Attention, KVCache
 from nib.cpu import build as native
+from nib.cpu import fused_blocks
 from nib.cpu.build import Kernels, compiled
 from nib.cpu.fused_blocks import FusedBlocks, fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
@@ -117,6 +118,22 @@ def test_a_row_is_the_same_to_the_bit_whatever_its_batch_its_width_and_the_threa
     assert torch.equal(logits([0, 1, 2, 3], [3, 1, 1, 3, 1], threads=3), together)
     for rows, widths in (([1], [1] * 9), ([3], [9]), ([2, 1], [2, 5, 1, 1]), ([1, 0, 2], [4, 4, 1])):
         assert torch.equal(logits(rows, widths), together[rows]), (rows, widths)
+
+
+def test_among_a_whole_context_of_keys_large_queries_do_not_turn_rounding_into_a_change(monkeypatch):
+    """Those of SmolLM2 did. Here the difference is 4e-5 among keys of size 1, and 2.5e-6 among those of the check."""
+    shape = dict(block_size=4096, n_layer=8, n_embd=64, n_head=1, head_size=64)
+    model = random_model(**LLAMA | shape)
+    randomise(model, 1)
+    with torch.no_grad():
+        for block in model.blocks:
+            for part, size in zip(block.attention.qkv.weight.split(64), (10, 0.1, 0.1), strict=True):
+                part *= size
+            block.attention.out.weight *= 0.3
+            block.mlp.down.weight *= 0.3
+    pack_linears(model)
+    monkeypatch.setattr(fused_blocks, "TOLERANCE", 1e-5)
+    assert not fuse_blocks(model)
 
 
 def test_the_same_text_as_without(monkeypatch):
