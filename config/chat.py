@@ -26,7 +26,7 @@ learning_rate = 3e-3
 muon_learning_rate = 0.03
 muon_momentum = 0.9
 weight_decay = 0.1
-max_iters = 2600
+max_iters = 2500
 warmup_iters = 10
 schedule = "linear"
 
