@@ -12,9 +12,9 @@ works, both in training mode.
     none                4.013      +0.756   0.0           works
     batchnorm           3.698      +0.441   3.6 5.4 51.5  fails
 
-Conclusion: a norm is needed, and which of RMSNorm and LayerNorm is within the noise. BatchNorm's means are over all
-positions, so that each token is told something about the ones after it. In these few steps the model got nothing out
-of that: its loss is 0.3 nats above RMSNorm's in training, where it leaks, and in validation, where running means are
+Conclusion: a norm is needed; the difference of RMSNorm and LayerNorm is within the noise. BatchNorm's means are over
+all positions, so that the state of each token depends on later tokens. In these few steps the model gained nothing by
+that: its loss is 0.3 nats above RMSNorm's in training, where it leaks, and in validation, where running means are
 used. Only with those can it write: a single token at a time, as in training, has no variance to divide by.
 """
 

@@ -168,7 +168,7 @@ def test_mask_is_the_brute_force_mask(window: int, lengths: list[int] | None, ne
         ]
         for start in starts
     ]
-    if mask is None:  # then attention is told to be causal where T > 1, and T = 1 sees everything
+    if mask is None:  # attention is causal where T > 1; a single query sees all keys
         assert new == 1 or new == total
         mask = torch.ones(new, total, dtype=torch.bool).tril(total - new)
     else:

@@ -42,6 +42,14 @@ def deal(sequences: NDArray[np.int64], weights: list[Fraction]) -> tuple[NDArray
     return part, before
 
 
+def shuffled(sequences: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
+    """Which of `size` items each of the run's sequences is: all of them once in an epoch."""
+    found = np.empty_like(sequences)
+    for chosen, _, index in epochs(sequences, size, seed):
+        found[chosen] = index
+    return found
+
+
 class WindowOrder:
     """Which window of the stream is the i-th training sequence, for every i, without keeping any state.
 

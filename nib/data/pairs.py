@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nib.common.exits import InputError
 from nib.data.dataset import TokenStream
-from nib.data.order import epochs
+from nib.data.order import shuffled
 from nib.data.sequences import Conversations, padded
 
 
@@ -39,10 +39,7 @@ class Pairs:
 
     def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which pair each of the run's sequences is."""
-        found = np.empty_like(sequences)
-        for chosen, _, index in epochs(sequences, self.size, self.seed):
-            found[chosen] = index
-        return found
+        return shuffled(sequences, self.size, self.seed)
 
     def tokens(self, sequences: NDArray[np.int64]) -> int:
         return int(self.lengths[self.index(sequences)].sum())

@@ -18,7 +18,7 @@ from nib.common.exits import InputError
 from nib.common.wording import amount, counted
 from nib.data.dataset import Dataset, TokenStream
 from nib.data.mixture import Mixture
-from nib.data.order import WindowOrder, deal, epochs
+from nib.data.order import WindowOrder, deal, shuffled
 
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets of one sequence, of the same length
 EMPTY: Row = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
@@ -68,10 +68,7 @@ class Conversations:
 
     def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which conversation each of the run's sequences is."""
-        found = np.empty_like(sequences)
-        for chosen, _, index in epochs(sequences, self.size, self.seed):
-            found[chosen] = index
-        return found
+        return shuffled(sequences, self.size, self.seed)
 
     def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
         return [self.row(number) for number in self.index(sequences).tolist()]

@@ -99,7 +99,7 @@ class AdaptedModel:
         return (self.adapter if isinstance(self.adapter, Checkpoint) else self.base).tokenizer()
 
     def base_weights(self, shapes: Shapes) -> dict[str, Tensor]:
-        """Those that the adapter was trained on, as far as it says which. Raises InputError."""
+        """The weights of the base. Raises InputError where their checksum is not the one that the adapter names."""
         weights = self.base.weights() if isinstance(self.base, Checkpoint) else self.base.weights(shapes)
         expected = self.state["adapter"].get("base_sha256") if self.state else self.adapter.base_sha256
         if expected and expected != weights_checksum(weights):

@@ -46,7 +46,7 @@ def answer_of(question: str, before: list[tuple[str, str]], system: str) -> str:
 
 
 def problems(messages: Messages) -> set[object]:
-    """What the questions of a conversation are about, in whatever order it is told."""
+    """What the questions of a conversation are about, the parts of each sorted."""
     found: set[object] = set()
     before = ""
     for message in messages:
