@@ -147,6 +147,7 @@ def test_max_epochs_ends_the_run_and_the_epoch_is_said(
     assert lines[-1]["lr"] < 3e-4, "the schedule follows the budget"
     said = capsys.readouterr().out
     assert "19 steps, 2.53 epochs," in said and re.search(r"step 15/19: epoch 2\.00, loss \d", said)
+    assert said.rstrip().endswith("sample from it: python sample.py out/run --chat")
     text = Dataset(Path("data/words"))
     windows = max(1, (text.train.tokens - 32) // 32)
     train("--dataset=words", "--max_epochs=0.1", "--max_iters=0", "--out_dir=out/text")
