@@ -175,8 +175,8 @@ class Run:
             report.say(
                 f"done: step {progress.step}, {progress.seconds:.0f} s of training; the run is in {self.out_dir}"
             )
-            chat = " --chat" if self.dataset.parts[0].chat and self.dataset.tokenizer.chat_template else ""
-            report.say(f"sample from it: python sample.py {typed(self.out_dir)}{chat}")
+            is_chat = any(part.chat for part in self.dataset.parts) and bool(self.dataset.tokenizer.chat_template)
+            report.say(f"sample from it: python sample.py {typed(self.out_dir)}{' --chat' * is_chat}")
         self.cluster.stop()
         if self.stopped_by:
             return 128 + self.stopped_by

@@ -147,7 +147,7 @@ def test_max_epochs_ends_the_run_and_the_epoch_is_said(
     assert lines[-1]["lr"] < 3e-4, "the schedule follows the budget"
     said = capsys.readouterr().out
     assert "19 steps, 2.53 epochs," in said and re.search(r"step 15/19: epoch 2\.00, loss \d", said)
-    assert said.rstrip().endswith("sample from it: python sample.py out/run --chat")
+    assert said.rstrip().endswith("python sample.py out/run"), "without --chat: the tokenizer has no chat template"
     text = Dataset(Path("data/words"))
     windows = max(1, (text.train.tokens - 32) // 32)
     train("--dataset=words", "--max_epochs=0.1", "--max_iters=0", "--out_dir=out/text")
@@ -196,7 +196,9 @@ def test_a_mixture_may_fine_tune() -> None:
     assert train(MIXTURE, "--init_from=out/base", "--max_iters=2", "--out_dir=out/tuned") == 0
 
 
-def test_a_run_on_text_is_fine_tuned_to_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_text_is_fine_tuned_to_a_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its vocabulary grows by the special tokens of the template."""
     train("--dataset=words", "--max_iters=2", "--out_dir=out/base")
     rows = [{"prompt": f"{n} + 1?", "completion": f"{n + 1}"} for n in range(40)]
@@ -209,6 +211,7 @@ def test_a_run_on_text_is_fine_tuned_to_a_chat(monkeypatch: pytest.MonkeyPatch) 
     assert losses("out/tuned")[-1] < losses("out/tuned")[0] - 1
     train("--dataset=talk", "--init_from=out/base", "--max_iters=0", "--out_dir=out/tuned", "--max_epochs=9")
     assert metrics("out/tuned")[-1]["step"] == 44
+    assert capsys.readouterr().out.rstrip().endswith("sample from it: python sample.py out/tuned --chat")
 
 
 def test_conversations_are_compiled_for_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
