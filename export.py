@@ -2,7 +2,7 @@
 
 python export.py small exported/small            for transformers and vLLM
 python export.py out/small small-gguf --format gguf
-python export.py out/tuned tuned-peft --format peft      the adapter of a run with lora_rank; --merge: adapter and base
+python export.py out/tuned tuned-peft --format peft      the adapter of a LoRA run; --merge writes the merged model
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from nib.formats.load import Source
 
 USAGE = "python export.py RUN|CHECKPOINT|HF_DIR OUT_DIR [--option=value]..."
-ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card, as the architecture
-that its options make: GPT-2, Llama, Mistral, Qwen3, Arcee or Starcoder2."""
+ABOUT = """Writes the model into the new directory OUT_DIR, with its tokenizer and a model card. The model's options
+decide the architecture: GPT-2, Llama, Mistral, Qwen3, Arcee or Starcoder2."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass
 class Settings:
-    dtype: str = option("auto", "of the weights; auto: as they are", choices=("auto", "float32", "bfloat16", "float16"))
-    max_shard_size: str = option("5GB", "largest file of weights, in bytes, KB, MB or GB; more become several files")
+    dtype: str = option("auto", "of the weights; auto: as stored", choices=("auto", "float32", "bfloat16", "float16"))
+    max_shard_size: str = option("5GB", "largest weights file, in bytes, KB, MB or GB; larger models are split")
     format: str = option(
         "hf",
         "hf: a Hugging Face directory; gguf: one file for llama.cpp; peft: the adapter alone",
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def check_adapter(source: Source, settings: Settings) -> None:
-    """Raise InputError where what is asked for is not what the source has."""
+    """Raise InputError if the options do not fit the source: an adapter, or a whole model."""
     from nib.formats.adapter import AdaptedModel
 
     adapted = isinstance(source, AdaptedModel)
@@ -83,10 +83,10 @@ def check_adapter(source: Source, settings: Settings) -> None:
 
 
 def same_rotation(config: Any, base: Any) -> None:
-    """Raise InputError where a run has given its base a longer context: peft's files say nothing of positions."""
+    """Raise InputError if the run lengthened its base's context: peft's files cannot store rotary settings."""
     for name, value in vars(base).items():
         if name.startswith("rope_") and value != getattr(config, name):
-            raise InputError(f"{name} is another than the base's, which no file of peft's can say. Use --merge")
+            raise InputError(f"{name} differs from the base's, which peft's files cannot store. Use --merge")
 
 
 def parse_size(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Look inside a model: one HTML page that shows what it does with a text, and opens without a network.
+"""Look inside a model: write one HTML page that shows what it does with a text and needs no network.
 
 python look.py --prompt 'def main('                       the newest run under out/
 python look.py out/small --prompt FILE:notes.txt --output notes.html
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
 
 USAGE = "python look.py [RUN|CHECKPOINT|HF_DIR] --prompt TEXT|FILE:path [--name=value]..."
 ABOUT = (
-    "Shows what a model does with a text, and how it would go on: surprise, next tokens, attention, layer by layer, "
-    "who wrote a logit, positions and embeddings. Writes one HTML file, which opens in a browser and needs no network."
+    "Shows what a model does with a text, and how it would continue it: surprise, next tokens, attention, the "
+    "prediction after each layer, shares in a logit, positions, embeddings. Writes one HTML file that needs no network."
 )
-MOST_CHECKPOINTS = 12  # on one page; of more, evenly spaced ones
+MOST_CHECKPOINTS = 12  # on one page; evenly spaced ones if the run has more
 
 
 @dataclass
 class Options:
-    prompt: str = option("", "the text to look at, or FILE:path for a file's")
+    prompt: str = option("", "the text to look at, or FILE:path to read it from a file")
     output: str = option("look.html", "the page to write")
-    max_new_tokens: int = option(16, "most tokens to write after the prompt, as sample.py does", at_least=0)
-    adapter: str = option("", "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA")
-    checkpoints: bool = option(False, "also what the run's other checkpoints do with the same text")
+    max_new_tokens: int = option(16, "most tokens to generate after the prompt, as sample.py does", at_least=0)
+    adapter: str = option("", "a LoRA adapter to merge into the model: a directory of peft's, or a LoRA run")
+    checkpoints: bool = option(False, "also show what the run's other checkpoints do with the same text")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
@@ -51,7 +51,7 @@ def main() -> None:
         raise InputError("there is no text to look at. Give --prompt TEXT or --prompt FILE:path")
     check_writable(Path(parsed.settings.output))
 
-    # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    # Here, not at the top, so that --help and usage errors answer before torch is imported.
     choose_threads()
     from nib.common.memory import memory_errors
 
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Raise InputError now for a page that could not be written in the end."""
+    """Raise InputError now, before the work, if the page cannot be written."""
     new = not output.exists()
     try:
         output.open("ab").close()
@@ -90,7 +90,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     new = min(options.max_new_tokens, config.block_size - len(prompt_ids))
     check_length(config, len(prompt_ids) + new)
 
-    def load(source: Source) -> Any:  # float32, so that sums are exact; unfused, so that they can be followed
+    def load(source: Source) -> Any:  # float32, so that sums are exact; unfused, so that hooks see every part
         return build(source, lambda: GPT(config)).float().to(device).eval()
 
     model, settings = load(source), SamplingSettings(max_new_tokens=new)
@@ -117,7 +117,7 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
 
 
 def checkpoints_beside(source: Source) -> list[Source]:
-    """The checkpoints of the source's run in the order of training, itself among them. Raises InputError."""
+    """The checkpoints of the source's run, including the source, in the order of training. Raises InputError."""
     from nib.formats.checkpoint import BrokenCheckpoint, list_checkpoints
     from nib.formats.load import open_source
 
@@ -131,7 +131,7 @@ def checkpoints_beside(source: Source) -> list[Source]:
         try:
             found.append(open_source(str(path)))
         except BrokenCheckpoint as error:
-            print(f"warning: {path.name} is passed over: {error}", file=sys.stderr)
+            print(f"warning: {path.name} is skipped: {error}", file=sys.stderr)
     return sorted(found, key=lambda each: int(each.state["step"]))  # type: ignore[union-attr]
 
 

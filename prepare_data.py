@@ -1,4 +1,4 @@
-"""Make text into token shards that train.py reads: `python prepare_data.py SOURCE...`"""
+"""Turn text into token shards that train.py reads: `python prepare_data.py SOURCE...`"""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ USAGE = "python prepare_data.py SOURCE... [--option=value]..."
 ABOUT = """Tokenizes text into data/NAME for train.py. A SOURCE is a file (text, JSON, Parquet), a directory, - for
 standard input, an http(s) URL, or one of stdlib, stdlib_char, questions (chats), shakespeare, shakespeare_char,
 openwebtext, fineweb-edu.
-Each text file, JSONL line, element of a JSON array or Parquet row is a document; a column of chat messages becomes
-plain text, unless --format=chat makes conversations of rows of messages, of prompt and completion or of conversations
-(ShareGPT), with a mask of what is learned; --format=preference makes pairs of chosen and rejected. A directory of
-nanoGPT's train.bin and val.bin is taken over."""
+Each text file, JSONL line, element of a JSON array or Parquet row is a document. Chat messages become plain text.
+With --format=chat each row (messages, prompt and completion, or ShareGPT's conversations) becomes a conversation with
+a loss mask; with --format=preference each row of chosen and rejected becomes a pair. From a directory with nanoGPT's
+train.bin and val.bin the tokens are copied."""
 FORMATS = ("auto", "text", "jsonl", "parquet", "json", "chat", "preference")
 
 
 @dataclass
 class Settings:
-    out: str = option("", "the data directory to make; by default data/NAME, after the source")
+    out: str = option("", "the data directory to make; by default data/NAME, named after the source")
     tokenizer: str = option(
         "auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME, FILE or HF_DIR"
     )
-    format: str = option("auto", "what files hold; auto: by the ending", choices=FORMATS)
-    train_on: str = option("assistant", "what is learned of a chat", choices=("assistant", "all"))
-    chat_template: str = option("", "a file of jinja that renders chats; empty: the tokenizer's own")
-    show: int = option(0, "print the first rows of chats, with what is learned in colour", at_least=0)
+    format: str = option("auto", "the format of the files; auto: by the file name's extension", choices=FORMATS)
+    train_on: str = option("assistant", "which tokens of a chat are learned", choices=("assistant", "all"))
+    chat_template: str = option("", "a file with the jinja template for chats; empty: the tokenizer's own")
+    show: int = option(0, "print so many chats, with the learned tokens in colour", at_least=0)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     glob: str = option("", "which files of a directory to read, '*.py' or 'docs/**/*.md'; empty: all but hidden ones")
     val_fraction: float = option(0.01, "share of the documents that is kept for validation", at_least=0, below=1)
-    workers: int = option(0, "processes; 0 is one a core. The result does not depend on it", at_least=0, at_most=1024)
-    shard_tokens: int = option(100_000_000, "tokens a shard file", at_least=1)
+    workers: int = option(0, "processes; 0: one per core. The result does not depend on it", at_least=0, at_most=1024)
+    shard_tokens: int = option(100_000_000, "tokens per shard file", at_least=1)
     seed: int = option(1337, "decides which documents are kept for validation", at_least=0)
     invalid: str = option(
         "error",
-        "about invalid UTF-8; skip: leave the document out, and rows without a text",
+        "what to do with invalid UTF-8; skip: leave the document out, and also rows without text",
         choices=("error", "replace", "skip"),
     )
     overwrite: bool = option(False, "replace the dataset in the data directory, once the new one is complete")

@@ -1,7 +1,7 @@
 """Train a GPT: on a CPU, on one GPU, or on many by torchrun. `python train.py --help` lists the settings.
 
-`train` is the whole run, with its loop. The forward and backward pass and the update are in nib/training/step.py,
-what the other verbs do in nib/training/run.py.
+`train` is the whole run, with its loop. The forward and backward pass and the update are in nib/training/step.py;
+the other methods that the loop calls are in nib/training/run.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     adopt_slurm()
     parsed = read_settings(sys.argv[1:])
     choose_threads()
-    # Here, not at the top, so that --help and a typing error answer before torch is loaded.
+    # Here, not at the top, so that --help and usage errors answer before torch is imported.
     from nib.common.memory import memory_errors
     from nib.training.distributed import lost_processes
 
@@ -42,7 +42,7 @@ def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
     parsed.settings.check()
     if not parsed.settings.out_dir:
         name = Path((parsed.arguments or ["run"])[0]).stem
-        # Without bytes that are not UTF-8: from such a directory safetensors reads no checkpoint.
+        # Without bytes that are not UTF-8: safetensors cannot read a checkpoint from such a directory.
         parsed.settings.out_dir = str(Path("out") / name.encode("utf-8", "ignore").decode("utf-8"))
     return parsed
 
@@ -50,7 +50,7 @@ def read_settings(argv: list[str]) -> Parsed[TrainSettings]:
 def train(parsed: Parsed[TrainSettings]) -> int:
     """The whole run. Returns the exit status: 0 done and saved; 129, 130 or 143 stopped by a signal.
 
-    Raises InputError, and RunError for a run that failed or whose end is not saved.
+    Raises InputError, and RunError if the run fails or its last checkpoint cannot be saved.
     """
     from model import GPT, GPTConfig
 

@@ -1,1 +1,1 @@
-"""What the scripts share, in packages that import one way; see their docstrings. Imports no script and no model.py."""
+"""The code that the scripts share, in packages without circular imports. Imports neither the scripts nor model.py."""

@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(
     with pytest.raises(InputError, match="step-00000006" if file == "checksums.json" else file):
         Checkpoint(newest, optimizer=True)
     assert train("--max_iters=6", "--checkpoint_interval=3") == 0
-    assert "warning: step-00000006 is passed over" in capsys.readouterr().err
+    assert "warning: step-00000006 is skipped" in capsys.readouterr().err
     assert_same_run(str(once / "out/run"), "out/run")
 
 

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, that survive a power cut, and that are read within bounds."""
+"""Files and directories that appear complete or not at all, survive a power cut, and are read with a size limit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Any
 from nib.common.exits import InputError
 from nib.common.signals import stop_signals_raise
 
-UNFINISHED = "nib-unfinished"  # a name that only nib gives, since all that is there may be removed
+UNFINISHED = "nib-unfinished"  # a name that only nib uses: whatever is in such a directory may be removed
 
 
 def plain_file(path: Path, most: int = 1 << 62) -> Path:
-    """`path` as it is. Raises OSError unless it is a file of at most `most` bytes: a pipe or a device may not end."""
+    """Return `path`. Raises OSError unless it is a regular file of at most `most` bytes: a pipe may never end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is no file")
@@ -31,7 +31,7 @@ def plain_file(path: Path, most: int = 1 << 62) -> Path:
 
 
 def read_object(path: Path, most: int) -> dict[str, Any]:
-    """The object in a JSON file of at most `most` bytes. Raises OSError as `plain_file` does, ValueError for others."""
+    """The object in a JSON file of at most `most` bytes. Raises OSError as `plain_file` does, ValueError otherwise."""
     try:
         content = json.loads(plain_file(path, most).read_bytes())
     except RecursionError:
@@ -50,7 +50,7 @@ def file_sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or a directory's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -66,9 +66,9 @@ def fsync_files(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory for this process; False when another holds it, or renamed or removed it just now.
+    """Lock a directory. Yields False if another process holds the lock, or has just renamed or removed the directory.
 
-    The lock goes with the process, so a killed run leaves none behind.
+    The lock ends with the process, so a killed run leaves none behind.
     """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -83,16 +83,16 @@ def locked(directory: Path) -> Iterator[bool]:
 
 
 def staging_path(place: Path) -> Path:
-    """Where a new `place` is prepared, in the directory UNFINISHED."""
+    """The directory in which a new `place` is prepared, in its subdirectory UNFINISHED."""
     return place.with_name(f".{place.name}.staging")
 
 
 @contextlib.contextmanager
 def workplace(place: Path, staging: Path, lock: Path, known: tuple[str, ...] = ()) -> Iterator[Path]:
-    """An empty directory below `staging` to prepare the content of `place` in, which is removed if it is not renamed.
+    """An empty directory in `staging` to prepare the content of `place` in. It is removed unless the body renames it.
 
-    One process at a time has it, by a lock on the directory `lock`; what a killed one left in it is removed. Raises
-    InputError when another is at work there, and when `staging` holds anything but it and what is `known`.
+    A lock on the directory `lock` admits one process at a time; what a killed one left is removed. Raises InputError
+    if another process holds the lock, or if `staging` holds anything but this directory and the names in `known`.
     """
     staging.mkdir(parents=True, exist_ok=True)
     new = staging / UNFINISHED
@@ -100,7 +100,7 @@ def workplace(place: Path, staging: Path, lock: Path, known: tuple[str, ...] = (
         if not mine:
             raise InputError(f"another run is preparing {place} right now. Wait for it, or give another name")
         if staging.is_symlink() or not {UNFINISHED, *known}.issuperset(os.listdir(staging)):
-            what = "where nib would work, holds what nib did not write"
+            what = "nib's temporary directory, holds files that nib did not write"
             raise InputError(f"{staging}, {what}. Move it, or give another name")
         try:
             shutil.rmtree(new, ignore_errors=True)
@@ -114,10 +114,10 @@ def workplace(place: Path, staging: Path, lock: Path, known: tuple[str, ...] = (
 
 @contextlib.contextmanager
 def new_directory(place: Path, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory that takes the name `place` when the body ends well, and vanishes when it does not.
+    """A hidden directory that is renamed to `place` when the body succeeds, and removed when it fails.
 
-    Its files are on the disk by then. Raises InputError as `workplace` does, and when something else has the name by
-    then, unless that is to be replaced.
+    Before that its files are flushed to disk. Raises InputError as `workplace` does, and if `place` exists by then and
+    `replace` is False.
     """
     with workplace(place, staging_path(place), staging_path(place)) as new:
         yield new
@@ -125,6 +125,6 @@ def new_directory(place: Path, replace: bool = False) -> Iterator[Path]:
         if replace:
             shutil.rmtree(place, ignore_errors=True)
         elif place.exists():
-            raise InputError(f"{place} was made by something else meanwhile. Move it away, and run again")
+            raise InputError(f"{place} was made by another program meanwhile. Move it away, and run again")
         new.rename(place)
         fsync(place.parent)

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub, downloaded once by the optional package huggingface_hub."""
+"""Models named as on the Hugging Face hub, downloaded once by the optional package huggingface_hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"
 
 
 def is_hub_name(target: str) -> bool:
-    """Whether a name that is no path here is one of the hub's: gpt2 and its sizes, or OWNER/NAME."""
+    """Whether a name, which is not a local path, can be a model on the hub: gpt2 and its sizes, or OWNER/NAME."""
     if re.fullmatch(r"gpt2(-medium|-large|-xl)?", target):
         return True
     owner, slash, name = target.partition("/")
@@ -24,14 +24,14 @@ def is_hub_name(target: str) -> bool:
 
 
 def download(name: str, files: list[str]) -> Path:
-    """The directory of these files of a model, from the hub or from what was downloaded before. Raises InputError."""
+    """The directory with these files of a model, downloaded or from the cache. Raises InputError."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise InputError(f"{name} is not here, and the hub needs a package. Run: pip install huggingface_hub") from None
     try:
         return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the hub's, those of three network libraries, and the disk's
+    except Exception as error:  # of the hub, of three network libraries, or of the disk
         reason = " ".join(str(error).split())[:150]
         raise InputError(
             f"{name} is not here, and the hub gives none: {reason}. Check the name and the network"

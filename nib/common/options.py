@@ -1,7 +1,7 @@
 """Options from the command line and from config files, checked against one dataclass.
 
-The dataclass is the only place where an option is written down: its type, default, limits and one line of
-meaning make the parser, the checks and `--help`. Imports nothing heavy, so that `--help` answers at once.
+An option is written only in the dataclass: the parser, the checks and `--help` use its type, default, limits and
+one line of help. Imports nothing heavy, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nib.common.streams import write_result
 
 T = TypeVar("T")
 TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
-LARGEST = {int: 2**63, float: 2**1023}  # what 64 bits hold; Python's own whole numbers have no end
+LARGEST = {int: 2**63, float: 2**1023}  # what 64 bits hold; Python's int is unbounded
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -32,10 +32,10 @@ def option(
     default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None,
     above: float | None = None, at_most: float | None = None, below: float | None = None, group: str = "options",
 ) -> Any:  # fmt: skip
-    """A dataclass field that is an option: `default`, one line of `help`, and the limits its value must keep.
+    """A dataclass field that is an option, with its default, one line of help, and the limits of its value.
 
-    A `choices` that holds "true" and "false" makes a switch with further values, such as compile=auto. The
-    type list[str] makes an option that may be given several times.
+    If `choices` contains "true" and "false", the option is a switch with further values, such as compile=auto. An
+    option of type list[str] may be given several times.
     """
     meta = dict(help=help, choices=choices, group=group, at_least=at_least, above=above, at_most=at_most, below=below)
     if isinstance(default, list):
@@ -45,7 +45,7 @@ def option(
 
 @dataclasses.dataclass
 class Parsed(typing.Generic[T]):
-    """What a command line said: the checked settings, the bare arguments, and the names that were set."""
+    """A parsed command line: the checked settings, the positional arguments, and the names that were set."""
 
     settings: T
     arguments: list[str]
@@ -61,9 +61,9 @@ def parse(
     config_file: bool = False,
     max_arguments: int | None = None,
 ) -> Parsed[T]:
-    """Read `argv` into an instance of the dataclass `cls`; print the help and leave when asked for it.
+    """Read `argv` into an instance of the dataclass `cls`. With --help, print the help and exit.
 
-    With `config_file` the first bare argument is a config file, whose values the command line overrides.
+    With `config_file` the first positional argument is a config file, whose values the command line overrides.
     Raises InputError for an unknown name, a value of the wrong type or outside its limits.
     """
     parser = _Parser(cls, "_" if config_file else "-")
@@ -95,7 +95,7 @@ class _Parser:
         return self.types[name] is bool or "true" in self.fields[name].metadata["choices"]
 
     def command_line(self, argv: list[str]) -> tuple[dict[str, Any], list[str], bool]:
-        """The options, the bare arguments, and whether the help is asked for, which makes up for any mistake."""
+        """The options, the positional arguments, and whether --help was given. With --help, errors do not count."""
         values: dict[str, Any] = {}
         arguments: list[str] = []
         mistake: InputError | None = None
@@ -121,7 +121,7 @@ class _Parser:
         return values, arguments, False
 
     def option(self, argument: str, rest: list[str]) -> tuple[str, Any]:
-        """The name and the value of an option; a value that is an argument of its own is taken out of `rest`."""
+        """The name and the value of an option. A value in the next argument is removed from `rest`."""
         key, equals, text = argument.partition("=")
         name, negated = self.find(key, "option " + key)
         if negated:
@@ -149,7 +149,7 @@ class _Parser:
         return True
 
     def find(self, key: str, what: str) -> tuple[str, bool]:
-        """The field that `key` means, and whether it is a `--no-` form. Raises InputError with the nearest name."""
+        """The field that `key` names, and whether it is the `--no-` form. Raises InputError with the nearest name."""
         name = key.lstrip("-").replace("-", "_")
         if name in self.fields and (not key.startswith("-") or key.startswith("--")):
             return name, False
@@ -160,9 +160,9 @@ class _Parser:
         raise InputError(f"unknown {what}. " + (f"Did you mean {shown}?" if near else "--help lists all names"))
 
     def config_file(self, path: Path) -> dict[str, Any]:
-        """The values a config file assigns. It is the user's own Python, and its expressions are executed."""
+        """The values that a config file assigns. Its expressions are executed: it is the user's own Python."""
         try:
-            with tokenize.open(path) as file:  # which heeds a byte order mark and a coding line
+            with tokenize.open(path) as file:  # which respects a byte order mark and a coding line
                 source = file.read()
         except (OSError, SyntaxError, UnicodeError, LookupError) as error:
             have = sorted(str(file) for file in Path("config").glob("*.py"))
@@ -187,7 +187,7 @@ class _Parser:
             raise InputError(f"{path}, line {line}: {type(error).__name__}: {error}. Correct that line") from None
         values = {}
         for name, value in namespace.items():
-            if name.startswith("_"):  # a helper of the file's own
+            if name.startswith("_"):  # a helper variable of the file
                 continue
             self.find(name, f"setting {name} in {path}")
             values[name] = self.from_python(name, value, f"{path}: {name}")
@@ -243,7 +243,7 @@ class _Parser:
                     wanted = f"{limit.replace('_', ' ')} {limits[limit]}"
                     raise InputError(f"{where} must be {wanted}, not {value}. {self.example(name)}")
         elif kind is str and ("\0" in value or value != value.encode("utf-8", "ignore").decode("utf-8")):
-            raise InputError(f"{where} holds a NUL or half a character: {_shown(value)}. {self.example(name)}")
+            raise InputError(f"{where} holds a NUL or invalid Unicode: {_shown(value)}. {self.example(name)}")
         if limits["choices"] and value not in limits["choices"]:
             near = difflib.get_close_matches(str(value), limits["choices"], n=1)
             hint = f"Did you mean {near[0]}?" if near else "Choose one of them"
@@ -284,10 +284,10 @@ def _article(kind: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a message shows it: its beginning, where it is long."""
+    """A value for a message, shortened if it is long."""
     try:
         text = repr(value)
-    except Exception:  # a whole number of over 4300 digits, or an object that cannot say what it is
+    except Exception:  # an int of over 4300 digits, or an object whose __repr__ fails
         return f"this {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:100]}..."
 

@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do: end the process at once, or raise where there is something to clean up."""
+"""What SIGINT, SIGTERM and SIGHUP do: end the process at once, or raise an exception if there is cleaning up to do."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def exit_at_once(number: int, frame: FrameType | None) -> None:
 
 
 def exit_on_interrupt() -> None:
-    """From here on Ctrl-C ends the process with status 130, without an exception.
+    """Make Ctrl-C end the process with status 130, without an exception. Every script calls this first.
 
-    The first call of every script. A KeyboardInterrupt while modules are imported would end in a traceback, be turned
-    into another exception by an extension module, or get lost in a callback.
+    A KeyboardInterrupt during imports would end in a traceback, be turned into another exception by an extension
+    module, or be lost in a callback.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
         signal.signal(signal.SIGINT, exit_at_once)
@@ -28,10 +28,10 @@ def exit_on_interrupt() -> None:
 
 @contextmanager
 def stop_signals_raise() -> Iterator[None]:
-    """In the body Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit: it has something to clean up.
+    """In the body Ctrl-C raises KeyboardInterrupt, and SIGTERM and SIGHUP raise SystemExit, so that it can clean up.
 
-    SIGTERM and SIGHUP raise once: a terminal that is closed sends several, and the clean-up must not be cut short.
-    Signals that are ignored (SIGHUP under nohup), or that somebody else handles, are left alone.
+    SIGTERM and SIGHUP raise only once: a closing terminal sends several, and must not interrupt the clean-up.
+    Signals that are ignored (SIGHUP under nohup) or have another handler are left alone.
     """
     stopped_by = 0
 
@@ -44,13 +44,13 @@ def stop_signals_raise() -> Iterator[None]:
             raise SystemExit(128 + number)
 
     handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other may set handlers, or runs them
+    if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers, and runs them
         for number in STOP_SIGNALS:
             if signal.getsignal(number) in (signal.SIG_DFL, exit_at_once):
                 handlers[number] = signal.signal(number, stop)
     try:
         yield
-    except Exception:  # extension modules that are imported turn what a handler raises into an exception of theirs
+    except Exception:  # an extension module may turn what the handler raised into its own exception, during an import
         if stopped_by:
             raise SystemExit(128 + stopped_by) from None
         raise
@@ -60,10 +60,10 @@ def stop_signals_raise() -> Iterator[None]:
 
 
 class StopSignal:
-    """Remembers that SIGINT, SIGTERM or SIGHUP came, so that the step can end and be saved.
+    """Records that SIGINT, SIGTERM or SIGHUP arrived, so that the current step can finish and be saved.
 
-    A second SIGINT or SIGTERM stops at once. A second SIGHUP does not: the kernel, the shell and torchrun each send
-    one when a terminal is closed. Where SIGHUP is ignored, as under nohup, it stays so. With `at_once` the first stops.
+    A second SIGINT or SIGTERM ends the process at once. A second SIGHUP does not: the kernel, the shell and torchrun
+    each send one when a terminal closes. An ignored SIGHUP (nohup) stays ignored. With `at_once` the first signal ends.
     """
 
     def __init__(self, at_once: bool = False) -> None:

@@ -1,7 +1,7 @@
-"""Standard streams that are closed, full, not UTF-8, or left by their reader.
+"""Standard streams that are closed, full, not UTF-8, or whose reader has exited.
 
-What a script tells must not end its work: a stream that cannot be written is the null device from then on. What the
-script was asked for goes through `write_result`, which raises when it cannot be written.
+Progress messages must not end a script: a stream that cannot be written is replaced by the null device. The result
+of a script goes through `write_result`, which raises OutputLost if it cannot be written.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class _Output(io.FileIO):
 
 
 def guard_streams() -> None:
-    """Make the standard streams usable, whatever they are, before a file can be opened under one of their numbers.
+    """Make the standard streams usable in any state, before another file can be opened under their descriptors.
 
-    A closed one becomes the null device. Characters that an encoding lacks are written as escapes. Streams that
-    a notebook or a test has put in their place are left alone.
+    A closed stream becomes the null device. Characters that an encoding lacks are written as escapes. Streams that
+    a notebook or a test has replaced are left alone.
     """
     for number in range(3):
         try:
@@ -58,7 +58,7 @@ def guard_streams() -> None:
 
 
 def write_result(text: str, end: str = "\n") -> None:
-    """Print what the script was asked for. Raises OutputLost."""
+    """Print the script's result. Raises OutputLost."""
     print(text, end=end, flush=True)
     if 1 in _lost:
         raise OutputLost(_lost[1].errno, _lost[1].strerror)

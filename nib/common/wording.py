@@ -8,24 +8,24 @@ from pathlib import Path
 
 
 def counted(number: object, noun: str) -> str:
-    """A number, or one that is written already, and the noun in the form that goes with it: 1 token, 2 tokens."""
+    """A number, which may already be text, and the noun in singular or plural: 1 token, 2 tokens."""
     return f"{number} {noun if str(number) == '1' else noun + 's'}"
 
 
 def typed(path: Path | str) -> str:
-    """`path` as an argument in a shell, which no script takes for an option."""
+    """`path` quoted for a shell, so that no script takes it for an option."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def way_out(error: Exception, otherwise: str) -> str:
-    """What to do about a file that cannot be read: `otherwise`, unless the limit of open files is the cause."""
+    """The advice for a file that cannot be read: `otherwise`, unless the limit of open files is the cause."""
     full = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE)
     return "Raise the limit of open files (ulimit -n)" if full else otherwise
 
 
 def printable(text: object) -> str:
-    """`text` on one line, with escapes for what a terminal would take as a command."""
+    """`text` on one line, with escapes for control characters."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(text))
 
 
@@ -37,7 +37,7 @@ def size(number: int) -> str:
 
 def amount(number: float) -> str:
     """A number of tokens, short: 85, 14.7k, 0.51M."""
-    units = ((999.5e6, 1e9, "B"), (1e5, 1e6, "M"), (999.5, 1e3, "k"))  # from where on, which it is, its name
+    units = ((999.5e6, 1e9, "B"), (1e5, 1e6, "M"), (999.5, 1e3, "k"))  # smallest number, unit, name
     _, unit, name = next((each for each in units if number >= each[0]), (0, 1, ""))
     return f"{number / unit:.3g}{name}"
 

@@ -145,7 +145,7 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
                 packed = sorted(set(files) - set(readable))
                 shown = ", ".join(map(printable, packed[:3])) + ", ..." * (len(packed) > 3)
                 how = "Unpack what belongs to the corpus"
-                print(f"passed over {counted(len(packed), 'packed file')}: {shown}. {how}", file=sys.stderr)
+                print(f"skipped {counted(len(packed), 'packed file')}: {shown}. {how}", file=sys.stderr)
                 files = readable
         elif path.exists():
             files = [path]

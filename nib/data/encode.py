@@ -156,7 +156,7 @@ def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str
     if fault:
         return without_text(f"{part.where}: {fault}", invalid)
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
-        reason = f"{part.where}: U+{ord(halves[0]):04X} is half a character"
+        reason = f"{part.where}: U+{ord(halves[0]):04X} is a lone surrogate"
         if invalid == "error":
             raise InputError(f"{reason}. --invalid=replace or skip go on")
         if invalid == "skip":

@@ -68,7 +68,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
                 if path.is_file():
                     files.append(path)
                 else:
-                    print(f"passed over {printable(path)}: it is no file that can be read", file=sys.stderr)
+                    print(f"skipped {printable(path)}: it is not a readable file", file=sys.stderr)
     files.sort(key=lambda path: path.relative_to(root).as_posix())
     linked = {path for path in files if path.is_symlink()}
     known = {identity(path) for path in files if path not in linked} if linked else set()

@@ -177,7 +177,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
         except BrokenCheckpoint as error:
             if not path.exists():
                 return newest_good(checkpoints, optimizer)
-            print(f"warning: {path.name} is passed over: {printable(error)}", file=sys.stderr)
+            print(f"warning: {path.name} is skipped: {printable(error)}", file=sys.stderr)
     if paths:
         raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
     return None
@@ -186,7 +186,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
 def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
     """Remove all but the newest `keep` checkpoints (0: keep all), the best and those that are being read.
 
-    `newest` is the one just written. Those of later steps are damaged ones that the run passed over: they do not
+    `newest` is the one just written. Those of later steps are damaged ones that the run skipped: they do not
     count, and are replaced when the run comes to their steps.
     """
     best = named_checkpoint(checkpoints, "best")

@@ -108,7 +108,7 @@ BAD_CONFIGS: list[tuple[str, str]] = [
     ("norm = ['rmsnorm']", r"norm must be text, not \['rmsnorm'\]"),
     ("compile = 1", r"compile must be text, not 1"),
     ("out_dir = 3", r"out_dir must be text, not 3"),
-    ("out_dir = 'a\\0b'", r"out_dir holds a NUL or half a character"),
+    ("out_dir = 'a\\0b'", r"out_dir holds a NUL or invalid Unicode"),
     ("out_dir = '\\n' * 3 + 'a'; n_layer = '\\n'", r"n_layer must be a whole number"),
     ("stop = 'a'", r"stop must be a list of texts, not 'a'"),
     ("stop = ['a', 3]", r"stop must be a list of texts"),

@@ -27,7 +27,7 @@ def test_a_directory_appears_whole_and_its_leftovers_are_removed(tmp_path: Path)
 def test_a_directory_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/old").write_text("")
-    with pytest.raises(InputError, match="was made by something else"), new_directory(tmp_path / "out"):
+    with pytest.raises(InputError, match="was made by another program"), new_directory(tmp_path / "out"):
         pass
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["old"]
     with pytest.raises(ZeroDivisionError), new_directory(tmp_path / "out", replace=True) as aside:

@@ -126,8 +126,8 @@ REFUSED: list[tuple[list[str], str]] = [
     (["--compile=maybe"], "--compile must be one of auto, true, false, not 'maybe'. Choose one"),
     (["--norm=rmsnrm"], "--norm must be one of layernorm, rmsnorm, not 'rmsnrm'. Did you mean rmsnorm?"),
     (["--norm"], "option --norm needs a value"),
-    (["--out_dir=a\0b"], "--out-dir holds a NUL or half a character: 'a\\x00b'"),
-    (["--out_dir=a\udcff"], "--out-dir holds a NUL or half a character"),
+    (["--out_dir=a\0b"], "--out-dir holds a NUL or invalid Unicode: 'a\\x00b'"),
+    (["--out_dir=a\udcff"], "--out-dir holds a NUL or invalid Unicode"),
     (["--n_layer=" + "x" * 9999], "--n-layer must be a whole number, not 'xxx"),
 ]
 

@@ -160,7 +160,7 @@ def test_a_hidden_directory_of_the_user_is_not_emptied(work: Path, place: str, n
     if place == "out/.nib-replacement":  # not where nib works
         make(work / "out", NEW)
     else:
-        with pytest.raises(InputError, match=rf"{place}, where nib would work, holds what nib did not write. Move it"):
+        with pytest.raises(InputError, match=rf"{place}, nib's temporary directory, holds files"):
             make(work / "out", NEW, source=work / "text.txt")
         assert {**content(work), "text.txt": b""} == {**before, "text.txt": b""}
     assert (work / place / name).read_text() == "years of work"
@@ -170,7 +170,7 @@ def test_a_link_where_nib_would_work_is_not_followed(work: Path) -> None:
     (work / "mine/nib-unfinished").mkdir(parents=True)
     (work / "mine/nib-unfinished/thesis.txt").write_text("years of work")
     (work / ".out.staging").symlink_to("mine")
-    with pytest.raises(InputError, match="holds what nib did not write"):
+    with pytest.raises(InputError, match="holds files that nib did not write"):
         make(work / "out", NEW)
     assert (work / "mine/nib-unfinished/thesis.txt").exists()
 

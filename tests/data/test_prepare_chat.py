@@ -147,7 +147,7 @@ BAD = {
     "message 1 has no content": '{"messages": [{"role": "user"}]}',
     "message 1 has no role": '{"conversations": [{"value": "a"}]}',
     "its messages are str": '{"messages": "a"}',
-    "U+D83D is half a character": '{"prompt": "\\ud83d", "completion": "b"}',
+    "U+D83D is a lone surrogate": '{"prompt": "\\ud83d", "completion": "b"}',
     "its tools are not valid JSON": '{"prompt": "a", "completion": "b", "tools": "{"}',
 }
 

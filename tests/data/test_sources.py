@@ -81,7 +81,7 @@ def test_linked_directories_are_read_once_each(work: Path, capsys: pytest.Captur
         Path(link).symlink_to(target)
     found = [source.name for source in find_sources(["d"], "auto", "*.txt", Path(), spool=False)]
     assert found == ["d/0-linked/x.txt", "d/0-linked/y.txt", "d/a.txt", "d/sub/b.txt", "d/sub/deep/c.txt"]
-    assert capsys.readouterr().err == "passed over d/nothing.txt: it is no file that can be read\n"
+    assert capsys.readouterr().err == "skipped d/nothing.txt: it is not a readable file\n"
     os.link("d/a.txt", "d/hard.txt")  # a file like any other
     assert texts("d", glob="*.txt").count("d/a.txt") == 2
 
@@ -90,7 +90,7 @@ def test_what_is_no_file_in_a_directory_is_passed_over_with_a_line(capsys: pytes
     write("d/a.txt")
     os.mkfifo("d/pipe.txt")
     assert texts("d") == ["d/a.txt"]
-    assert capsys.readouterr().err == "passed over d/pipe.txt: it is no file that can be read\n"
+    assert capsys.readouterr().err == "skipped d/pipe.txt: it is not a readable file\n"
 
 
 def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
@@ -183,7 +183,7 @@ def test_what_cannot_be_unpacked_is_refused_by_its_name_or_passed_over(
     write(f"d/{name}", "d/a.txt")
     for glob in ("", "*", "[at]*"):
         assert texts("d", glob=glob) == ["d/a.txt"]
-        said = f"passed over 1 packed file: d/{name}. Unpack what belongs to the corpus\n"
+        said = f"skipped 1 packed file: d/{name}. Unpack what belongs to the corpus\n"
         assert capsys.readouterr().err == said
     assert texts("d", glob="*.txt") == ["d/a.txt"] and capsys.readouterr().err == ""
     write(f"d/more/{name}")  # most of the directory: not to be left out
@@ -195,7 +195,7 @@ def test_what_cannot_be_unpacked_is_refused_by_its_name_or_passed_over(
 def test_no_more_than_three_packed_files_are_named(capsys: pytest.CaptureFixture[str]) -> None:
     write(*(f"d/{number}.{kind}" for number in range(5) for kind in ("zip", "txt")))
     assert len(texts("d")) == 5
-    assert "passed over 5 packed files: d/0.zip, d/1.zip, d/2.zip, .... Unpack" in capsys.readouterr().err
+    assert "skipped 5 packed files: d/0.zip, d/1.zip, d/2.zip, .... Unpack" in capsys.readouterr().err
 
 
 # ---- rows without a text

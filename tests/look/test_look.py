@@ -107,7 +107,7 @@ def test_checkpoints_are_shown_in_the_order_of_training(place: Path, call: Call)
     step.write_bytes(whole[:-4])
     done = call(look.main, *arguments, cwd=place)
     step.write_bytes(whole)
-    assert not done.returncode and "step-00000002 is passed over" in done.stderr
+    assert not done.returncode and "step-00000002 is skipped" in done.stderr
     assert [each["step"] for each in read_page(place / "look.html")["snapshots"]] == [10, 30]
 
 

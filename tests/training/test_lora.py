@@ -132,7 +132,7 @@ def test_an_adapter_of_a_longer_context_is_merged_and_not_written_for_peft(base:
     train(*LORA, "--out_dir=out/long", "--max_iters=2", "--block_size=64", "--rope_scaling=linear")
     assert opened("out/long").config.rope_scaling == "linear"
     result = call(export.main, "out/long", "new", "--format=peft", cwd=Path.cwd())
-    assert result.returncode == 2 and "error: rope_scaling is another than the base's" in result.stderr
+    assert result.returncode == 2 and "error: rope_scaling differs from the base's" in result.stderr
 
 
 def test_wrong_settings_are_refused_before_anything_is_written(base: Path) -> None:
