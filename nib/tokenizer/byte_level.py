@@ -1,4 +1,4 @@
-"""The byte-level BPE of a Hugging Face tokenizer.json, run by the package tokenizers and held to give back its text."""
+"""The byte-level BPE of a Hugging Face tokenizer.json, run by the package tokenizers; every encoding is checked."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import numpy as np
 from nib.common.exits import InputError
 from nib.tokenizer.tokenizer import _PROBE, MAX_VOCAB, Tokenizer, bytes_of_letters
 
-# What tokenizer_config.json and chat templates call the special tokens.
+# The names of special tokens in tokenizer_config.json and chat templates.
 NAMED_TOKENS = tuple(f"{name}_token" for name in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A byte-level BPE of a tokenizer.json, with the ids that transformers gives.
+    """A byte-level BPE from a tokenizer.json, with the same ids as in transformers.
 
-    `content` is the object in tokenizer.json, `config` what is kept of tokenizer_config.json. A text is encoded without
-    the normalisation to NFC that some ask for, and without a space put before it: neither would come back. A prompt
-    has both, as in transformers. Raises InputError for another kind, and for one that loses text.
+    `content` is the object in tokenizer.json, `config` the kept part of tokenizer_config.json. Texts are encoded
+    without NFC normalisation and without a space put before them, since decoding could undo neither. Prompts have
+    both, as in transformers. Raises InputError for another kind of tokenizer, and for one that loses text.
     """
 
     kind = "huggingface"
@@ -37,7 +37,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if kind != "BPE" or kinds != ["ByteLevel"]:
             found = f"{kind} decoded by {', '.join(map(str, kinds)) or 'nothing'}"
             raise InputError(f"tokenizer {name} is {found[:80]}, not a byte-level BPE. Give a model that has one")
-        # The first draws at random; the others are no bytes of a text, and can crash the library.
+        # Dropout is random. A prefix or suffix stands for no bytes of the text, and can crash the library.
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
                 raise InputError(f"tokenizer {name} has {key}, which nib does not do. Give a model without it")
@@ -46,7 +46,7 @@ class HuggingFaceTokenizer(Tokenizer):
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
             token_bytes = self._token_bytes()
-            # The parts that differ between a text and a prompt, read without the vocabulary, which takes long.
+            # The components that differ between texts and prompts, loaded without the vocabulary, which would be slow.
             exact = {"normalizer": _without_nfc(content.get("normalizer")), "post_processor": None, "added_tokens": []}
             exact["pre_tokenizer"] = _without_prefix(content.get("pre_tokenizer"))
             exact["model"] = {"type": "BPE", "vocab": {}, "merges": []}
@@ -56,7 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
             }
         if end_of_text is not None and not 0 <= end_of_text < len(token_bytes):
             raise InputError(
-                f"tokenizer {name}: its end of text, {end_of_text}, is no id of it. Give a whole directory"
+                f"tokenizer {name}: its end of text, {end_of_text}, is not one of its ids. Give a whole directory"
             )
         if end_of_text is not None:
             token_bytes[end_of_text] = b""
@@ -64,8 +64,8 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.tokenizer.get_added_tokens_decoder()
         self.special_tokens = {token.content: id for id, token in added.items() if token.special}
         self.special = "|".join(map(re.escape, self.special_tokens))
-        # Of a tokenizer that lacks some bytes only texts without them can be asked for, and none with its end of text,
-        # which is the end also where tokenizer.json does not call it special.
+        # A tokenizer that lacks some bytes is tested on a text without them. The end-of-text token, which
+        # tokenizer.json may not mark as special, is left out too.
         known, end = set(token_bytes), self.tokenizer.id_to_token(end_of_text) if end_of_text is not None else None
         probe = _PROBE.replace(end, "") if end else _PROBE
         probe = "".join(c for c in probe if all(bytes([byte]) in known for byte in c.encode()))
@@ -75,7 +75,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def chat_template(self) -> str:
-        """The one that is used where a model has several."""
+        """The template; the one called "default" if the model has several."""
         found = self.config.get("chat_template") or ""
         named = {entry.get("name"): entry.get("template") for entry in found} if isinstance(found, list) else {}
         return str(named.get("default", "") if isinstance(found, list) else found)
@@ -88,13 +88,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return {key: str(token) for key, token in self.config.items() if key in NAMED_TOKENS}
 
     def encode_chat(self, text: str, continued: bool = False) -> tuple[list[int], np.ndarray]:
-        """As transformers encodes it, with add_special_tokens=False."""
+        """As transformers does with add_special_tokens=False."""
         with library_errors(self.name):
             self.tokenizer.encode_special_tokens = False
             self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = self.parts[True][0], self.parts[not continued][1]
             encoding = self.tokenizer.encode(text, add_special_tokens=False)
         places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        # The spaces before a word may have been trimmed from its offsets.
+        # trim_offsets may have removed the spaces before a word from its offsets.
         places[1:, 0] = np.minimum(places[1:, 0], np.maximum.accumulate(places[:-1, 1]))
         return list(encoding.ids), places
 
@@ -107,7 +107,7 @@ class HuggingFaceTokenizer(Tokenizer):
         byte_of, token_bytes = bytes_of_letters(), [b""] * size
         for token, id in vocab.items():
             if id not in added:
-                # One with a letter that writes no byte is its own text, as it is to the library's decoder.
+                # A token with a letter outside the byte-level alphabet is literal text, as in the library's decoder.
                 known = all(map(byte_of.__contains__, token))
                 token_bytes[id] = bytes(map(byte_of.__getitem__, token)) if known else token.encode("utf-8")
             elif not added[id].special:
@@ -116,12 +116,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _ids(self, text: str, prompt: bool) -> list[int]:
         with library_errors(self.name):
-            self.tokenizer.encode_special_tokens = not prompt  # which means: as text
+            self.tokenizer.encode_special_tokens = not prompt  # True: special tokens in the text are ordinary text
             self.tokenizer.normalizer, self.tokenizer.pre_tokenizer = self.parts[prompt]
             return list(self.tokenizer.encode(text, add_special_tokens=prompt).ids)
 
     def _encode_piece(self, text: str) -> np.ndarray:
-        """The ids of a text. They are decoded and compared with it, for 5 % of the time: no loss goes unnoticed."""
+        """The ids of a text. They are decoded and compared with it, so that no loss goes unnoticed (5 % of time)."""
         data = text.encode("utf-8")
         ids = self._ids(text, prompt=False)
         decoded = b"".join(map(self.token_bytes.__getitem__, ids))
@@ -137,9 +137,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return np.array(ids, dtype=np.uint32)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids that transformers gives: special tokens in the text are themselves, and one may come before it."""
+        """The ids that transformers gives: special tokens in the text get their ids, and one may be put before it."""
         for part in re.split(self.special, text) if self.special else [text]:
-            self.encode(part)  # says what is wrong with it
+            self.encode(part)  # raises InputError for a text that is lost
         return self._ids(text, prompt=True)
 
     def token_name(self, id: int) -> str:
@@ -150,7 +150,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def _parts(node: Any, inside: str) -> list[dict[str, Any]]:
-    """A component of tokenizer.json, or those in its sequence."""
+    """The components in a sequence of tokenizer.json, or the component itself if it is not a sequence."""
     if not isinstance(node, dict):
         return []
     inner = node.get(inside)
@@ -159,7 +159,7 @@ def _parts(node: Any, inside: str) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def library_errors(name: str) -> Iterator[None]:
-    """Make InputErrors of the errors of tokenizers: plain Exceptions, and panics, which are not even these."""
+    """Turn errors of the package tokenizers into InputErrors: Exceptions, and panics, which are only BaseExceptions."""
     try:
         yield
     except (InputError, MemoryError):
@@ -172,13 +172,13 @@ def library_errors(name: str) -> Iterator[None]:
 
 
 def _without_nfc(normalizer: Any) -> Any:
-    """No normaliser in place of one that only composes characters; the others change what a text says."""
+    """The normaliser, or None if it is only NFC. Other normalisers stay, since their tokens depend on them."""
     kinds = {part.get("type") for part in _parts(normalizer, "normalizers")}
     return None if kinds == {"NFC"} else normalizer
 
 
 def _without_prefix(pre_tokenizer: Any) -> Any:
-    """The pre-tokenizer, made to put no space before a text."""
+    """The pre-tokenizer, changed so that it puts no space before a text."""
     inner = pre_tokenizer.get("pretokenizers") if isinstance(pre_tokenizer, dict) else None
     if isinstance(inner, list):
         return pre_tokenizer | {"pretokenizers": [_without_prefix(part) for part in inner]}

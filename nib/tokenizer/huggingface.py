@@ -1,4 +1,4 @@
-"""Tokenizers of Hugging Face directories: theirs run as they are, by the package tokenizers; ours written as theirs."""
+"""Hugging Face tokenizers: read theirs, which the package tokenizers runs, and write nib's as a tokenizer.json."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENIZER_JSON, CONFIG_JSON, GENERATION_JSON = "tokenizer.json", "tokenizer_conf
 CHAT_TEMPLATE = "chat_template.jinja"
 # The settings of tokenizer_config.json that are kept from reading to writing.
 KEPT = (*NAMED_TOKENS, "chat_template", "add_bos_token", "add_eos_token")
-GPT2_MODELS = ("gpt2", None)  # whose vocab.json and merges.txt are split by GPT-2's pattern
+GPT2_MODELS = ("gpt2", None)  # model types whose vocab.json and merges.txt go with GPT-2's split pattern
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -33,9 +33,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory: tokenizer.json, or vocab.json and merges.txt of GPT-2's kind.
+    """The tokenizer of a Hugging Face directory: tokenizer.json, or GPT-2's vocab.json and merges.txt.
 
-    One of characters, as `write_tokenizer` writes it, is ours again. Raises InputError.
+    A character tokenizer that `write_tokenizer` wrote becomes a CharTokenizer again. Raises InputError.
     """
     settings, model, generation = (
         read_settings(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
@@ -65,7 +65,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def _end_ids(settings: dict[str, Any], file: str, tokenizer: Tokenizer) -> list[int]:
-    """The ids that end a text by a settings file, without those that the tokenizer does not have and so never come."""
+    """The eos_token_id of a settings file as a list, without ids that the tokenizer does not have."""
     found = settings.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(id) is int for id in ids):
@@ -74,7 +74,7 @@ def _end_ids(settings: dict[str, Any], file: str, tokenizer: Tokenizer) -> list[
 
 
 def _characters(content: dict[str, Any]) -> str:
-    """The characters of a tokenizer.json that has nothing else, in the order of their ids; empty for another kind."""
+    """The characters of a tokenizer.json of a character tokenizer, in the order of their ids; "" for another kind."""
     model, decoder = content.get("model"), content.get("decoder")
     if not isinstance(model, dict) or decoder != {"type": "Fuse"} or model.get("merges") != []:
         return ""
@@ -85,7 +85,7 @@ def _characters(content: dict[str, Any]) -> str:
 
 
 def _char_tokenizer(letters: str, content: dict[str, Any], directory: Path) -> CharTokenizer:
-    """The tokenizer of these characters, with the special tokens after them and the chat template beside it."""
+    """The tokenizer of these characters, with the special tokens and the chat template of its directory."""
     tokenizer = CharTokenizer(letters)
     tokenizer.add_special_tokens(token["content"] for token in content["added_tokens"])
     generation = read_settings(directory / GENERATION_JSON, optional=True)
@@ -96,7 +96,7 @@ def _char_tokenizer(letters: str, content: dict[str, Any], directory: Path) -> C
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of bounded size. Raises InputError."""
+    """The text of a file of at most MAX_FILE_BYTES. Raises InputError."""
     try:
         return plain_file(path, MAX_FILE_BYTES).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -104,7 +104,7 @@ def read_text(path: Path) -> str:
 
 
 def read_settings(path: Path, optional: bool = False) -> dict[str, Any]:
-    """The object in a JSON file of bounded size; empty where it is `optional` and missing. Raises InputError."""
+    """The object in a JSON file of at most MAX_FILE_BYTES; {} if it is `optional` and missing. Raises InputError."""
     if optional and not path.is_file():
         return {}
     try:
@@ -116,7 +116,7 @@ def read_settings(path: Path, optional: bool = False) -> dict[str, Any]:
 
 
 def _text_of(value: Any) -> Any:
-    """A special token, which may be written as an object."""
+    """The text of a special token, which may be stored as an object with `content`."""
     return value["content"] if isinstance(value, dict) and isinstance(value.get("content"), str) else value
 
 
@@ -140,11 +140,11 @@ def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], split: Any) -> dict[str, Any]:
-    """A tokenizer.json of a byte-level BPE."""
+    """The content of a tokenizer.json for a BPE."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [{"id": id, "content": token, **flags, "special": True} for token, id in special.items()]
     decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    # ignore_merges: a word that is a token is one token, as tiktoken has it.
+    # ignore_merges: a word in the vocabulary is one token, as in tiktoken.
     model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
              "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
              "vocab": vocab, "merges": merges}  # fmt: skip
@@ -155,7 +155,7 @@ def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], 
 
 
 def begin_of_text(tokenizer: Tokenizer) -> tuple[int | None, bool]:
-    """The id that stands before a text, and whether transformers puts it there by itself."""
+    """The begin-of-text id, and whether transformers puts it before a text by default."""
     if before := tokenizer.encode_prompt(""):
         return before[0], True
     token = tokenizer.config.get("bos_token") if isinstance(tokenizer, HuggingFaceTokenizer) else None
@@ -164,7 +164,7 @@ def begin_of_text(tokenizer: Tokenizer) -> tuple[int | None, bool]:
 
 
 def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokenizer as the object of a tokenizer.json, tried on a text. Raises InputError when that cannot be."""
+    """The content of a tokenizer.json for the tokenizer, tested on a text. Raises InputError if the ids differ."""
     import tokenizers
 
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -187,7 +187,7 @@ def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         word = {id: "".join(letter_of[byte] for byte in token) for id, token in enumerate(tokenizer.token_bytes)}
         vocab = {word[id]: id for id, token in enumerate(tokenizer.token_bytes) if token}
         if clash := next((token for token in special if token in vocab), None):
-            raise InputError(f"the special token {clash!r} of {tokenizer.name} is an ordinary one too. Rename it")
+            raise InputError(f"the special token {clash!r} of {tokenizer.name} is also an ordinary token. Rename it")
         letters = [" ".join("".join(letter_of[byte] for byte in part) for part in pair) for pair in merges]
         content = _content(vocab | special, letters, special, split)
         probe = _PROBE
@@ -200,10 +200,10 @@ def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The pair that each token is merged from, in the order of the ranks: what a tokenizer.json has in their place.
+    """The pair that each token is merged from, in the order of the ranks: a tokenizer.json stores merges, not ranks.
 
-    A token is merged from the two parts that the ranks below its own leave of it. That holds inside any text,
-    since the merges between its bytes come in the same order whatever is around them.
+    Applying all merges of lower rank to a token's bytes leaves two parts: its pair. This also holds inside a longer
+    text, where the merges between these bytes come in the same order.
     """
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
@@ -212,7 +212,7 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
             pairs = [ranks.get(left + right, rank) for left, right in itertools.pairwise(parts)]
             best = min(pairs)
             if best >= rank:
-                break  # no merge leads to it: it is found as a whole word only
+                break  # no merge makes it: it is found only as a whole word
             place = pairs.index(best)
             parts[place : place + 2] = [parts[place] + parts[place + 1]]
         if len(parts) == 2:
@@ -221,15 +221,15 @@ def merges_of(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def as_onig(pattern: str) -> str:
-    """A split pattern of tiktoken's, for the regular expressions of the package tokenizers.
+    """A split pattern of tiktoken, for Oniguruma, the regular expressions of the package tokenizers.
 
-    There {1,3}+ is not possessive but repeats, and $ ends a line, not the text.
+    In Oniguruma {1,3}+ is a repeated repeat, not possessive, and $ matches the end of a line, not of the text.
     """
     return re.sub(r"\$(?=\||$)", r"\\z", re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern))
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
-    """Write the files by which transformers' AutoTokenizer gives the same ids. Raises InputError."""
+    """Write the files from which transformers' AutoTokenizer makes the same ids. Raises InputError."""
     content = as_tokenizer_json(tokenizer)
     (directory / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     config: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A tokenizer by its name, or from what it was saved as."""
+"""Open a tokenizer by its name, or from a file or directory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from nib.tokenizer.tokenizer import (
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """A tokenizer that needs no corpus: `byte`, tiktoken's, that of a file or directory, or of a hub name.
+    """A tokenizer that needs no training: `byte`, an encoding of tiktoken, a file or directory, or a hub name.
 
-    Raises InputError when there is no such tokenizer, or when tiktoken cannot download it.
+    Raises InputError if there is no such tokenizer, or if tiktoken cannot download it.
     """
     if name == "byte":
         return ByteTokenizer()
@@ -56,10 +56,10 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load `nib_tokenizer.json`, by its own path or from a directory (data, checkpoint or run), or `.tiktoken` ranks.
+    """Load a `nib_tokenizer.json`, a directory that holds one (data, checkpoint or run), or a `.tiktoken` rank file.
 
-    A directory of Hugging Face's gives the tokenizer in it.
-    Raises InputError for a file that is not there, cut short, or not what `save` writes; it can run no code.
+    A Hugging Face directory gives its tokenizer. No code in a file is run.
+    Raises InputError for a file that is missing, truncated, or not what `save` writes.
     """
     path = Path(path)
     if path.is_dir():
@@ -84,7 +84,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise InputError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
-        raise InputError(f"{path} is no tokenizer file: {reason[:200]}. Make the tokenizer again") from None
+        raise InputError(f"{path} is not a tokenizer file: {reason[:200]}. Make the tokenizer again") from None
 
 
 def _from_content(content: Any) -> Tokenizer:
@@ -97,7 +97,7 @@ def _from_content(content: Any) -> Tokenizer:
     elif kind == "char":
         characters = content["characters"]
         _check(isinstance(characters, str) and len(characters) > 0, "its characters are not a text")
-        _check(not re.search("[\ud800-\udfff]", characters), "its characters hold half a character")
+        _check(not re.search("[\ud800-\udfff]", characters), "its characters hold a lone surrogate")
         _check(all(a < b for a, b in itertools.pairwise(characters)), "its characters are not in order")
         tokenizer = CharTokenizer(characters)
     elif kind == "bpe":
@@ -151,7 +151,7 @@ def _ranks(tokens: Iterable[tuple[int, Any]]) -> Iterator[tuple[bytes, int]]:
 
 
 def _from_rank_file(name: str, data: bytes) -> Tokenizer:
-    """A rank file as tiktoken publishes them: a line a token, base64 and rank. Split like cl100k; end-of-text last."""
+    """A rank file as tiktoken publishes it: base64 and rank on each line. Split like cl100k; end-of-text is last."""
     lines = [line.split() for line in data.splitlines() if line.strip()]
     _check(all(len(line) == 2 for line in lines), "a line is not TOKEN RANK")
     ranks = dict(_ranks((int(rank), token) for token, rank in lines))

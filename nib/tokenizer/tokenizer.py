@@ -1,6 +1,6 @@
 """Text to token ids and back, without loss: tiktoken encodings, BPE trained on a corpus, characters, bytes.
 
-Every tokenizer is saved as one JSON file that holds all it needs: no network, no pickle, nothing that runs.
+Every tokenizer is saved as one complete JSON file: loading it needs no network and no pickle, and runs no code.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ END_OF_TEXT = "<|endoftext|>"
 MAX_FILE_BYTES = 64 << 20  # o200k, the largest public encoding, takes 4 MB
 MAX_VOCAB = 1 << 22
 
-# Words with one leading space or sign, numbers in groups of three, punctuation with its line end, white space
-# without the space of the next word: the split of cl100k (GPT-4) and Llama 3.
+# Words with one leading space or sign, groups of up to three digits, punctuation with the line ends after it, white
+# space without the space of the next word: the split pattern of cl100k (GPT-4) and Llama 3.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORD_CHARACTERS = 1000  # shorter words are never cut, and longer ones at multiples of it
+WORD_CHARACTERS = 1000  # in BPE training, shorter words are never cut, longer ones at multiples of it
 _LONG_WORD = re.compile(rf"\w{{{WORD_CHARACTERS}}}|[\W_]{{{WORD_CHARACTERS}}}")
-# Encoded and decoded once when a file is loaded: a split pattern that loses text is refused.
+# Encoded and decoded once when a tokenizer is made: one that loses text is refused.
 _PROBE = "The end's near: don't\tpanic, 12345 x_y = 'é中文🙂e\u0301'\r\n\n  \x00 <|endoftext|> \u3000ＡＢ...\n   "
 
 
 class Tokenizer:
     """Token ids of a text. `decode(encode(text)) == text` for every text without lone surrogates.
 
-    `token_bytes[id]` are the bytes an id stands for; none for end-of-text, other special tokens and unused ids.
-    `stop_ids` end a text that a model writes as end-of-text does; models of Hugging Face's may have several.
-    `special_tokens` have the ids of tokens that no text gives, by their names; `chat_template` is jinja, or empty.
+    `token_bytes[id]` are the bytes that an id stands for; empty for end-of-text, other special tokens and unused ids.
+    `stop_ids` end a generated text like end-of-text does; Hugging Face models may have several.
+    `special_tokens` maps names to the ids that no text is encoded to; `chat_template` is jinja, or empty.
     """
 
     kind = ""
@@ -55,14 +55,14 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = {} if end_of_text is None else {END_OF_TEXT: end_of_text}
 
     def add_special_tokens(self, names: Iterable[str]) -> None:
-        """Give each of these that is no special token yet the next id after the vocabulary."""
+        """Give each name that is not a special token yet the next id after the vocabulary."""
         for name in names:
             if name not in self.special_tokens:
                 self.special_tokens[name] = self.vocab_size
                 self.token_bytes.append(b"")
 
     def named_tokens(self) -> dict[str, str]:
-        """The special tokens that chat templates know by a name, such as eos_token."""
+        """The special tokens that chat templates use by name, such as eos_token."""
         return {} if self.end_of_text is None else dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
 
     @property
@@ -70,11 +70,11 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens in it are plain text. Raises InputError for what has no id."""
+        """The ids of `text`; special tokens in it are ordinary text. Raises InputError for text that has no ids."""
         return self.encode_array(text).tolist()
 
     def encode_array(self, text: str) -> np.ndarray:
-        """The same as a uint32 array, which is faster."""
+        """As `encode`, as a uint32 array, which is faster."""
         try:
             if len(text) <= PIECE_BYTES:
                 return self._encode_piece(text)
@@ -82,16 +82,16 @@ class Tokenizer:
             return np.concatenate([self._encode_piece(piece.decode("utf-8")) for piece, _ in read_pieces(stream)])
         except UnicodeEncodeError as error:
             code = ord(error.object[error.start])
-            raise InputError(f"the text holds U+{code:04X}, half a character. Give valid Unicode text") from None
+            raise InputError(f"the text holds U+{code:04X}, a lone surrogate. Give valid Unicode text") from None
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The ids of a text to be continued; a tokenizer of Hugging Face's sees its special tokens in it."""
+        """The ids of a text to be continued. A Hugging Face tokenizer gives special tokens in it their ids."""
         return self.encode(text)
 
     def encode_chat(self, text: str, continued: bool = False) -> tuple[list[int], np.ndarray]:
-        """The ids of a rendered chat, its special tokens themselves, and the characters each stands for, (T, 2).
+        """The ids of a rendered chat, with special tokens as their ids, and each id's span of characters, (T, 2).
 
-        `continued`: it goes on a text, so that nothing is put before it.
+        `continued`: the text continues another one, so no space is put before it.
         """
         ids: list[int] = []
         places = [np.zeros((0, 2), dtype=np.int64)]
@@ -115,7 +115,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`; special tokens stand for none. Raises InputError for an id outside the vocabulary."""
+        """The bytes of `ids`; special tokens have none. Raises InputError for an id outside the vocabulary."""
         ids = list(ids)
         for outside in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= outside < self.vocab_size:
@@ -124,17 +124,17 @@ class Tokenizer:
         return b"".join(map(self.token_bytes.__getitem__, ids))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`, with U+FFFD where their bytes are not whole characters."""
+        """The text of `ids`, with U+FFFD where the bytes are not valid UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def byte_lengths(self) -> np.ndarray:
-        """How many bytes each id stands for, int64 (V,): turns a loss per token into bits per byte."""
+        """The number of bytes of each id, int64 (V,), to turn a loss per token into bits per byte."""
         return np.array([len(piece) for piece in self.token_bytes], dtype=np.int64)
 
     def check_ids(self, ids: Iterable[int], known: int, what: str, put: Iterable[int | None] = ()) -> None:
-        """Raise InputError for ids of `what` that a model of the ids 0 to known - 1 has no embedding for.
+        """Raise InputError if `what` has ids that a model with embeddings for 0 to known - 1 lacks.
 
-        Those in `put` were not in the text: nib or the tokenizer has put them before or after it.
+        Ids in `put` do not come from the text: nib or the tokenizer has put them before or after it.
         """
         largest = max(ids, default=-1)
         if largest >= known:
@@ -152,7 +152,7 @@ class Tokenizer:
         return next((name for name, special in self.special_tokens.items() if special == id), "") or self.decode([id])
 
     def token_text(self, id: int) -> str:
-        """What a token says; the name of a special one, which says nothing. Bytes of half a character as U+FFFD."""
+        """The text of a token, or the name of a special one. Bytes of an incomplete character become U+FFFD."""
         if id >= self.vocab_size:  # a model's vocabulary may be padded to a round number
             return f"<{id}>"
         return self.decode([id]) or (END_OF_TEXT if id == self.end_of_text else self.token_name(id)) or f"<{id}>"
@@ -172,11 +172,11 @@ class Tokenizer:
 
     def _content(self) -> dict[str, Any]:
         added = [token for token in self.special_tokens if token != END_OF_TEXT]
-        return {"added_tokens": added} if added else {}  # of the last ids, in their order
+        return {"added_tokens": added} if added else {}  # their ids are the last ones, in this order
 
 
 class ByteTokenizer(Tokenizer):
-    """The 256 bytes and end-of-text: 257 ids, for any corpus and no training."""
+    """The 256 bytes and end-of-text: 257 ids, for any corpus, without training."""
 
     kind = "byte"
 
@@ -217,7 +217,7 @@ class BpeTokenizer(Tokenizer):
     """Byte-pair encoding run by tiktoken: a public encoding such as gpt2, or one trained on a corpus.
 
     `ranks` maps the bytes of a token to its id, which is also its merge priority; all 256 single bytes are in it.
-    Raises InputError when the parts do not fit together or the pattern is not a regular expression.
+    Raises InputError if ids clash, a byte is missing, or the pattern is not a regular expression or loses text.
     """
 
     kind = "bpe"
@@ -235,7 +235,7 @@ class BpeTokenizer(Tokenizer):
         if any(bytes([value]) not in ranks for value in range(256)):
             raise InputError(f"tokenizer {name}: not all 256 single bytes have an id. Make the tokenizer again")
         self.pattern, self.ranks, self.special_tokens = pattern, ranks, dict(special_tokens)
-        # tiktoken searches the text for special tokens even when none is allowed, so it is given one that is rare.
+        # tiktoken searches the text for special tokens even if none is allowed, so it gets only one, a rare one.
         try:
             self.encoding = tiktoken.Encoding(
                 name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: size}
@@ -249,8 +249,8 @@ class BpeTokenizer(Tokenizer):
         try:
             return self.encoding.encode_to_numpy(text, disallowed_special=())
         except BaseException as error:
-            # A panic of the regular expression engine, which pieces of our size do not cause with any known
-            # pattern. Its class cannot be imported, and it is no Exception.
+            # A panic of the regular expression engine. Pieces of PIECE_BYTES cause none with any known pattern.
+            # The panic's class cannot be imported and is not a subclass of Exception.
             if type(error).__name__ != "PanicException":
                 raise
             if len(text) == 1:
@@ -264,14 +264,14 @@ class BpeTokenizer(Tokenizer):
 
 
 def code_points(text: str) -> np.ndarray:
-    """The characters of `text` as numbers. Raises UnicodeEncodeError for a lone surrogate."""
+    """The code points of `text`. Raises UnicodeEncodeError for a lone surrogate."""
     return np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """Train byte-level BPE on `texts`, with at most `vocab_size` ids of which the last is end-of-text.
 
-    Stops early when every word of a small corpus is one token already. The same texts give the same tokenizer.
+    Stops early if every word of a small corpus is already one token. The same texts give the same tokenizer.
     """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
@@ -285,14 +285,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=sorted(alphabet), show_progress=False)
     trained.train_from_iterator(_short_words(texts), trainer)
-    # Ids were given in the order of the merges, which is the order tiktoken merges in.
+    # Ids are in the order of the merges, so they are also tiktoken's ranks.
     byte_of = bytes_of_letters()
     ranks = {bytes(byte_of[letter] for letter in token): id for token, id in trained.get_vocab().items()}
     return BpeTokenizer(f"bpe:{len(ranks) + 1}", SPLIT_PATTERN, ranks, {END_OF_TEXT: len(ranks)})
 
 
 def _short_words(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, cut inside words of thousands of characters: training takes time by the square of a word's length."""
+    """The texts, cut inside very long words: the time of training grows with the square of a word's length."""
     for text in texts:
         start = 0
         for place in range(0, len(text), WORD_CHARACTERS):
@@ -303,9 +303,9 @@ def _short_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def bytes_of_letters() -> dict[str, int]:
-    """The byte that each letter of the byte-level alphabet writes.
+    """The byte that each letter of the byte-level alphabet stands for.
 
-    Printable bytes are written as themselves, the others in order as U+0100, U+0101 and so on.
+    Printable bytes stand for themselves; the others are, in order, U+0100, U+0101 and so on.
     """
     from tokenizers import pre_tokenizers
 
@@ -315,7 +315,7 @@ def bytes_of_letters() -> dict[str, int]:
 
 
 def train_char(texts: Iterable[str]) -> CharTokenizer:
-    """The tokenizer of the characters that occur in `texts`. Raises InputError when there are none."""
+    """The tokenizer of the characters that occur in `texts`. Raises InputError if there are none."""
     seen = np.zeros(0x110000, dtype=bool)
     for text in texts:
         seen[code_points(text)] = True
