@@ -107,7 +107,7 @@ CASES: dict[str, tuple[str, str]] = {
     "negative workers": ("prepare_data.py texts --workers=-2", r"--workers must be at least 0, not -2"),
     "no tokens in a shard": ("prepare_data.py texts --shard-tokens=0", r"--shard-tokens must be at least 1, not 0"),
     "unknown format": ("prepare_data.py texts --format=csv", r"--format must be one of auto, text, jsonl, parquet"),
-    "several sources without a name": ("prepare_data.py texts tiny.py", r"several sources have no name together"),
+    "several sources without a name": ("prepare_data.py texts tiny.py", r"no default name for several sources"),
     # sample.py
     "misspelt sampling option": (
         "sample.py --temprature=1",
@@ -142,7 +142,7 @@ LATE_CASES: dict[str, tuple[str, str]] = {
     "missing corpus": ("train.py tiny.py --dataset=nowhere", r"no dataset 'nowhere' under data/.*Prepared: .*words"),
     "corpus with too long a name": (f"train.py tiny.py --dataset={LONG}", r"x{300}"),
     "mixture of no weight": ("train.py tiny.py --dataset=words:0,letters:0", r"the weight of words is 0\. Give it one"),
-    "mixture without a weight": ("train.py tiny.py --dataset=words,letters:1", r"'words' is no name with a weight"),
+    "mixture without a weight": ("train.py tiny.py --dataset=words,letters:1", r"'words' is not a name with a weight"),
     "mixture with a missing corpus": ("train.py tiny.py --dataset=words:1,nowhere:1", r"no dataset 'nowhere' under"),
     "mixture of two tokenizers": (
         "train.py tiny.py --dataset=letters:1,words:1",

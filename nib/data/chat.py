@@ -1,7 +1,7 @@
 """Conversations as token ids, and which of these are learned.
 
-`Chat(tokenizer)` renders messages by the tokenizer's chat template: `render` gives the text that transformers renders,
-`prompt_ids` what a model answers, `encode_conversation` what it is trained on. `stop_ids` end an answer.
+`Chat(tokenizer)` applies the tokenizer's chat template: `render` gives the text that transformers renders,
+`prompt_ids` the ids that a model answers, `encode_conversation` the ids it is trained on. `stop_ids` end an answer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 1 << 20
 Messages = list[dict[str, Any]]
-# For tokenizers that come with no template. Its special tokens get ids after the vocabulary.
+# For tokenizers without a template. Its special tokens get ids after the vocabulary.
 PLAIN_TEMPLATE = """\
 {%- set system = 1 if messages and messages[0].role == 'system' else 0 -%}
 {%- for message in messages -%}
@@ -59,9 +59,9 @@ def read_template(path: Path) -> str:
 
 
 def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
-    """Give a tokenizer the chat template, or nib's own where it has none, the special tokens in it, and its stops.
+    """Give a tokenizer a chat template, the special tokens in it, and its stop ids. The default is nib's own template.
 
-    A tokenizer of a model's (Hugging Face) gets no token: the model has no embedding for it. Raises InputError.
+    A Hugging Face tokenizer gets no new tokens, since its model has no embeddings for them. Raises InputError.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         template = template or tokenizer.chat_template or PLAIN_TEMPLATE
@@ -72,7 +72,7 @@ def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
 
 
 def said(side: dict[str, Any]) -> Iterator[str]:
-    """The texts in what `nib.data.rows.learned_sides` gives."""
+    """The texts in a side, which `nib.data.rows.learned_sides` returns."""
     for content in [message["content"] for message in side.get("messages", [])] + [
         side.get("prompt"),
         side.get("text"),
@@ -84,7 +84,7 @@ def said(side: dict[str, Any]) -> Iterator[str]:
 
 
 def shown(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """Tokens with the bit LEARNED for a terminal: these in green; in double brackets where there are no colours."""
+    """The text of tokens for a terminal. Tokens with the bit LEARNED are green, or in [[ ]] without colours."""
     colours = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     begin, end = ("\x1b[30;42m", "\x1b[0m") if colours else ("[[", "]]")
     names = {id: name for name, id in tokenizer.special_tokens.items()}
@@ -98,7 +98,7 @@ def shown(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
 
 
 class Chat:
-    """The chat template of a tokenizer at work. Raises InputError where it has none."""
+    """Applies the chat template of a tokenizer. Raises InputError if it has none."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -112,19 +112,19 @@ class Chat:
         self.turn_end = re.compile(rf"(?:{self.specials.pattern})\s*\Z")
 
     def render(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The text that transformers renders. Raises InputError where the template fails."""
+        """The text that transformers renders. Raises InputError if the template fails."""
         return re.sub(f"[{OPEN}{CLOSE}]", "", self.template.render(messages, tools, add_generation_prompt))
 
     def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
-        """The ids that a model goes on from as the assistant. Special tokens in messages stay text."""
+        """The ids of a prompt for the assistant's next message. Special tokens in messages stay text."""
         return self._encode(self._guarded_render(messages, tools, True))[0].tolist()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:
-        """The ids that end an answer: the tokenizer's, and the one by which the template ends a turn."""
+        """The ids that end an answer: the tokenizer's, and the template's end-of-turn token."""
         stops = self.tokenizer.stop_ids | {self.tokenizer.end_of_text}
-        word = getattr(self.tokenizer, "characters", "")[-1:] or "Hi"  # one that a tokenizer of characters has
-        for text in (word, [{"type": "text", "text": word}]):  # some templates take parts only
+        word = getattr(self.tokenizer, "characters", "")[-1:] or "Hi"  # a text that a character tokenizer can encode
+        for text in (word, [{"type": "text", "text": word}]):  # some templates accept only content in parts
             try:
                 ids, mask = self.encode_conversation(
                     [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
@@ -144,10 +144,10 @@ class Chat:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The ids, uint32 (T,), and the mask, uint8 (T,): 1 where the token is learned.
 
-        `train_on` is assistant, what the assistant writes with the token that ends its turn, or all; of the messages
-        before number `first`, counted from 0, nothing is learned by the former. The ids are
-        those of transformers' apply_chat_template, but that special tokens in messages stay text. Raises InputError
-        where the template fails, leaves something out, or does not show what the assistant writes.
+        `train_on` is all (every token) or assistant: what the assistant writes in message `first` (counted from 0) and
+        later, with its end-of-turn tokens. The ids are those of transformers' apply_chat_template, except that special
+        tokens in messages stay text. Raises InputError if the template fails, leaves something out, or does not show
+        what the assistant writes.
         """
         rendered = self._guarded_render(messages, tools, False)
         text = re.sub(f"[{OPEN}{CLOSE}]", "", rendered)
@@ -156,14 +156,14 @@ class Chat:
         if train_on == "all":
             return ids, np.ones(len(ids), dtype=np.uint8)
         if not any(message.get("role") == "assistant" for message in messages[first:]):
-            raise InputError("there is no turn of the assistant")
+            raise InputError("there is no assistant turn")
         if self.has_generation:
             spans = self._marked(rendered, text)
             prompt = (
                 re.sub(f"[{OPEN}{CLOSE}]", "", self._guarded_render(messages[:first], tools, False)) if first else ""
             )
             if not text.startswith(prompt):
-                raise InputError("the chat template writes the prompt in another way where an answer follows")
+                raise InputError("the chat template renders the prompt differently when an answer follows")
             spans = [span for span in spans if span[0] >= len(prompt)]
         else:
             spans = self._subtracted(messages, tools, text, first)
@@ -171,14 +171,14 @@ class Chat:
         for begin, end in spans:
             mask[(places[:, 0] < end) & (places[:, 1] > begin)] = 1
         if not mask.any():
-            raise InputError("nothing in it is the assistant's by the chat template")
+            raise InputError("by the chat template, no text in it is the assistant's")
         return ids, mask
 
     def _guarded(self, value: Any) -> Any:
-        """The same with a mark inside all special tokens, so that they are text."""
+        """`value` with a mark inside all special tokens, so that they stay text."""
         if isinstance(value, str):
             if found := re.search(f"[{OPEN}{CLOSE}{GUARD}]", value):
-                raise InputError(f"the text holds U+{ord(found[0]):04X}, which is no character")
+                raise InputError(f"the text holds U+{ord(found[0]):04X}, which is not a character")
             return self.specials.sub(lambda token: token[0][0] + GUARD + token[0][1:], value)
         if isinstance(value, dict):
             return {key: self._guarded(item) for key, item in value.items()}
@@ -190,11 +190,11 @@ class Chat:
         if (guarded, guarded_tools) != (messages, tools):
             plain = self.template.render(messages, tools, add_generation_prompt)
             if rendered.replace(GUARD, "") != plain:
-                raise InputError("the chat template takes a special token in a message for its own")
+                raise InputError("the chat template acts on a special token in a message")
         return rendered
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of a rendered text without its guards, and the characters of it that each stands for, (T, 2)."""
+        """The ids of a rendered text without its guards, and the span of characters of each id, (T, 2)."""
         ids: list[int] = []
         places: list[np.ndarray] = [np.zeros((0, 2), dtype=np.int64)]
         at = 0
@@ -206,14 +206,14 @@ class Chat:
         return np.array(ids, dtype=np.uint32), np.concatenate(places)
 
     def _check_whole(self, messages: Messages, tools: Any, text: str) -> None:
-        """Raises InputError where the template leaves out what a message says, or writes it as Python has it."""
+        """Raise InputError if the template leaves out a message's text or tools, or prints parts as a Python list."""
         for number, message in enumerate(self._guarded(messages), start=1):
             content = message.get("content")
             parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
             for part in parts:
                 said = part.get("text") if isinstance(part, dict) else part
                 if not isinstance(said, str):
-                    raise InputError(f"message {number} has a part that is no text")
+                    raise InputError(f"message {number} has a part that is not text")
                 last = said.strip().rpartition("\n")[2].strip()
                 if message.get("role") in ("system", "user", "assistant") and last not in text:
                     shown = last.replace(GUARD, "")[:40]
@@ -229,10 +229,10 @@ class Chat:
             except InputError:
                 same = False
             if same:
-                raise InputError("the chat template does not show the calls of tools")
+                raise InputError("the chat template does not show the tool calls")
 
     def _marked(self, rendered: str, text: str) -> list[tuple[int, int]]:
-        """The spans in {% generation %}, with the token that ends a turn where it comes right after."""
+        """The spans of {% generation %} blocks, each with the end-of-turn token if it comes right after the block."""
         spans, at, ended = [], 0, True
         for index, piece in enumerate(re.split(f"[{OPEN}{CLOSE}]", rendered)):
             if index % 2 == 1:
@@ -240,7 +240,7 @@ class Chat:
                     spans.append((at, at + len(piece)))
                 if piece.strip():
                     ended = self.turn_end.search(piece) is not None
-            elif not ended and (piece or at == len(text)):  # nothing between two blocks: they are one
+            elif not ended and (piece or at == len(text)):  # adjacent blocks are one
                 token = self.specials.match(piece)
                 if token is None:
                     raise InputError("{% generation %} in the chat template leaves out the token that ends a turn")
@@ -249,7 +249,7 @@ class Chat:
         return spans
 
     def _subtracted(self, messages: Messages, tools: Any, text: str, first: int) -> list[tuple[int, int]]:
-        """What each turn of the assistant adds to the turns before it, up to the token that ends it."""
+        """The span that each assistant turn adds to the rendered turns before it, up to its end-of-turn token."""
         spans = []
         for index, message in enumerate(messages):
             if message.get("role") != "assistant" or index < first:
@@ -257,13 +257,13 @@ class Chat:
             before = self._guarded_render(messages[:index], tools, True)
             after = self._guarded_render(messages[: index + 1], tools, False)
             while not text.startswith(after) and (end := self.turn_end.search(after)):
-                after = after[: end.start()]  # the end of the text, which some templates put after the last turn only
+                after = after[: end.start()]  # end-of-text, which some templates put only after the last turn
             if not after.startswith(before) or not text.startswith(after):
                 raise InputError(
-                    f"the chat template writes message {index + 1} in another way than by adding to what was before, "
-                    "and has no {% generation %} that shows it"
+                    f"the chat template changes the text before message {index + 1} when it adds this message, "
+                    "and has no {% generation %} block that marks it"
                 )
             if not self.turn_end.search(after, len(before)):
-                raise InputError(f"the chat template ends message {index + 1} with no special token, to be learned")
+                raise InputError(f"the chat template ends message {index + 1} without a special token to learn")
             spans.append((len(before), len(after.rstrip())))
         return spans

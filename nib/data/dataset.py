@@ -1,4 +1,4 @@
-"""A directory of prepared data: its shards checked, mapped and read as one sequence of tokens."""
+"""A directory of prepared data: its shards, checked, memory-mapped and read as one sequence of tokens."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
 KINDS = ("text", "chat", "preference")
-# Of a split, at a time, and not above a quarter of the files that the process may hold open: each map is one of them.
-# Opening one takes 40 us, reading a window of an open one 4 us.
+# The most shards of a split mapped at a time, each of which is an open file; at most a quarter of the process's limit
+# of open files. Opening a shard takes 40 us, reading a window of an open one 4 us.
 OPEN_SHARDS = 128
 
 
 class Dataset:
-    """A directory made by prepare_data.py: two splits of tokens, the tokenizer and what meta.json says.
+    """A directory made by prepare_data.py: two splits of tokens, the tokenizer and the content of meta.json.
 
     Opening checks every shard against meta.json: its size always, its sha256 unless that was done before for the
-    same file. Raises InputError for anything that does not fit.
+    same file. Raises InputError for anything that does not match.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -42,7 +42,7 @@ class Dataset:
         self.tokenizer: Tokenizer = load_tokenizer(directory)
         self.vocab_size = int(self.meta["vocab_size"])
         self.kind = str(self.meta.get("kind", "text"))
-        self.chat = self.kind != "text"  # conversations, with a mask of what is learned; of a preference two a pair
+        self.chat = self.kind != "text"  # conversations with a loss mask; a preference pair is two conversations
         if self.tokenizer.vocab_size != self.vocab_size:
             size = self.tokenizer.vocab_size
             sizes = f"the tokenizer has {counted(size, 'id')}, meta.json says {self.vocab_size}"
@@ -52,7 +52,7 @@ class Dataset:
 
     @property
     def parts(self) -> list[Dataset]:
-        """As a mixture has them: this dataset alone."""
+        """This dataset alone, for code that takes a Mixture too."""
         return [self]
 
     def open_split(self, split: str) -> TokenStream:
@@ -88,10 +88,10 @@ class Dataset:
         return stream
 
     def check_content(self, shard: Path, dtypes: dict[str, np.dtype]) -> None:
-        """Compare the sha256 of a shard's files, and the largest number, once: a stamp remembers what was seen.
+        """Check the sha256 and the largest value of a shard's files once: a stamp file records what was checked.
 
-        The time of the last change is in it, which cannot be set: a stamp that was copied with its file counts
-        nothing.
+        The stamp includes the files' ctime, which no program can set, so a stamp that was copied along with a file
+        is not valid.
         """
         limits, lines = {".bin": self.vocab_size, ".mask": 2, ".rows": 2**32}, []
         for suffix, dtype in dtypes.items():
@@ -110,7 +110,7 @@ class Dataset:
         try:
             stamp.write_text(seen)
         except OSError:
-            return  # a read-only data directory is checked every time
+            return  # a read-only data directory is checked at every start
 
     def check_file(self, path: Path, dtype: np.dtype, limit: int) -> None:
         digest, largest = hashlib.sha256(), 0
@@ -126,13 +126,13 @@ class Dataset:
             raise InputError(f"{path} holds {what} {largest}, beyond the {those} of {limit}. {HOW}")
 
     def fingerprint(self) -> str:
-        """Identifies the corpus: a hash over the checksums of its shards and its vocabulary."""
+        """A hash that identifies the corpus: of the checksums of its shards, its token counts and vocabulary size."""
         text = json.dumps([self.meta["sha256"], self.meta["tokens"], self.vocab_size], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """meta.json with its types checked. Raises InputError."""
+    """The content of meta.json, with its types checked. Raises InputError."""
     path = directory / META_FILE
     try:
         meta = read_object(path, MAX_META_BYTES)
@@ -144,7 +144,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         sound = sound and meta.get("kind", "text") in KINDS
     except FileNotFoundError:
         if (directory / REPLACEMENT).exists():
-            how = "Give the same prepare_data.py command again to finish it"
+            how = "Run the same prepare_data.py command again to finish it"
             raise InputError(f"the replacement of {directory} was interrupted. {how}") from None
         raise InputError(
             f"no prepared data in {directory}. Make it with: python prepare_data.py SOURCE --out {typed(directory)}"
@@ -159,7 +159,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
 
 
 class Shard:
-    """One file of tokens, as it was when it was opened."""
+    """One file of a shard, with its identity when the dataset was opened."""
 
     def __init__(self, path: Path) -> None:
         status = path.stat()
@@ -168,9 +168,9 @@ class Shard:
 
 
 class MappedShards(Sequence[NDArray[Any]]):
-    """Shards that are mapped into memory when they are read; the last used stay so.
+    """Shards that are memory-mapped when they are read; the most recently used stay mapped.
 
-    Raises RunError for one that was replaced since it was opened: the data would be of two corpora.
+    Raises RunError for a shard that was replaced since the dataset was opened: the data would mix two corpora.
     """
 
     def __init__(self, shards: list[Shard], dtype: np.dtype, streams: int = 4) -> None:
@@ -190,9 +190,9 @@ class MappedShards(Sequence[NDArray[Any]]):
             mapped = np.memmap(shard.path, dtype=self.dtype, mode="r")
             if Shard(shard.path).identity == shard.identity:
                 return mapped
-            reason, how = "it was replaced meanwhile", "Give the same command again"
+            reason, how = "it was replaced meanwhile", "Run the same command again"
         except (OSError, ValueError) as error:
-            how = way_out(error, "Give the same command again")
+            how = way_out(error, "Run the same command again")
             reason = str(getattr(error, "strerror", None) or error)
         raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 
@@ -200,8 +200,8 @@ class MappedShards(Sequence[NDArray[Any]]):
 class TokenStream:
     """The tokens of one split, in shards of `size` tokens each (the last may be shorter), read as one sequence."""
 
-    mask: TokenStream | None = None  # of conversations: 1 for each token that is learned
-    starts: NDArray[np.int64] | None = None  # where each of them begins, and where the last one ends
+    mask: TokenStream | None = None  # for conversations: 1 for each token that is learned
+    starts: NDArray[np.int64] | None = None  # where each conversation begins, and where the last one ends
 
     def __init__(self, shards: Sequence[NDArray[Any]], size: int) -> None:
         self.shards, self.size = shards, size

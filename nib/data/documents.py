@@ -1,6 +1,6 @@
 """Where text comes from: files, directories, standard input, URLs and public corpora, read as documents.
 
-A document is one text file, one line of JSONL or one row of Parquet. Everything is read as a stream.
+A document is one text file, one line of JSONL, one element of a JSON array or one row of Parquet. All is streamed.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from nib.data.questions import write_questions
 from nib.data.rows import CHAT_COLUMNS, MESSAGES, ROWS, row_text
 from nib.tokenizer.chunking import read_pieces
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs begin a JSONL file with it; files may have been joined
-# By the ending of the name; anything else is text.
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs put it first in a JSONL file; also inside concatenated files
+# By the extension of the name; anything else is text.
 FORMATS = {".jsonl": "jsonl", ".jsonlines": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet"}
 COMPRESSED: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-PACKED = set(".7z .br .lz4 .lzma .rar .tar .tbz .tbz2 .tgz .txz .tzst .z .zip .zst .zstd".split())  # and not read
+PACKED = set(".7z .br .lz4 .lzma .rar .tar .tbz .tbz2 .tgz .txz .tzst .z .zip .zst .zstd".split())  # not read
 SEPARATOR = re.compile(r"[ \t\r\n,]*")  # between the rows of a .json file
-HEAD_BYTES = 1 << 16  # of its first line, which shows what it is
+HEAD_BYTES = 1 << 16  # of the first line of a .json file, which shows whether it is JSONL
 ROW_BYTES = 1 << 28  # the longest row of a .json file; in a broken file the end of a row is not found
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
@@ -46,7 +46,7 @@ HUB = {  # built-in name: repository, its configuration, and the column that hol
     "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
 }
 BUILTIN_SOURCES = ("stdlib", "questions", "shakespeare", *HUB)
-# Tests, installed packages, and what is there on one machine and not on the next.
+# Tests, installed packages, and directories that some machines lack.
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
@@ -54,16 +54,16 @@ NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "_
 class Source:
     """One file or stream of documents."""
 
-    name: str  # as messages and meta.json show it
+    name: str  # for messages
     format: str  # text, jsonl, json, parquet or hub
-    path: Path | None = None  # None is standard input, or the hub
-    size: int | None = None  # of its text in bytes, where known
-    skip_invalid: bool = False  # leave out what is not UTF-8, whatever the option says
+    path: Path | None = None  # None: standard input, or the hub
+    size: int | None = None  # of its text in bytes, if known
+    skip_invalid: bool = False  # leave out what is not UTF-8, whatever --invalid says
 
 
 @dataclass(frozen=True)
 class Part:
-    """A document, or a piece of one that is long. `is_json`: a row of JSON, not parsed yet. `fault`: it has no text."""
+    """A document or a piece of one. `is_json`: an unparsed row of JSON. `fault`: why it has no text, or ""."""
 
     where: str
     data: bytes
@@ -76,10 +76,10 @@ class Part:
 
 
 def find_sources(names: list[str], format: str, glob: str, directory: Path, spool: bool) -> list[Source]:
-    """The files and streams behind the source arguments, in a fixed order.
+    """The files and streams that the source arguments name, in a fixed order.
 
-    What has to be fetched goes to `directory`: a URL always, a pipe when it is to be read twice (`spool`).
-    Raises InputError for a source that is not there or has no matching file.
+    URLs are downloaded to `directory`, and with `spool` (sources are read twice) pipes are copied there.
+    Raises InputError for a source that does not exist or has no matching file.
     """
     found: list[Source] = []
     for index, name in enumerate(names):
@@ -101,7 +101,7 @@ def find_sources(names: list[str], format: str, glob: str, directory: Path, spoo
 
 
 def _pipe(name: str, format: str, copy: Path | None) -> Source:
-    """Standard input or a named pipe, copied to disk when it is to be read twice."""
+    """Standard input or a named pipe, copied to the file `copy` unless that is None."""
     format = _format_of(Path(name), format)
     if format == "parquet":
         raise InputError("Parquet cannot be read from a pipe. Give the name of a file")
@@ -136,12 +136,12 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
         if path.is_dir():
             files = walk(path, glob or "*")
             tables = [file for file in files if file.suffix.lower() == ".parquet"]
-            if tables and not glob and format == "auto":  # the notes beside them are no part of the corpus
+            if tables and not glob and format == "auto":  # other files beside Parquet are not part of the corpus
                 files = tables
             if not files:
                 raise InputError(f"no file in {path} matches {glob or '*'}. Give another directory or --glob")
             readable = [file for file in files if _content_of(file, format)]
-            if len(files) <= 2 * len(readable) < 2 * len(files):  # where most are packed, these are the corpus
+            if len(files) <= 2 * len(readable) < 2 * len(files):  # if most were packed, the corpus would be in them
                 packed = sorted(set(files) - set(readable))
                 shown = ", ".join(map(printable, packed[:3])) + ", ..." * (len(packed) > 3)
                 how = "Unpack what belongs to the corpus"
@@ -152,7 +152,7 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
         else:
             raise InputError(f"no source {path}. Give a file, a directory, -, a URL or {', '.join(BUILTIN_SOURCES)}")
         for file in files:
-            file.open("rb").close()  # before hours of work, not after
+            file.open("rb").close()  # fail now, not after hours of work
         return [Source(str(file), _format_of(file, format), file, _text_size(file)) for file in files]
     except OSError as error:
         how = way_out(error, "Leave it out or mend it")
@@ -160,7 +160,7 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
 
 
 def _compression(path: Path) -> str:
-    """The ending of a name whose content is unpacked while it is read, or ""."""
+    """The extension of a compressed file that can be read, or ""."""
     return path.suffix.lower() if path.suffix.lower() in COMPRESSED else ""
 
 
@@ -169,7 +169,7 @@ def _text_size(path: Path) -> int | None:
 
 
 def _content_of(path: Path, format: str) -> str:
-    """What a file of that name holds; "" where it is packed in a way that is not read here."""
+    """The format of a file of that name; "" for archives and compressions that are not read."""
     *_, inner, last = "", "", *(suffix.lower() for suffix in path.suffixes)
     ending = inner if last in COMPRESSED else last
     found = FORMATS.get(ending, "text" if format == "auto" else "jsonl") if format in ("auto", *ROWS) else format
@@ -177,7 +177,7 @@ def _content_of(path: Path, format: str) -> str:
 
 
 def _format_of(path: Path, format: str) -> str:
-    """What a file of that name holds. Raises InputError where it is packed in a way that is not read here."""
+    """The format of a file of that name. Raises InputError for archives and compressions that are not read."""
     if found := _content_of(path, format):
         return found
     raise InputError(
@@ -187,11 +187,10 @@ def _format_of(path: Path, format: str) -> str:
 
 
 def read_parts(sources: list[Source], field: str, kind: str = "") -> Iterator[Part]:
-    """The documents of all sources, in order. `field` is the Parquet or hub column that holds the text.
+    """The documents of all sources, in order. `field` is the Parquet column that holds the text.
 
-    Of Parquet a row of a `kind` (chat, preference) is a row of JSON.
-
-    Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is found later.
+    With a `kind` (chat, preference), rows of Parquet become rows of JSON.
+    Raises InputError for what cannot be read. Whether text is valid UTF-8 and a line valid JSON is checked later.
     """
     for source in sources:
         try:
@@ -205,13 +204,13 @@ def read_parts(sources: list[Source], field: str, kind: str = "") -> Iterator[Pa
                 with COMPRESSED.get(_compression(source.path), open)(source.path, "rb") as stream:
                     yield from _stream(source, stream)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
-            error = error if isinstance(error, OSError) else OSError(f"it is packed, and damaged: {error}")
+            error = error if isinstance(error, OSError) else OSError(f"it is compressed, and damaged: {error}")
             how = way_out(error, "Leave it out or mend it")
             raise InputError(f"cannot read {source.name}: {error.strerror or error}. {how}") from None
 
 
 class StandardInput(io.RawIOBase):
-    """Standard input, waited for a moment at a time: a signal that comes just before a longer wait would go unseen."""
+    """Standard input, read with short waits: a signal just before a long wait would be handled only after it."""
 
     def readable(self) -> bool:
         return True
@@ -242,7 +241,7 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
         if not (whole and line.startswith(b"{") and line.endswith(b"}")):
             yield from _json_rows(source.name, stream, b"".join(head))
             return
-        lines = itertools.chain(head, stream)  # one object, or JSONL under another name
+        lines = itertools.chain(head, stream)  # a single object, or JSONL in a file called .json
     for number, line in enumerate(lines, start=1):
         mark = len(BYTE_ORDER_MARK) if line.startswith(BYTE_ORDER_MARK) else 0
         if line[mark:].strip():
@@ -253,11 +252,11 @@ def _stream(source: Source, stream: BinaryIO) -> Iterator[Part]:
 def _json_rows(name: str, stream: BinaryIO, head: bytes) -> Iterator[Part]:
     """The elements of an array, or objects one after the other, from a file that begins with the bytes `head`.
 
-    Not much more than the row that is being read is held. After a fault in the JSON the next row cannot be found: what
-    follows becomes one part, which is found to be invalid.
+    Memory holds little more than the current row. After an error in the JSON the next row cannot be found: the rest
+    becomes one part, which is later found to be invalid.
     """
     decoder = json.JSONDecoder(strict=False)
-    text = head.removeprefix(BYTE_ORDER_MARK).decode("latin-1")  # a character a byte, so that positions are the same
+    text = head.removeprefix(BYTE_ORDER_MARK).decode("latin-1")  # one character per byte, so that positions are equal
     offset, at = len(head) - len(text), SEPARATOR.match(text).end()  # type: ignore[union-attr]
     array = text.startswith("[", at)
     at += array
@@ -289,7 +288,7 @@ def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
     except ImportError:
         raise InputError(f"reading {source.name} needs pyarrow. Run: pip install pyarrow") from None
     try:
-        # Read in small blocks: without a buffer size a whole row group, which can be gigabytes, is held.
+        # With a buffer size it reads small blocks; without, it would hold a row group, which can be gigabytes.
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             if kind:
@@ -308,21 +307,21 @@ def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
                     row += 1
                     try:
                         value = cell.as_py()
-                    except UnicodeDecodeError as error:  # a text's own bytes are looked at later
+                    except UnicodeDecodeError as error:  # a text column's bytes are checked later
                         if not isinstance(getattr(cell, "value", cell), pyarrow.BinaryScalar):
                             fault = f"column {field!r} holds {cell.type} with text that is not UTF-8"
                             yield Part(f"{source.name}, row {row}", b"", fault=fault)
                             continue
                         value = error.object
-                    except (ValueError, OverflowError):  # a time that Python's own types cannot hold
+                    except (ValueError, OverflowError):  # a time beyond Python's datetime
                         value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
     except pyarrow.ArrowException as error:
-        raise InputError(f"{source.name} is no valid Parquet file: {str(error)[:120]}. Give a whole file") from None
+        raise InputError(f"{source.name} is not a valid Parquet file: {str(error)[:120]}. Give a whole file") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row of Parquet has null for every key that any row has."""
+    """`value` without nulls: a row of Parquet has null for each key that only other rows have."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
@@ -333,7 +332,7 @@ def _hub_rows(source: Source) -> Iterator[Part]:
     try:
         import datasets
     except ImportError:
-        raise InputError(f"{source.name} is streamed by datasets. Run: pip install datasets") from None
+        raise InputError(f"{source.name} needs the package datasets. Run: pip install datasets") from None
     try:
         rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):

@@ -1,4 +1,4 @@
-"""Documents to token ids: what is a valid text, where a document ends, and how the work is divided."""
+"""Documents to token ids: checks the texts, ends each document, and divides the work among processes."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ BATCH_PARTS = 4096
 
 
 class Encoded(NamedTuple):
-    """What became of one `Part`: its share of the batch's tokens, or why it is left out."""
+    """The result of one `Part`: how many of the batch's tokens are its own, or why it is left out."""
 
     tokens: int
-    bytes: int  # of the text as encoded
-    replaced: int  # U+FFFD put in for invalid bytes
+    bytes: int  # of the encoded text
+    replaced: int  # invalid places that became U+FFFD
     content_hash: int  # 64 bits, of the document's first piece; 0 for later pieces
-    invalid: str  # not empty: the document is left out, for this reason
+    invalid: str  # why the document is left out, or ""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class EncoderSettings:
     seed: int
     dtype: str
     kind: str = ""  # chat, preference; empty: text
-    train_on: str = "assistant"  # or all, of chats
+    train_on: str = "assistant"  # or all; for chats
 
 
 class Encoder:
-    """Encodes batches of parts; each document ends with the end-of-text id where the tokenizer has one."""
+    """Encodes batches of parts; each document ends with the end-of-text id if the tokenizer has one."""
 
     def __init__(self, settings: EncoderSettings) -> None:
         self.settings = settings
@@ -72,7 +72,7 @@ class Encoder:
                 raise InputError(f"{part.where}: {error}") from None
             arrays.append(tokens)
             count = len(tokens)
-            # An empty document gives nothing, not even an end.
+            # An empty document gives no tokens, not even end-of-text.
             if part.last and not invalid and (count or not part.first):
                 arrays.append(end_array)
                 count += len(end_array)
@@ -82,7 +82,7 @@ class Encoder:
         return results, np.concatenate(arrays)
 
     def rows(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
-        """The same of conversations and preferences; a token's bits LEARNED and FIRST say what it is."""
+        """As `__call__`, for conversations and preferences; the bits LEARNED and FIRST are set in the tokens."""
         results, arrays = [], [np.zeros(0, dtype=np.uint32)]
         invalid = self.settings.invalid
         for part in parts:
@@ -104,7 +104,7 @@ class Encoder:
         return results, np.concatenate(arrays)
 
     def side(self, prompt: str = "", text: str = "", **conversation: Any) -> np.ndarray:
-        """The tokens of a conversation, or of a text that is learned after its prompt, with their bits."""
+        """The tokens, with LEARNED and FIRST, of a conversation, or of a prompt and the text learned after it."""
         if conversation:
             ids, mask = self.chat.encode_conversation(**conversation, train_on=self.settings.train_on)
         else:
@@ -121,18 +121,18 @@ class Encoder:
         return Chat(self.tokenizer)
 
     def content_hash(self, data: bytes) -> int:
-        """64 bits from the seed and the first piece of a document: equal for equal documents from any source."""
+        """64 bits from the seed and the first piece of a document: the same for equal documents of any source."""
         first = data if len(data) < PIECE_BYTES else data[: cut(data[:PIECE_BYTES])]
         return int.from_bytes(hashlib.blake2b(first, digest_size=8, key=self.key).digest(), "big")
 
 
 def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str, int, str]:
-    """The text of a part, how many U+FFFD were put in, and why its document is to be left out, or "".
+    """The text of a part, the number of invalid places replaced by U+FFFD, and why its document is left out, or "".
 
-    Of a `kind` it is the JSON of what is learned of the row.
+    With a `kind` (chat, preference) the text is the JSON of the row's `learned_sides`.
 
     `invalid` says what to do about invalid UTF-8: error, replace or skip. A row that is not an object with a text in
-    `field` can only be left out, by skip. Raises InputError.
+    `field` is an error, or left out with skip. Raises InputError.
     """
     if part.skip_invalid:
         invalid = "skip"
@@ -145,7 +145,7 @@ def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str
         where = part.where.partition(", line ")[0] if part.is_json else part.where
         reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
         if invalid == "error":
-            raise InputError(f"{reason}. Make it UTF-8 with iconv, or go on with --invalid=replace or skip") from None
+            raise InputError(f"{reason}. Convert it with iconv, or use --invalid=replace or --invalid=skip") from None
         if invalid == "skip":
             return "", 0, reason
         text = data.decode("utf-8", errors="replace")
@@ -158,7 +158,7 @@ def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
         reason = f"{part.where}: U+{ord(halves[0]):04X} is a lone surrogate"
         if invalid == "error":
-            raise InputError(f"{reason}. --invalid=replace or skip go on")
+            raise InputError(f"{reason}. Use --invalid=replace or --invalid=skip")
         if invalid == "skip":
             return "", 0, reason
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
@@ -166,7 +166,7 @@ def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str
 
 
 def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
-    """What `part_text` returns for a row that is left out. Raises InputError where it is not."""
+    """What `part_text` returns for a row that is left out. Raises InputError unless `invalid` is skip."""
     if invalid == "skip":
         return "", 0, reason
     raise InputError(
@@ -193,7 +193,7 @@ def _json_text(line: str, field: str, kind: str) -> tuple[str, str]:
 
 
 def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Group parts to about `BATCH_BYTES`, so that many small files cost no more than a large one."""
+    """Group parts into batches of about `BATCH_BYTES`, so that many small files cost no more than a large one."""
     batch: list[Part] = []
     size = 0
     for part in parts:
@@ -211,6 +211,6 @@ def encode_all(
 ) -> Generator[tuple[list[Part], tuple[list[Encoded], np.ndarray]], None, None]:
     """Encode batches of `parts` in `workers` processes (1: in this one), in order, a bounded number at a time.
 
-    Raises InputError of the first bad part, RunError when a worker dies.
+    Raises the InputError of the first bad part, or RunError if a worker dies.
     """
     return map_in_order(Encoder, settings, batches(parts), workers)

@@ -1,4 +1,4 @@
-"""Several datasets trained on at once, each with its share of the sequences: --dataset=a:0.7,b:0.3."""
+"""Training on several datasets at once, each with its share of the sequences: --dataset=a:0.7,b:0.3."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nib.data.paths import find_dataset
 
 
 def read_names(text: str) -> dict[str, Fraction]:
-    """The datasets that a setting names, with their shares, which add to 1. Raises InputError.
+    """The datasets that the setting `dataset` names, with their shares, which add up to 1. Raises InputError.
 
-    A dataset may have a colon or a comma in its name.
+    The name of a single existing dataset may contain a colon or a comma.
     """
     if not set(":,") & set(text) or find_dataset(text).exists():
         return {text: Fraction(1)}
@@ -28,10 +28,10 @@ def read_names(text: str) -> dict[str, Fraction]:
         except ValueError:
             weight = math.nan
         if not name or not 0 <= weight < math.inf:
-            raise InputError(f"dataset {text!r}: {part.strip()!r} is no name with a weight. {how}")
+            raise InputError(f"dataset {text!r}: {part.strip()!r} is not a name with a weight. {how}")
         if name in weights:
             raise InputError(f"dataset {text!r} names {name} twice. Add its weights up")
-        weights[name] = Fraction(str(weight))  # 0.7, not the number next to it that float has
+        weights[name] = Fraction(str(weight))  # exactly 0.7, not the nearest float
     if not all(weights.values()):
         name = next(name for name, weight in weights.items() if not weight)
         raise InputError(f"dataset {text!r}: the weight of {name} is 0. Give it one above 0, or leave it out")
@@ -46,7 +46,7 @@ class Mixture:
         self.parts, self.shares = list(parts.values()), shares
         for name, part in parts.items():
             part.name = name
-        first = next((part for part in self.parts if part.chat), self.parts[0])  # its template is the model's
+        first = next((part for part in self.parts if part.chat), self.parts[0])  # the model gets its chat template
         self.directory = ", ".join(str(part.directory) for part in self.parts)  # for messages
         self.tokenizer, self.vocab_size = first.tokenizer, first.vocab_size
         self.kind = "preference" if any(part.kind == "preference" for part in self.parts) else first.kind
@@ -64,5 +64,5 @@ class Mixture:
             part.tokenizer = self.tokenizer
 
     def fingerprint(self) -> str:
-        """Identifies the corpora; their shares are in the settings."""
+        """A hash that identifies the corpora; their shares are in the settings."""
         return hashlib.sha256(" ".join(part.fingerprint() for part in self.parts).encode()).hexdigest()

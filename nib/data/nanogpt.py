@@ -1,4 +1,4 @@
-"""nanoGPT's datasets: train.bin, val.bin and perhaps meta.pkl, of which nothing can run."""
+"""nanoGPT's datasets: train.bin, val.bin and perhaps meta.pkl, read without running any code from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COPY_TOKENS = 1 << 22
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, texts, lists and dictionaries; whatever names a class or function is refused."""
+    """Reads numbers, texts, lists and dictionaries; refuses a pickle that names a class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise pickle.UnpicklingError(f"it names {module}.{name}")
@@ -42,21 +42,21 @@ def read_meta(path: Path) -> CharTokenizer:
         return CharTokenizer("".join(characters))
     except Exception as error:  # a broken pickle raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is no meta.pkl of characters: {reason[:100]}. Prepare the text itself") from None
+        raise InputError(f"{path} is not a meta.pkl of characters: {reason[:100]}. Prepare the text itself") from None
 
 
 def is_dataset(sources: list[str]) -> bool:
-    """Whether the one source is a directory of nanoGPT's token files."""
+    """Whether the only source is a directory of nanoGPT's token files."""
     return len(sources) == 1 and all((Path(sources[0]) / f"{split}.bin").is_file() for split in ("train", "val"))
 
 
 def dataset_tokenizer(directory: Path, name: str) -> Tokenizer:
-    """That of meta.pkl, else the one called `name`."""
+    """The tokenizer in meta.pkl if there is one, else the one called `name`."""
     return read_meta(directory / META_FILE) if (directory / META_FILE).exists() else make_tokenizer(name)
 
 
 def copy_tokens(directory: Path, tokenizer: Tokenizer, writer: SplitWriter) -> None:
-    """Append both splits to `writer`, every id being looked at. Raises InputError."""
+    """Append both splits to `writer`, checking every id. Raises InputError."""
     lengths, end = tokenizer.byte_lengths(), tokenizer.end_of_text
     for split in ("train", "val"):
         path = directory / f"{split}.bin"

@@ -16,15 +16,15 @@ from nib.data.sequences import Conversations, padded
 
 
 class PairBatch(NamedTuple):
-    """n pairs: rows 0 to n - 1 are the chosen answers, the others the rejected ones, in the same order."""
+    """n pairs: rows 0 to n - 1 are the chosen answers, rows n to 2n - 1 the rejected ones, in the same order."""
 
     inputs: Tensor  # (2n, T) int64
     targets: Tensor  # (2n, T), -1 where nothing is learned: in the prompt and the padding
-    numbers: NDArray[np.int64]  # (n,) of the pairs in their split
+    numbers: NDArray[np.int64]  # (n,) the pairs' numbers in their split
 
 
 class Pairs:
-    """The pairs of a split, each a sequence of a run. Raises InputError for one that does not fit into the context."""
+    """The pairs of a split; a sequence of the run is a pair. Raises InputError for a pair longer than the context."""
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int = 0, name: str = "") -> None:
         self.conversations, self.seed = Conversations(stream, block_size), seed
@@ -38,14 +38,14 @@ class Pairs:
         self.mean_tokens = max(1.0, float(self.lengths.mean())) if self.size else 1.0
 
     def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which pair each of the run's sequences is."""
+        """The number of the pair that each of the run's sequences is."""
         return shuffled(sequences, self.size, self.seed)
 
     def tokens(self, sequences: NDArray[np.int64]) -> int:
         return int(self.lengths[self.index(sequences)].sum())
 
     def batches(self, numbers: NDArray[np.int64], size: int, block_size: int, widths: int = 0) -> list[PairBatch]:
-        """Pairs in batches of `size`, those of like lengths together; `widths` as in `micro_batches`."""
+        """Pairs in batches of `size`, those of similar lengths together; `widths` as in `micro_batches`."""
         rows = {int(n): [self.conversations.row(2 * int(n) + side) for side in (0, 1)] for n in set(numbers.tolist())}
         width = {n: max(len(inputs) for inputs, _ in pair) for n, pair in rows.items()}
         ordered = sorted(numbers.tolist(), key=lambda n: -width[n])
@@ -60,5 +60,5 @@ class Pairs:
 
     @staticmethod
     def empty() -> PairBatch:
-        """What a process computes that has no pair left: sharded models need as many passes on all of them."""
+        """The batch of a process that has no pair left: sharded models need the same number of passes on each."""
         return PairBatch(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -1), np.zeros(0, dtype=np.int64))

@@ -1,4 +1,4 @@
-"""Where a dataset is, and which text files lie below a directory."""
+"""Find a dataset by name, and the text files in a directory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nib.data.shards import META_FILE, dataset_files
 
 
 def find_dataset(name: str) -> Path:
-    """The prepared directory NAME or data/NAME; where there is none, the place that a message should name.
+    """The prepared directory NAME or data/NAME; if there is none, the path for error messages.
 
-    A directory that nib did not prepare does not hide data/NAME: mostly it holds the texts that were prepared.
+    A directory NAME without prepared data does not hide data/NAME: it usually holds the source texts.
     """
     path, below = Path(name), Path("data") / name
     for directory in (path, below):
@@ -28,12 +28,12 @@ def find_dataset(name: str) -> Path:
 
 
 def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool = True) -> list[Path]:
-    """The files below `root` that match, sorted by path: none of a prepared dataset, none hidden.
+    """The files below `root` that match, sorted by path, without those of a prepared dataset and hidden ones.
 
-    A glob with a part that begins with a dot matches hidden ones too.
+    A glob with a part that begins with a dot matches hidden files too.
 
-    Links are followed (`follow`: to directories too). What is there without the link, or was reached by another, is
-    not read again, and a link to a directory that it lies in is not followed.
+    Links to files are followed, with `follow` also links to directories. A file that is reached twice is read once,
+    and a link to a directory that contains it is not followed.
     """
 
     def fail(error: OSError) -> None:
@@ -83,7 +83,7 @@ def walk(root: Path, glob: str, leave_out: Set[str] = frozenset(), follow: bool 
 
 
 def _matches(parts: tuple[str, ...], glob: str) -> bool:
-    """Whether a path matches: by its name, or where `glob` has a slash as a whole, `**` being any directories."""
+    """Whether a path matches `glob`: its name, or its whole path if `glob` has a slash; `**` is any directories."""
     if "/" not in glob:
         return fnmatch.fnmatchcase(parts[-1], glob)
 

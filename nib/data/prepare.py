@@ -1,4 +1,4 @@
-"""Text to a data directory: shards of token ids, the tokenizer, and `meta.json` that describes them."""
+"""Text to a data directory: shards of token ids, the tokenizer, and a `meta.json` that describes them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nib.data.workers import Worker
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
-# A dataset that can be made from its name: the source and how it is prepared.
+# Datasets that are made by name: the source, and how it is prepared.
 BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
     "stdlib": {"source": "stdlib", "tokenizer": "bpe:2048", "val_fraction": 0.05},
     "stdlib_char": {"source": "stdlib", "tokenizer": "char", "val_fraction": 0.05},
@@ -39,14 +39,14 @@ BUILTIN_DATASETS: dict[str, dict[str, Any]] = {
     "openwebtext": {"source": "openwebtext", "tokenizer": "gpt2"},
     "fineweb-edu": {"source": "fineweb-edu", "tokenizer": "gpt2"},
 }
-# Of 160 MB of source code, 100 MB as sample instead of 60 saves 0.1 % of the tokens (vocabulary 8192) and takes
-# twice the time and 70 MB more memory.
+# Text for training a BPE. On 160 MB of source code, a sample of 100 MB instead of 60 saves 0.1 % of the tokens
+# (vocabulary 8192) and takes twice the time and 70 MB more memory.
 BPE_SAMPLE_BYTES = 50_000_000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def prepare_builtin(name: str, data_root: Path = Path("data")) -> dict[str, Any]:
-    """Prepare the built-in dataset `name` at `data_root/name` and return its meta data; see `prepare`."""
+    """Prepare the built-in dataset `name` in `data_root/name`, and return the content of its meta.json."""
     settings = {key: value for key, value in BUILTIN_DATASETS[name].items() if key != "source"}
     return prepare([BUILTIN_DATASETS[name]["source"]], data_root / name, **settings)
 
@@ -71,10 +71,10 @@ def prepare(
 ) -> dict[str, Any]:
     """Tokenize `sources` into the directory `out` and return the content of its `meta.json`.
 
-    The same sources and settings give the same bytes for any number of `workers` (0: one a core). A directory of
-    nanoGPT's token files keeps its split. Of chats, `train_on` says what is learned, and the first `show` are printed;
-    `chat_template` is jinja, in place of the tokenizer's own. `out` appears whole or not at all. Raises InputError for
-    a source, a text or a setting that will not do, RunError when the disk is full or the network fails.
+    The same sources and settings give the same bytes for any number of `workers` (0: one per core). A directory of
+    nanoGPT's token files keeps its split. For chats, `train_on` says what is learned, the first `show` are printed, and
+    `chat_template` is jinja to use instead of the tokenizer's own. `out` appears complete or not at all. Raises
+    InputError for a bad source, text or setting, RunError if the disk is full or the network fails.
     """
     began = time.monotonic()
     workers = workers or _cores()
@@ -91,7 +91,7 @@ def prepare(
             else:
                 found = find_sources(sources, format, glob, fetched, spool)
                 fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging, kind)
-            # Pairs of texts need no template, and no special tokens of one.
+            # Pairs of plain texts need no template and none of its special tokens.
             if kind == "chat" or (kind and (chat_template or fitted.chat_template)):
                 fit_tokenizer(fitted, chat_template)
             settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted), kind, train_on)
@@ -138,7 +138,7 @@ def prepare(
 
 
 def _cores() -> int:
-    """The cores this process may use, which in a container are fewer than the machine's."""
+    """The cores this process may use; in a container these may be fewer than the machine's."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -147,7 +147,7 @@ def _dtype(tokenizer: Tokenizer) -> str:
 
 
 def check_tokenizer_name(name: str) -> None:
-    """Raises InputError for a bpe:N that is none; other names are looked up when they are needed."""
+    """Raise InputError for bpe:N with a bad N; other names are looked up when they are needed."""
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:").replace("_", "")
         if not size.isdecimal() or not 257 <= int(size) <= 1_000_000:
@@ -155,7 +155,7 @@ def check_tokenizer_name(name: str) -> None:
 
 
 def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, directory: Path, kind: str) -> Tokenizer:
-    """The tokenizer of that name, trained on the corpus where it is of that kind."""
+    """The tokenizer of that name; `char` and `bpe:N` are trained on the corpus."""
     if name == "char":
         _say("collecting the characters of the corpus")
         return train_char(_texts(read_parts(sources, field, kind), field, invalid, kind))
@@ -163,11 +163,11 @@ def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, d
         return make_tokenizer(name)
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
-    # In a process of its own, since the memory that training took is not given back, and Ctrl-C would have to wait.
+    # In its own process: training does not return its memory to the system, and would delay Ctrl-C.
     with contextlib.closing(Worker(_BpeTraining, sources, field, invalid, kind)) as worker:
         tokenizer = load_tokenizer(worker(size, directory))
     if tokenizer.vocab_size < size:
-        _say(f"the corpus has words for {tokenizer.vocab_size} tokens only, so the vocabulary is {tokenizer.name}")
+        _say(f"the corpus has words for only {tokenizer.vocab_size} tokens, so the tokenizer is {tokenizer.name}")
     return tokenizer
 
 
@@ -189,7 +189,7 @@ def _texts(parts: Iterable[Part], field: str, invalid: str, kind: str) -> Iterat
 
 
 def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
-    """Parts spread evenly over the corpus, about `BPE_SAMPLE_BYTES`; the first ones where its size is unknown."""
+    """Parts spread evenly over the corpus, about `BPE_SAMPLE_BYTES`; the first ones if its size is unknown."""
     sizes = [source.size for source in sources]
     known = sum(size for size in sizes if size is not None) if None not in sizes else 0
     stride = max(1.0, known / BPE_SAMPLE_BYTES)
@@ -242,7 +242,7 @@ def _nothing_to_train_on(writer: SplitWriter, sources: list[str]) -> str:
 
 
 class _Progress:
-    """A tqdm bar on a terminal, and a line now and then when not: MB/s, tokens, time left."""
+    """A tqdm bar on a terminal; otherwise a line every LINE_SECONDS: MB, tokens, MB/s."""
 
     LINE_SECONDS = 10.0
 
@@ -279,7 +279,7 @@ def _print_summary(out: Path, meta: dict[str, Any], replaced: int, seconds: floa
     if learned := meta.get("learned"):
         _say("learned " + " and ".join(f"{counted(f'{learned[split]:,}', 'token')} of {split}" for split in learned))
     if replaced:
-        _say(f"replaced {counted(replaced, 'place')} not valid in UTF-8 by U+FFFD")
+        _say(f"replaced {counted(replaced, 'place')} of invalid UTF-8 by U+FFFD")
     for split in ("train", "val"):
         counts = ((meta[f"{noun}s"][split], noun) for noun in ("document", "token", "byte"))
         _say(f"{split:5} " + " ".join(f"{counted(f'{count:,}', noun):>21}" for count, noun in counts))
@@ -294,9 +294,9 @@ def _say(line: str) -> None:
 
 
 def dataset_name(sources: list[str]) -> str:
-    """The name of the data directory when none is given. Raises InputError when the sources suggest none."""
+    """The default name of the data directory. Raises InputError if the sources suggest none."""
     if len(sources) != 1:
-        raise InputError("several sources have no name together. Give --out=data/NAME")
+        raise InputError("there is no default name for several sources. Give --out=data/NAME")
     source = sources[0]
     if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
         return source

@@ -1,8 +1,8 @@
-"""Conversations with checkable answers, made from a seed: what config/chat.py learns, and what it is asked afterwards.
+"""Conversations with checkable answers, made from a seed: the training data and the test of config/chat.py.
 
 Sums, words to reverse, letters and numbers to sort, facts to look up, a name that the user or a system message gives,
-and second turns that need the first. A problem, such as 17 + 25 or the letters of a word, in any order, is held out or
-not by its hash: one that a model is asked afterwards is in no conversation that it learned from.
+and second turns that need the first. The hash of a problem, such as 17 + 25 or the letters of a word in any order,
+decides whether it is held out. A held-out problem occurs in no training conversation.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 Messages = list[dict[str, str]]
 COUNT = 20_000  # conversations of the corpus
 HELD_OUT = 0.1  # of all problems
-CHARACTERS = 130  # after which a conversation ends
+CHARACTERS = 130  # a conversation gets questions until it has so many
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PEOPLE = "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tina Uma Vera Will".split()
 THINGS = "apples books cups dogs eggs forks hats jars keys lamps maps nuts pens rings shoes toys".split()
 
 
 class Questions:
-    """Draws questions whose problems are all held out, or none of them."""
+    """Draws questions: only held-out problems, or only others."""
 
     def __init__(self, seed: int, held_out: bool) -> None:
         self.random, self.held_out = random.Random(seed), held_out
-        self.kinds = {  # and how often they come: more often what takes longer to learn
+        self.kinds = {  # with their frequencies: what takes longer to learn is more frequent
             self.add: 3, self.add_twice: 2, self.reverse: 1, self.sort_letters: 2, self.sort_numbers: 2,
             self.look_up: 4, self.own_name: 1,
         }  # fmt: skip
@@ -117,14 +117,14 @@ def join(numbers: list[int]) -> str:
 
 
 def conversations(count: int, seed: int = 1337, held_out: bool = False) -> Iterator[Messages]:
-    """`count` conversations, all of whose problems are held out, or none of them."""
+    """`count` conversations: only with held-out problems, or only with others."""
     questions = Questions(seed, held_out)
     for _ in range(count):
         yield questions.conversation()
 
 
 def write_questions(path: Path) -> None:
-    """The corpus to learn from, as the rows of a JSONL file."""
+    """Write the training corpus as a JSONL file."""
     with path.open("w", encoding="utf-8") as file:
         for messages in conversations(COUNT):
             file.write(json.dumps({"messages": messages}) + "\n")

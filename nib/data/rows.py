@@ -1,13 +1,13 @@
-"""What a field of a JSON row or a column of Parquet holds, as the text of a document."""
+"""Rows of JSON and Parquet: the text of a document, and the messages of chats and preferences."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-MESSAGES = "messages"  # the column of a chat, where there is none called text
-ROWS = ("chat", "preference")  # formats whose rows are learned in part
-# What such a row may have, and the names that ShareGPT's roles have elsewhere.
+MESSAGES = "messages"  # the field of a chat, used if there is no field called text
+ROWS = ("chat", "preference")  # formats with a loss mask
+# The fields of such a row, and the usual names of ShareGPT's roles.
 CHAT_COLUMNS = (
     MESSAGES,
     "conversations",
@@ -23,10 +23,10 @@ ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assist
 
 
 def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict[str, Any]], str]:
-    """What is rendered of a row and learned from some place on, and what is wrong with it, or "".
+    """The conversations or texts of a row, and what is wrong with the row, or "".
 
-    A chat is one {messages, tools, first}: of the messages before `first` nothing is learned. A preference is two of
-    them, chosen and rejected, or two of {prompt, text}; what both begin with is the prompt where none is given.
+    A chat gives one {messages, tools, first}: messages before number `first` are not learned. A preference gives two,
+    chosen and rejected, or two {prompt, text}. Without a prompt, the common beginning of both is the prompt.
     """
     if kind == "chat":
         side, fault = conversation(row, field)
@@ -41,7 +41,7 @@ def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict
     if all(isinstance(text, str) for text in given) and isinstance(prompt, str | None):
         pairs = enumerate(zip(*given, strict=False))
         same = next((place for place, (a, b) in pairs if a != b), min(map(len, given))) if prompt is None else 0
-        # As in trl, a space is part of what follows it.
+        # As in TRL, a space belongs to the word after it.
         same -= same > 0 and given[0][same - 1] == " "
         sides = [{"prompt": (prompt or "") + text[:same], "text": text[same:]} for text in given]
         return sides, "" if all(side["text"] for side in sides) else "an empty side"
@@ -59,9 +59,9 @@ def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict
 
 
 def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
-    """The messages of a row, its tools, and the first message that may be learned; what is wrong with it, or "".
+    """The messages of a row, its tools, and the number of the first message to learn; what is wrong with it, or "".
 
-    They are in `field`, messages or conversations (ShareGPT), or in prompt and completion, texts or messages.
+    Messages are in `field`, in messages or conversations (ShareGPT), or in prompt and completion (texts or messages).
     """
     first = 0
     found = next((row[key] for key in (field, *CHAT_COLUMNS[:3]) if row.get(key) is not None and key != "text"), None)
@@ -89,7 +89,7 @@ def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
     if not messages:
         return {}, "an empty conversation"
     tools = row.get("tools") or None
-    if isinstance(tools, str):  # as some data sets have it
+    if isinstance(tools, str):  # some datasets store them as JSON text
         try:
             tools = json.loads(tools)
         except ValueError:
@@ -99,9 +99,9 @@ def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:
 
 
 def chat_text(messages: list[Any]) -> str | None:
-    """Chat messages as plain text, a paragraph a message: `role: content`. None when they are none.
+    """Chat messages as plain text, one paragraph `role: content` for each. None if one of them is not a message.
 
-    A message that calls tools may have no content.
+    A message with tool calls may have no content.
     """
     paragraphs = []
     for message in messages:
@@ -111,7 +111,7 @@ def chat_text(messages: list[Any]) -> str | None:
         role, content = found.get("role", found.get("from")), found.get("content", found.get("value"))
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
-        if isinstance(content, list):  # parts, of which pictures and sounds are left out
+        if isinstance(content, list):  # parts; images and audio are left out
             texts: list[Any] = [
                 part.get("text") if isinstance(part, dict) else part for part in content if not is_media(part)
             ]
@@ -123,9 +123,9 @@ def chat_text(messages: list[Any]) -> str | None:
 
 
 def is_media(part: Any) -> bool:
-    """Whether a part of a message's content is one without a text, such as a picture or a sound.
+    """Whether a part of a message's content is one without text, such as an image or audio.
 
-    A row of Parquet has null for what it lacks and other rows have.
+    A row of Parquet has null for each key that only other rows have.
     """
     if not isinstance(part, dict) or part.get("text") is not None:
         return False
@@ -133,7 +133,7 @@ def is_media(part: Any) -> bool:
 
 
 def row_text(value: Any, where: str) -> tuple[str, str]:
-    """The text that a field or column holds, and what is wrong with it, or ""."""
+    """The text in a field or column, and what is wrong with it, or ""."""
     text = chat_text(value) if isinstance(value, list) else value
     if isinstance(text, str):
         return text, ""

@@ -1,4 +1,4 @@
-"""The sequences that a model is trained and validated on, as rows of tensors: windows of a text, or conversations."""
+"""The sequences that a model is trained and validated on, as rows of batches: windows of a text, or conversations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of 
 
 
 class Sequences(Protocol):
-    """The training sequences of a run, numbered from 0 without end. `size` of them are an epoch."""
+    """The training sequences of a run, numbered from 0 without end. An epoch has `size` of them."""
 
     size: int
     mean_tokens: float  # of a sequence
@@ -37,7 +37,7 @@ class Sequences(Protocol):
 
 
 class Windows:
-    """The windows of a text. Raises InputError when it is shorter than one."""
+    """The windows of a text. Raises InputError if it is shorter than one."""
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int) -> None:
         self.stream, self.order = stream, WindowOrder(stream.tokens, block_size, seed)
@@ -53,9 +53,9 @@ class Windows:
 
 
 class Conversations:
-    """The conversations of a split, each a sequence of its own, cut at block_size + 1 tokens.
+    """The conversations of a split, each a sequence of its own, truncated to block_size + 1 tokens.
 
-    What follows its last learned token is left out of a row: nothing that counts sees it.
+    Tokens after the last learned one are left out of a row, since no target depends on them.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int = 0) -> None:
@@ -67,7 +67,7 @@ class Conversations:
         self.mean_tokens = max(1.0, float(self.lengths.mean())) if self.size else 1.0
 
     def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Which conversation each of the run's sequences is."""
+        """The number of the conversation that each of the run's sequences is."""
         return shuffled(sequences, self.size, self.seed)
 
     def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
@@ -85,7 +85,7 @@ class Conversations:
 
 
 class Mixed:
-    """The sequences of several datasets, each of which has its share of them at any time."""
+    """The sequences of several datasets, mixed so that each has its share of the sequences at any time."""
 
     def __init__(self, parts: list[Sequences], shares: list[Fraction]) -> None:
         self.parts, self.shares = parts, shares
@@ -103,7 +103,7 @@ class Mixed:
 
 
 def training_sequences(data: Dataset | Mixture, block_size: int, seed: int) -> Sequences:
-    """Those of one dataset, or of several in their shares. Raises InputError for a training split too short."""
+    """The training sequences of a dataset or mixture. Raises InputError if a training split is too short."""
     parts: list[Sequences] = []
     for dataset in data.parts:
         if dataset.chat and not dataset.train.tokens:
@@ -114,7 +114,7 @@ def training_sequences(data: Dataset | Mixture, block_size: int, seed: int) -> S
 
 
 def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
-    """What a run on it says at its beginning."""
+    """The lines about the data that a run prints at its start."""
     for part, share in zip(data.parts, data.shares, strict=True):
         of = f"{float(share):.1%} of the sequences: " if len(data.parts) > 1 else ""
         yield (
@@ -130,11 +130,11 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
 
 
 def micro_batches(rows: list[Row], size: int, block_size: int, widths: int = 0) -> list[Batch]:
-    """The rows in batches of `size`, those of like lengths together, right-padded to the longest of each.
+    """The rows in batches of `size`, those of similar lengths together, right-padded to the longest row of each.
 
-    With `widths` there are no more than so many different lengths: each is another shape to a compiler.
+    With `widths` there are at most so many different lengths, since torch.compile compiles each shape anew.
     """
-    rows = sorted(rows, key=lambda row: -len(row[0]))  # stable: windows, all of one length, stay in their order
+    rows = sorted(rows, key=lambda row: -len(row[0]))  # stable: windows, all of one length, keep their order
     parts = [rows[first : first + size] for first in range(0, len(rows), size)]
     step = -(-block_size // widths) if widths else 1
     return [padded(part, min(block_size, -(-len(part[0][0]) // step) * step)) for part in parts]
@@ -149,9 +149,9 @@ def padded(rows: list[Row], width: int) -> Batch:
 
 
 class BatchesAhead:
-    """The micro-batches of any step, by `load(step)`; those of the next one are loaded while this one is trained on.
+    """The micro-batches of any step, made by `load(step)`. A thread loads the next step's while this step is trained.
 
-    On a GPU's way they are pinned there too. An error of `load` comes when its step does.
+    With a CUDA device the thread also pins them. An error in `load` is raised when its step is taken.
     """
 
     def __init__(self, load: Callable[[int], list[Batch]], device: torch.device) -> None:
@@ -168,12 +168,12 @@ class BatchesAhead:
         batch = self.load(step)
         if self.device.type != "cuda":
             return batch
-        torch.cuda.set_device(self.device)  # a thread begins on the first one, and pinning would open that
+        torch.cuda.set_device(self.device)  # a new thread uses device 0, and pinning would initialise it
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
 
 
 class ValidationSequences(Protocol):
-    """What a pass over a split goes through, in batches. `size` is the number of sequences."""
+    """The sequences of a validation pass, in batches. `size` is their number."""
 
     size: int
 
@@ -182,7 +182,7 @@ class ValidationSequences(Protocol):
 
 @dataclass
 class ValidationWindows:
-    """Windows side by side that cover the targets of a text, or its first `limit` tokens (0: all)."""
+    """Adjacent windows that cover all targets of a text, or of its first `limit` tokens (0: all)."""
 
     stream: TokenStream
     block_size: int
@@ -193,7 +193,7 @@ class ValidationWindows:
         self.size = math.ceil((tokens - 1) / self.block_size) if tokens > 1 else 0
 
     def batch(self, first: int, count: int) -> Batch:
-        """Windows first to first + count; targets past the last window are -1."""
+        """Windows `first` to first + count - 1; targets past the end of the text are -1."""
         inputs = torch.zeros(count * self.block_size, dtype=torch.int64)
         targets = torch.full((count * self.block_size,), -1)
         end = min(first + count, self.size)
@@ -204,7 +204,7 @@ class ValidationWindows:
 
 
 class ValidationConversations:
-    """The conversations of a split, or its first ones with `limit` learned tokens (0: all), the longest first."""
+    """The conversations of a split, or the first ones with `limit` learned tokens (0: all), sorted longest first."""
 
     def __init__(self, stream: TokenStream, block_size: int, limit: int) -> None:
         self.conversations = Conversations(stream, block_size)
@@ -220,7 +220,7 @@ class ValidationConversations:
         self.size = len(self.order)
 
     def batch(self, first: int, count: int) -> Batch:
-        """At least one row on every process, since sharded models need that."""
+        """The rows `first` to first + count - 1; an empty row if there is none, since sharded models need a pass."""
         rows = [self.conversations.row(number) for number in self.order[first : first + count]]
         return padded(rows or [EMPTY], max((len(inputs) for inputs, _ in rows), default=0))
 
@@ -228,7 +228,7 @@ class ValidationConversations:
 def validation_sequences(
     data: Dataset | Mixture, block_size: int, limit: int
 ) -> list[tuple[str, float, ValidationSequences]]:
-    """By name and share, of each dataset whose validation split has a target that counts."""
+    """Name, share and validation sequences of each dataset whose validation split has any target."""
     found = []
     for part, share in zip(data.parts, data.shares, strict=True):
         kind = ValidationConversations if part.chat else ValidationWindows

@@ -1,4 +1,4 @@
-"""The token files of a data directory: written aside, split, cut into shards, put in place whole."""
+"""The token files of a data directory: written to a temporary directory, split, cut into shards, renamed into place."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
 
 FORMAT = "nib-data-1"
 META_FILE, MAX_META_BYTES = "meta.json", 1 << 26
-# Every name that a file of a dataset can have.
+# The names that files of a dataset can have.
 OWN_NAME = re.compile(rf"(train|val)-\d{{5,}}\.(bin|mask|rows)|{re.escape(META_FILE)}|{re.escape(TOKENIZER_FILE)}")
-# In a directory whose dataset is replaced: the new dataset, complete, and in it the old meta.json.
+# While a dataset is being replaced: the directory with the complete new dataset, and the old meta.json in it.
 REPLACEMENT, REPLACED = ".nib-staging/nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
-# Bits of the uint32 that a token of a chat is until the shards are cut: it is learned, it begins a conversation.
+# Bits in the uint32 of a chat's token until the shards are cut: the token is learned, it begins a conversation.
 LEARNED, FIRST = 1 << 31, 1 << 30
 SPLITS = ("train", "val")
 
 
 def staging_path(out: Path) -> Path:
-    """The directory for preparing the content of `out`. Inside `out` where that exists: it may be a mount or a link."""
+    """The directory for preparing the content of `out`: in `out` if that exists, since it may be a mount or a link."""
     return out / ".nib-staging" if out.is_dir() else files.staging_path(out)
 
 
 @contextlib.contextmanager
 def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A hidden directory whose content becomes that of `out` when the block ends well, and vanishes when it does not.
+    """A hidden directory whose content becomes that of `out` if the body succeeds, and is removed if it fails.
 
-    A new `out` appears by one rename. In an existing one the files of the old dataset are replaced, and only these.
-    What a killed run left is removed, or its replacement finished. Raises InputError when another run is preparing
-    `out` right now, and when `out` exists: without `overwrite` always, with it where a file of the user's is in danger.
+    A new `out` appears by one rename. In an existing `out` only the files of the old dataset are replaced. Files that
+    a killed run left are removed, or its replacement is finished. Raises InputError if another run is preparing `out`,
+    if `out` exists and `overwrite` is False, and if overwriting could destroy a file that nib did not write.
     """
     if not out.is_dir():
         check_output(out, overwrite)
@@ -51,7 +51,7 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
     staging = staging_path(out)
     with workplace(out, staging, out, (Path(REPLACEMENT).name,)) as new:
         _finish_replacement(out)
-        check_output(out, overwrite)  # another run may have ended just now
+        check_output(out, overwrite)  # under the lock, since another run may just have finished
         yield new
         fsync_files(new)
         new.rename(out / REPLACEMENT)
@@ -61,10 +61,10 @@ def staging_directory(out: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _finish_replacement(out: Path) -> None:
-    """Move a complete new dataset from its directory in `out` to its place, removing the old one.
+    """Move a complete new dataset from its directory in `out` into place, removing the old one.
 
-    A run that is killed in here leaves what the next call goes on from: every step may have been done before. There is
-    a meta.json in `out` only while one of the two datasets is complete.
+    If a run is killed in here, the next call finishes the work: each step may be repeated. `out` has a meta.json only
+    while one of the two datasets is complete in it.
     """
     new = out / REPLACEMENT
     if (new / META_FILE).exists():
@@ -74,7 +74,7 @@ def _finish_replacement(out: Path) -> None:
             if name.endswith(".bin"):
                 with contextlib.suppress(OSError):
                     (out / name).with_suffix(".checked").unlink()  # the stamp of nib.data.dataset
-            if name not in dataset_files(new):  # where they may have been moved from already
+            if name not in dataset_files(new):  # a file of the new dataset may already be in place
                 (out / name).unlink(missing_ok=True)
         for path in new.iterdir():
             if path.name not in (META_FILE, REPLACED):
@@ -86,7 +86,7 @@ def _finish_replacement(out: Path) -> None:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raises InputError when `out` may not be written."""
+    """Raise InputError if `out` may not be written."""
     if not out.exists() and not out.is_symlink():
         return
     own = dataset_files(out)
@@ -98,11 +98,11 @@ def check_output(out: Path, overwrite: bool) -> None:
         raise InputError(f"{out} is not prepared data, so --overwrite does not replace it. Give another --out")
     for name in sorted(filter(OWN_NAME.fullmatch, names)):
         if name not in own or not (out / name).is_file():
-            raise InputError(f"{out / name} is no file of the dataset there. Move it away, or give another --out")
+            raise InputError(f"{out / name} is not part of the dataset there. Move it away, or give another --out")
 
 
 def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
-    """The names of the files that nib wrote into a directory of prepared data; none where there is no such data."""
+    """The names of the files that nib wrote into a directory of prepared data; empty if it holds no such data."""
     try:
         meta = read_object(directory / meta_file, MAX_META_BYTES)
         names = [*meta["sha256"], META_FILE, TOKENIZER_FILE] if meta["format"] == FORMAT else []
@@ -113,7 +113,7 @@ def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
 
 @dataclass
 class _Document:
-    """The document being written: where it began, so that it can be taken back."""
+    """The document being written, with its start, so that it can be removed again."""
 
     split: str
     start: int  # in tokens of its split
@@ -125,15 +125,15 @@ class _Document:
 
 @dataclass
 class SplitWriter:
-    """Appends documents to one file of tokens a split, then settles the split and cuts the shards.
+    """Appends documents to one token file for each split, then completes the val split and cuts the shards.
 
-    A document goes to val when its content hash, as a fraction of 2^64, is below `val_fraction`.
+    A document goes to val if its content hash, as a fraction of 2^64, is below `val_fraction`.
     """
 
     directory: Path
     dtype: np.dtype
     val_fraction: float
-    rows: bool = False  # of conversations, which are learned in part
+    rows: bool = False  # conversations, which have a loss mask
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -144,7 +144,7 @@ class SplitWriter:
         self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
         self.stored = np.dtype("<u4") if self.rows else self.dtype  # with the bits LEARNED and FIRST
         self.document: _Document | None = None
-        self.lowest: _Document | None = None  # of all in train
+        self.lowest: _Document | None = None  # the document in train with the lowest hash
 
     def close(self) -> None:
         for file in self.files.values():
@@ -167,7 +167,7 @@ class SplitWriter:
         self.document.replaced += replaced
 
     def end(self) -> None:
-        """Count the document in; an empty one is none."""
+        """Count the document, unless it is empty."""
         document, self.document = self.document, None
         if document is None or document.tokens == 0:
             return
@@ -187,7 +187,7 @@ class SplitWriter:
             self.document = None
 
     def settle(self, tokenizer: Tokenizer) -> None:
-        """Fill an empty val split: of several documents with the lowest hash, of a single one with its last part."""
+        """Fill an empty val split with the document of the lowest hash, or with the last part of a single document."""
         if self.val_fraction == 0:
             return
         if sum(self.documents.values()) == 1:
@@ -197,13 +197,13 @@ class SplitWriter:
             self.documents = {"train": self.documents["train"] - 1, "val": 1}
 
     def _cut_single(self, tokenizer: Tokenizer) -> None:
-        if self.documents["val"]:  # its hash took it there
+        if self.documents["val"]:  # the hash put it there
             self.files = {"train": self.files["val"], "val": self.files["train"]}
             self.tokens, self.bytes, self.documents = (
                 {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
             )
         if self.rows:
-            return  # it is a row of its own, in one piece
+            return  # a conversation is not cut
         total = self.tokens["train"]
         start = int(total * (1 - self.val_fraction))
         while start < total and _inside_character(tokenizer, self._read("train", start, 1)):
@@ -221,7 +221,7 @@ class SplitWriter:
         return np.frombuffer(file.read(count * self.stored.itemsize), dtype=self.stored)
 
     def _move_to_val(self, start: int, count: int, bytes: int) -> None:
-        """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val; close the gap."""
+        """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val, and close the gap."""
         train, size = self.files["train"], self.stored.itemsize
         self.files["val"].seek(0)
         for data in _chunks(train, start * size, count * size):
@@ -237,7 +237,7 @@ class SplitWriter:
     def write_shards(self, shard_tokens: int) -> dict[str, str]:
         """Cut the token files into shards and return the sha256 of each; every shard but a split's last is full.
 
-        The file is taken apart from its end, so that the disk never holds more than one shard twice.
+        Shards are cut from the end of the file, so that the disk never holds more than one shard twice.
         """
         sha256 = {}
         size = self.stored.itemsize
@@ -261,10 +261,10 @@ class SplitWriter:
         return dict(sorted(sha256.items()))
 
     def _write_shard(self, split: str, shard: Path, start: int, end: int, row_end: int) -> int:
-        """Write tokens `start` to `end`; of chats also which are learned, and the length of each conversation.
+        """Write tokens `start` to `end`; for chats also the loss mask and the length of each conversation.
 
-        A conversation may go on in the next shard; its length is with the shard it begins in. `row_end` is where the
-        last one that begins here ends; returns where the first one begins.
+        A conversation may continue in the next shard; its length is stored with the shard in which it begins.
+        `row_end` is the end of the last conversation that begins here. Returns the start of the first one.
         """
         size = self.stored.itemsize
         chunks = _chunks(self.files[split], start * size, (end - start) * size)
@@ -288,7 +288,7 @@ class SplitWriter:
 
 
 def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:
-    """Whether the token begins with a byte that goes on a UTF-8 character."""
+    """Whether the token begins with a continuation byte of UTF-8."""
     return tokenizer.decode_bytes(token.tolist())[:1] in [bytes([value]) for value in range(0x80, 0xC0)]
 
 

@@ -1,7 +1,7 @@
-"""Chat templates in jinja2's sandbox, set up as transformers does, and stopped where they would not end.
+"""Chat templates in jinja2's sandbox, set up as in transformers, with limits on time, memory and output.
 
-A template comes with a model or from a file, so it is code of somebody else's. What it renders is byte for byte what
-transformers (5.24, `utils/chat_template_utils.py`) renders.
+A template comes with a model or from a file, so it is untrusted code. It renders byte for byte the same text as in
+transformers (5.24, `utils/chat_template_utils.py`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from nib.common.exits import InputError
 
-# Characters that Unicode keeps for a program's own use: the ends of a {% generation %} block, and a mark that keeps
-# special tokens in a message from being some.
+# Characters that Unicode reserves for a program's internal use: the start and end of a {% generation %} block, and a
+# mark put into special tokens in messages, so that they stay text.
 OPEN, CLOSE, GUARD = "\ufdd0", "\ufdd1", "\ufdd2"
 # A rendering of a long conversation takes milliseconds and a few MB.
 CPU_SECONDS, OUTPUT_CHARACTERS, MEMORY_BYTES, NUMBER_BITS = 5.0, 1 << 26, 1 << 31, 1 << 12
@@ -29,14 +29,14 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class TemplateFault(InputError):
-    """A template that no conversation can be rendered by: it is no jinja, does not end or reaches for internals."""
+    """A template that can render no conversation: it is not valid jinja, exceeds a limit, or accesses internals."""
 
 
 class ChatTemplate:
     """A compiled template. Raises TemplateFault."""
 
     def __init__(self, source: str, variables: dict[str, str]) -> None:
-        """`variables` are what templates know the special tokens by: bos_token, eos_token and so on."""
+        """`variables` are the special tokens by the names that templates use: bos_token, eos_token and so on."""
         environment = sandbox()
         try:
             with limits():
@@ -46,10 +46,10 @@ class ChatTemplate:
         self.variables = variables
 
     def render(self, messages: list[dict[str, Any]], tools: Any = None, add_generation_prompt: bool = False) -> str:
-        """The text, with the characters OPEN and CLOSE around what is in {% generation %}. Raises InputError.
+        """The text, with the characters OPEN and CLOSE around what is in {% generation %}.
 
-        What a template says against some messages is an InputError, and what it does wrong whatever they are is a
-        TemplateFault.
+        Raises InputError if the template does not render these messages, TemplateFault if it exceeds a limit or
+        accesses internals.
         """
         blocks, size = [], 0
         given: dict[str, Any] = {"messages": [_message(message) for message in messages], "tools": tools}
@@ -62,11 +62,11 @@ class ChatTemplate:
                     if size > OUTPUT_CHARACTERS:
                         raise OverflowError("it writes without end")
             return "".join(blocks)
-        except Exception as error:  # the template is a program, and this is its failure
+        except Exception as error:  # any error of the template's code
             reason, kind = _reason(error), type(error).__name__
         if kind in ("TimeoutError", "MemoryError", "OverflowError", "SecurityError"):
             raise TemplateFault(f"the chat template was stopped: {reason}. {OTHER}")
-        raise InputError(f"the chat template does not render it: {reason}")
+        raise InputError(f"the chat template does not render the messages: {reason}")
 
 
 def _reason(error: Exception) -> str:
@@ -75,7 +75,7 @@ def _reason(error: Exception) -> str:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """As transformers gives it to a template: nothing that is null, and what was thought under all its names."""
+    """A message as transformers passes it to a template: without nulls; thinking and reasoning_content are the same."""
     found = {key: value for key, value in message.items() if value is not None}
     thought = next((found[key] for key in REASONING if key in found), None)
     return found if thought is None else {"thinking": thought, **found, "reasoning_content": thought}
@@ -83,9 +83,9 @@ def _message(message: dict[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """End the body by an exception where it computes for more than seconds or takes more than gigabytes.
+    """Raise in the body if it uses more than CPU_SECONDS of processor time or MEMORY_BYTES more memory.
 
-    A signal can only be waited for in the main thread; in another one there is no limit of time.
+    Signals are handled only in the main thread; in another thread there is no time limit.
     """
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
@@ -93,7 +93,7 @@ def limits() -> Iterator[None]:
             undo.callback(signal.signal, signal.SIGVTALRM, before)
             signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS)
             undo.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-        with contextlib.suppress(OSError, ValueError):  # not on Linux, or a limit that is lower already
+        with contextlib.suppress(OSError, ValueError):  # not Linux, or a hard limit that is lower already
             soft, hard = resource.getrlimit(resource.RLIMIT_AS)
             has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             if soft < 0 or has + MEMORY_BYTES < soft:
@@ -108,14 +108,14 @@ def _too_long(number: int, frame: object) -> None:
 
 @functools.cache
 def sandbox() -> Any:
-    """The environment that templates are compiled in. Raises InputError where jinja2 is missing."""
+    """The environment that templates are compiled in. Raises InputError if jinja2 is missing or too old."""
     try:
         import jinja2
         from jinja2.ext import Extension, loopcontrols
         from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
     except ImportError:
         raise InputError("chat templates need jinja2. Run: pip install 'jinja2>=3.1.6'") from None
-    if tuple(map(int, jinja2.__version__.split(".")[:3])) < (3, 1, 6):  # the sandbox of older ones is known to leak
+    if tuple(map(int, jinja2.__version__.split(".")[:3])) < (3, 1, 6):  # older sandboxes have known escapes
         raise InputError(f"chat templates need jinja2 3.1.6, not {jinja2.__version__}. Run: pip install -U jinja2")
 
     class Generation(Extension):
@@ -135,7 +135,7 @@ def sandbox() -> Any:
         intercepted_binops = frozenset(("*", "**"))
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            """Products and powers of whole numbers take a time that no signal ends."""
+            """Refuse products and powers of large integers, which no signal can interrupt."""
             if isinstance(left, int) and isinstance(right, int):
                 bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
                 if bits > NUMBER_BITS:
@@ -143,7 +143,7 @@ def sandbox() -> Any:
             return super().call_binop(context, operator, left, right)
 
     class Namespace(jinja2.utils.Namespace):
-        """Whose names cannot be those of Python's internals."""
+        """jinja2's namespace without names that begin with an underscore, which reach Python's internals."""
 
         def __init__(*args: Any, **given: Any) -> None:
             names = dict(*args[1:], **given)
@@ -156,7 +156,7 @@ def sandbox() -> Any:
             jinja2.utils.Namespace.__setitem__(self, name, value)
 
     class Dict:
-        """dict without its attributes."""
+        """dict without its attributes other than fromkeys."""
 
         def __call__(self, *args: Any, **given: Any) -> dict[Any, Any]:
             return dict(*args, **given)

@@ -151,7 +151,7 @@ def test_special_tokens_in_a_message_stay_text(model_directory: Path) -> None:
         assert sum(id in special for id in ids.tolist()) == 4, "the template's own"
         assert chat.tokenizer.decode(ids[mask == 1]) == said
         assert chat.tokenizer.decode(ids) == f"user\n{said}\nassistant\n{said}\n"
-    with pytest.raises(InputError, match="for its own"):
+    with pytest.raises(InputError, match="acts on a special token"):
         looks = CHATML.replace("message.content", "message.content.replace('<|im_end|>', '')")
         chat_by(read_tokenizer(model_directory), looks).encode_conversation(say(said, "b"))
 
@@ -188,12 +188,12 @@ def test_an_end_after_the_last_turn_only_is_no_obstacle(model_directory: Path) -
 PARTS = [{"type": "text", "text": "Look"}, {"type": "image"}]
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 REFUSED = {
-    "no turn of the assistant's": (CHATML, say("a"), "no turn of the assistant"),
+    "no turn of the assistant's": (CHATML, say("a"), "no assistant turn"),
     "parts": (CHATML, say([{"type": "text", "text": "Look"}], "b"), "TypeError"),
     "a picture": (CHATML, say(PARTS, "b"), "TypeError"),
-    "a picture that is rendered": (CHATML.replace("message.content", "'Look'"), say(PARTS, "b"), "no text"),
+    "a picture that is rendered": (CHATML.replace("message.content", "'Look'"), say(PARTS, "b"), "not text"),
     "parts as Python": (CHATML.replace("message.content", "message.content|string"), say(PARTS[:1], "b"), "in parts"),
-    "calls that are not shown": (CHATML, [*say("a"), CALL], "calls of tools"),
+    "calls that are not shown": (CHATML, [*say("a"), CALL], "tool calls"),
     "a message that is left out": (CHATML.replace("message.content", "''"), say("What?", "b"), "message 1 says, 'What"),
     "an end that is no special token": (CHATML.replace("<|im_end|>", "END"), say("a", "b"), "ends message 2"),
     "a block without the end": (MARKED.replace("<|im_end|>", "END"), say("a", "b"), "leaves out the token"),

@@ -260,7 +260,7 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_ends_the_run(data: Path, mo
     content = shard.read_bytes()
     for damage in (shard.unlink, lambda: shard.write_bytes(content[::-1]), lambda: shard.write_bytes(b"")):
         damage()
-        with pytest.raises(RunError, match=r"cannot read .*train-00001\.bin: .*Give the same command again"):
+        with pytest.raises(RunError, match=r"cannot read .*train-00001\.bin: .*Run the same command again"):
             dataset.train.read(0, 2500)
 
 

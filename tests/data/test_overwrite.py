@@ -121,7 +121,7 @@ def test_a_kill_at_any_moment_leaves_one_whole_dataset_or_a_line_that_says_how_t
             found = {name: data for name, data in content(out).items() if name in dataset_files(out)}
             assert found in ([new] if done else [old, new])
         except InputError as error:
-            assert "was interrupted. Give the same prepare_data.py command again" in str(error)
+            assert "was interrupted. Run the same prepare_data.py command again" in str(error)
             unfinished += 1
             with pytest.raises(InputError, match=r"exists\. Give --overwrite"):
                 make(out, "x", overwrite=False)  # finishes it all the same
@@ -144,7 +144,7 @@ def test_a_file_with_the_name_of_a_shard_that_meta_json_does_not_list_is_not_rep
     make(work / "out", NEW, overwrite=False)
     (work / "out" / "train-00077.bin").write_text("who knows")
     before = content(work / "out")
-    with pytest.raises(InputError, match=r"train-00077.bin is no file of the dataset there. Move it"):
+    with pytest.raises(InputError, match=r"train-00077.bin is not part of the dataset there. Move it"):
         make(work / "out", OLD)
     assert content(work / "out") == before
 

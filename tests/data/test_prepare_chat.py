@@ -137,7 +137,7 @@ def test_the_first_conversations_are_shown_with_what_is_learned(tmp_path: Path) 
 BAD = {
     "roles out of order": '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
     "an empty conversation": '{"messages": []}',
-    "no turn of the assistant": '{"messages": [{"role": "user", "content": "a"}]}',
+    "no assistant turn": '{"messages": [{"role": "user", "content": "a"}]}',
     "message 1 is no text": '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}',
     "message 2 is no text": '{"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "tool_calls": [{}]}]}',
     "no messages, conversations": '{"text": "a"}',
