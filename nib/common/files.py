@@ -24,7 +24,7 @@ def plain_file(path: Path, most: int = 1 << 62) -> Path:
     """Return `path`. Raises OSError unless it is a regular file of at most `most` bytes: a pipe may never end."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
-        raise OSError(errno.EINVAL, "it is no file")
+        raise OSError(errno.EINVAL, "it is not a regular file")
     if found.st_size > most:
         raise OSError(errno.EFBIG, f"it is over {most >> 20} MB")
     return path

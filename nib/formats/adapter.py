@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685) of a base model: what they change, and the model that both make together.
+"""Low-rank adapters (LoRA, arXiv 2106.09685) of a base model, and base and adapter merged into one model.
 
-An adapter has pairs of matrices, one for each slice of a linear layer: the model keeps queries, keys and values in one
-matrix, and a gate with what it gates, but each of them is adapted by itself, as peft does.
+An adapter has a pair of matrices for each adapted slice of a linear layer. model.py keeps queries, keys and values in
+one matrix, and SwiGLU's gate and up in another, but each of these slices has its own pair, as in peft.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TARGETS = [target for targets in LAYERS.values() for target in targets]
 
 @dataclass
 class Pair:
-    """The rows of a slice become W + scale B A: A (rank, inputs), B (outputs, rank)."""
+    """The weight W of a slice becomes W + scale B A: A (rank, inputs), B (outputs, rank)."""
 
     A: Tensor
     B: Tensor
@@ -39,11 +39,11 @@ class Pair:
         return self.B.float() @ self.A.float() * self.scale
 
 
-Pairs = dict[str, Pair]  # by slice: blocks.0.attention.qkv.q
+Pairs = dict[str, Pair]  # by slice, such as blocks.0.attention.qkv.q
 
 
 def slices(layer: str, rows: int, model: Mapping[str, Any]) -> dict[str, int]:
-    """The slices of a linear layer of so many rows, and the rows of each; `model` has the fields of GPTConfig."""
+    """The slices of a linear layer with `rows` rows, and the rows of each; `model` has the fields of GPTConfig."""
     key_value = model["n_kv_head"] or model["n_head"]
     shares = dict.fromkeys(LAYERS[layer], 1)
     if layer == "attention.qkv":
@@ -54,7 +54,7 @@ def slices(layer: str, rows: int, model: Mapping[str, Any]) -> dict[str, int]:
 
 
 def adapted_layers(shapes: Shapes, model: Mapping[str, Any]) -> dict[str, dict[str, int]]:
-    """The slices of each linear layer that an adapter can change: blocks.0.attention.qkv: q, k and v."""
+    """The slices of each linear layer that an adapter can change, such as blocks.0.attention.qkv: q, k and v."""
     found = {}
     for name, shape in shapes.items():
         module, _, kind = name.rpartition(".")
@@ -65,7 +65,7 @@ def adapted_layers(shapes: Shapes, model: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def weights_checksum(weights: Mapping[str, Tensor]) -> str:
-    """Identifies a base by its numbers, in whatever format and precision they are stored: sha256 of float32 values."""
+    """The sha256 of the weights as float32, which identifies a base in any file format."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(f"{name} {tuple(weights[name].shape)}".encode())
@@ -74,23 +74,23 @@ def weights_checksum(weights: Mapping[str, Tensor]) -> str:
 
 
 def checkpoint_pairs(checkpoint: Checkpoint) -> Pairs:
-    """The adapter that a checkpoint of LoRA training holds. Raises BrokenCheckpoint."""
+    """The adapter in a checkpoint of a LoRA run. Raises BrokenCheckpoint."""
     tensors, about = checkpoint.weights(), checkpoint.state["adapter"]
     try:
         scale = about["alpha"] / about["rank"]
         names = {name.rpartition(".")[0] for name in tensors}
         return {name: Pair(tensors[f"{name}.lora_A"], tensors[f"{name}.lora_B"], scale) for name in names}
     except (KeyError, TypeError, ZeroDivisionError):
-        raise BrokenCheckpoint(f"{checkpoint.directory / MODEL_FILE} holds no whole adapter. Use another") from None
+        raise BrokenCheckpoint(f"{checkpoint.directory / MODEL_FILE} lacks parts of its adapter. Use another") from None
 
 
 class AdaptedModel:
-    """A base and an adapter as one source: its weights are the merged ones. `adapter` is a checkpoint or peft's."""
+    """A base and an adapter as one source with merged weights. `adapter` is a Checkpoint or a PeftAdapter."""
 
     def __init__(self, base: Checkpoint | HuggingFaceModel | NanoGPTCheckpoint | AdaptedModel, adapter: Any) -> None:
         self.base, self.adapter = base, adapter
         self.directory: Path = adapter.directory
-        # A run may have given its base a longer context.
+        # The run may have lengthened the context of its base.
         self.model_config: dict[str, Any] = getattr(adapter, "model_config", base.model_config)
         self.architecture: Architecture | None = getattr(base, "architecture", None)
         self.state: dict[str, Any] = getattr(adapter, "state", {})
@@ -99,7 +99,7 @@ class AdaptedModel:
         return (self.adapter if isinstance(self.adapter, Checkpoint) else self.base).tokenizer()
 
     def base_weights(self, shapes: Shapes) -> dict[str, Tensor]:
-        """The weights of the base. Raises InputError where their checksum is not the one that the adapter names."""
+        """The weights of the base. Raises InputError if their checksum is not the one that the adapter records."""
         weights = self.base.weights() if isinstance(self.base, Checkpoint) else self.base.weights(shapes)
         expected = self.state["adapter"].get("base_sha256") if self.state else self.adapter.base_sha256
         if expected and expected != weights_checksum(weights):
@@ -108,7 +108,7 @@ class AdaptedModel:
         return weights
 
     def pairs(self, shapes: Shapes) -> Pairs:
-        """The adapter, whose slices and shapes are those of the base. Raises InputError."""
+        """The adapter's pairs. Raises InputError if their slices or shapes do not fit the base."""
         if isinstance(self.adapter, Checkpoint):
             pairs = checkpoint_pairs(self.adapter)
         else:
@@ -127,7 +127,7 @@ class AdaptedModel:
         return pairs
 
     def weights(self, shapes: Shapes) -> dict[str, Tensor]:
-        """The weights of the base with the adapter added, in float32 where it adds anything. Raises InputError."""
+        """The weights of the base with the adapter merged; the adapted ones are float32. Raises InputError."""
         weights, pairs = self.base_weights(shapes), self.pairs(shapes)
         for module, sizes in adapted_layers(shapes, self.model_config).items():
             if any(f"{module}.{target}" in pairs for target in sizes):

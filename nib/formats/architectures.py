@@ -1,7 +1,7 @@
-"""The architectures of Hugging Face transformers that model.py's options cover, and the names in each.
+"""The architectures of Hugging Face transformers that model.py's options cover, with their names.
 
-One table an architecture, read in both directions: what its config.json says in the fields of model.GPTConfig, and the
-names of its modules. What an architecture can say and model.py cannot do is refused by name.
+Each has one table for both directions: keys of config.json and fields of model.GPTConfig, names of modules there and
+in model.py. A setting of config.json that model.py does not support is refused by name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 
 from nib.common.exits import InputError
 
-MAX_POSITIONS = 1 << 20  # tables of positions are built before anything else could notice a wrong number
-ACTIVATIONS = {  # theirs: ours
+MAX_POSITIONS = 1 << 20  # position tables are built before any other check could find a wrong number
+ACTIVATIONS = {  # transformers' name: nib's
     "silu": "swiglu", "swish": "swiglu", "relu": "relu", "relu2": "relu2", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
 }  # fmt: skip
 PLAIN_MLPS = ("gelu_tanh", "gelu", "relu2", "relu")
 
-GPT2_NAMES = {  # modules, ours: theirs; N is the layer. Several of theirs lie in one of ours one above the other.
+GPT2_NAMES = {  # module of model.py: modules of the architecture, whose rows are concatenated; N is the layer
     "wte": ["transformer.wte"],
     "wpe": ["transformer.wpe"],
     "norm": ["transformer.ln_f"],
@@ -61,7 +61,7 @@ LLAMA_KEYS = {
     "head_size": "head_dim", "mlp_hidden": "intermediate_size", "norm_eps": "rms_norm_eps", "mlp": "hidden_act",
     "tie_weights": "tie_word_embeddings",
 }  # fmt: skip
-ROPE_KEYS = {  # the same of rope_parameters, by their kind of scaling
+ROPE_KEYS = {  # fields of GPTConfig: keys of rope_parameters, by kind of scaling
     "default": {}, "linear": {}, "dynamic": {},
     "llama3": {"rope_slow": "low_freq_factor", "rope_fast": "high_freq_factor"},
     "yarn": {"rope_slow": "beta_slow", "rope_fast": "beta_fast", "rope_attention": "attention_factor"},
@@ -71,18 +71,18 @@ RMS = {"norm": ("rmsnorm",), "position": ("rope",)}
 
 @dataclass(frozen=True)
 class Architecture:
-    """One architecture: `options` are the values it has for the fields of GPTConfig that it restricts."""
+    """One architecture: `options` are the values that it allows for fields of GPTConfig."""
 
     name: str
     model_type: str
     options: dict[str, tuple[Any, ...]]
     names: dict[str, list[str]] = field(default_factory=lambda: LLAMA_NAMES)
     keys: dict[str, str] = field(default_factory=lambda: LLAMA_KEYS)
-    defaults: dict[str, Any] = field(default_factory=dict)  # what a key means that config.json leaves out
-    # Switches, and the linear layers they give biases.
+    defaults: dict[str, Any] = field(default_factory=dict)  # values of keys that config.json leaves out
+    # Switches in config.json, and the linear layers to which they give biases.
     bias_keys: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    always_bias: tuple[str, ...] = ()  # linear layers that have one whatever config.json says
-    transposed: bool = False  # matrices of the blocks are stored input by output
+    always_bias: tuple[str, ...] = ()  # linear layers that always have a bias
+    transposed: bool = False  # matrices of the blocks are stored as (inputs, outputs)
 
 
 LINEAR = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
@@ -91,7 +91,7 @@ NO_BIAS = {"bias": (False,)}
 FULL = {"window": (0,)}
 NO_QK_NORM = {"qk_norm": (False,)}
 
-# In the order in which export takes the first that fits.
+# Export takes the first one that fits.
 ARCHITECTURES = [
     Architecture(
         "GPT2LMHeadModel", "gpt2", {"norm": ("layernorm",), "position": ("learned",), "mlp": PLAIN_MLPS}
@@ -116,17 +116,17 @@ ARCHITECTURES = [
         {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True},
         bias_keys={"use_bias": LINEAR},
     ),
-    # Read only: as a model with biases everywhere, zero where Qwen2 has none; it is exported as a Llama with biases.
+    # Only read, as a model with biases in all layers, zero where Qwen2 has none. It is exported as Llama with biases.
     Architecture(
         "Qwen2ForCausalLM", "qwen2", RMS | {"mlp": ("swiglu",), "bias": (True,)} | NO_QK_NORM,
         always_bias=LINEAR[:1],
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
-# The fields of GPTConfig that an architecture says, restricts, or need not know.
+# The fields of GPTConfig that an architecture stores, restricts, or does not need.
 KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, *ROPE_KEYS["yarn"], "qk_norm", "window", "bias", "dropout", "init"}
 KNOWN |= {"rope_base", "rope_scaling", "rope_factor", "rope_original"}
-# What config.json may ask for besides, and the values that ask for nothing.
+# Other keys of config.json that change the model, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
     "add_cross_attention": (False,), "scale_attn_by_inverse_layer_idx": (False,), "partial_rotary_factor": (None, 1),
@@ -136,10 +136,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, Any], frozenset[str]]:
-    """The architecture of a config.json, its settings for GPTConfig, and the linear layers whose bias it lacks.
+    """The architecture of a config.json, its settings for GPTConfig, and the linear layers that lack a bias.
 
-    Raises InputError for an architecture that is not known, for a wrong or missing number, and for anything else
-    asked for that model.py does not do.
+    Raises InputError for an unknown architecture, a wrong or missing number, and any other setting that model.py does
+    not support.
     """
     architecture = find_architecture(config)
     value = architecture.defaults | config
@@ -184,7 +184,7 @@ def find_architecture(config: dict[str, Any]) -> Architecture:
 
 
 def refuse(architecture: Architecture, what: str) -> InputError:
-    return InputError(f"this {architecture.name} asks for {what}, which nib does not do. Give a model without it")
+    return InputError(f"this {architecture.name} needs {what}, which nib does not support. Give a model without it")
 
 
 def number(value: Any, key: str, kind: type, low: float, high: float) -> Any:
@@ -208,7 +208,7 @@ def read_activation(architecture: Architecture, name: Any, key: str) -> str:
 
 
 def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int) -> int:
-    """The width of sliding attention in all layers; 0 for none. Layers of both kinds are refused."""
+    """The window of sliding-window attention in all layers; 0: full attention. A mix of both is refused."""
     kinds = value.get("layer_types")
     width = value.get("sliding_window") if "window" not in architecture.options else None
     if architecture.model_type in ("qwen2", "qwen3"):
@@ -225,8 +225,8 @@ def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int)
 
 
 def read_rope(architecture: Architecture, value: dict[str, Any], block_size: int) -> dict[str, Any]:
-    """The rotation: transformers keeps it in rope_parameters since version 5, in rope_theta and rope_scaling before."""
-    key = "rope_scaling" if value.get("rope_scaling") else "rope_parameters"  # transformers has the same order
+    """The RoPE settings, in rope_parameters since transformers 5, in rope_theta and rope_scaling before."""
+    key = "rope_scaling" if value.get("rope_scaling") else "rope_parameters"  # the same precedence as in transformers
     rope = value.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(each, dict) for each in rope.values()):
         raise refuse(architecture, f"{key} = {str(rope)[:60]}")
@@ -248,19 +248,19 @@ def read_rope(architecture: Architecture, value: dict[str, Any], block_size: int
             model["rope_factor"] = block_size / original
     factor = model["rope_factor"] = number(model["rope_factor"], f"the factor of {key}", float, 1, 1e6)
     for ours, theirs in ROPE_KEYS[kind].items():
-        needed = kind == "llama3" or rope.get(theirs)  # transformers has defaults for yarn only
+        needed = kind == "llama3" or rope.get(theirs)  # transformers has defaults only for yarn
         model[ours] = number(rope.get(theirs), theirs, float, 1e-3, 1e6) if needed else 0.0
     if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim") and not model["rope_attention"]:
         scales = [number(rope[name], name, float, 0, 1e3) for name in ("mscale", "mscale_all_dim")]
         above, below = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
         model["rope_attention"] = above / below
-    if factor == 1 and not model.get("rope_attention"):  # which changes nothing
+    if factor == 1 and not model.get("rope_attention"):  # the scaling changes nothing
         return {"rope_base": base}
     return model
 
 
 def misfits(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]:
-    """The options of a model that the architecture lacks, each with the value that it would have."""
+    """The options of a model that do not fit the architecture, each with a value that would."""
     wrong = {name: allowed[0] for name, allowed in architecture.options.items() if model[name] not in allowed}
     plain_heads = {"n_kv_head": model["n_head"], "head_size": model["n_embd"] // model["n_head"]}
     if "n_kv_head" not in architecture.keys:
@@ -275,7 +275,7 @@ def misfits(architecture: Architecture, model: dict[str, Any]) -> dict[str, Any]
 def choose_architecture(model: dict[str, Any]) -> Architecture:
     """The first architecture that expresses all options of a model.
 
-    Raises InputError that names the options that do not fit, and the nearest ones that would.
+    Otherwise raises InputError, which names the nearest architecture and the options that do not fit it.
     """
     nearest = min(EXPORTED, key=lambda each: len(misfits(each, model)))
     wrong = misfits(nearest, model)
@@ -283,7 +283,7 @@ def choose_architecture(model: dict[str, Any]) -> Architecture:
         has = ", ".join(f"{name}={model[name]}" for name in wrong)
         wanted = ", ".join(f"{name}={value}" for name, value in wrong.items())
         raise InputError(
-            f"no architecture of transformers has {has} beside the other options. The nearest is {nearest.name}, "
+            f"no architecture of transformers has {has} with the other options. The nearest is {nearest.name}, "
             f"for a model trained with {wanted}"
         )
     return nearest
@@ -300,9 +300,9 @@ def write_config_json(architecture: Architecture, model: dict[str, Any]) -> dict
     config[architecture.keys["mlp"]] = by_ours[model["mlp"]]
     config |= dict.fromkeys(architecture.bias_keys, model["bias"])
     if gpt2:
-        config["n_ctx"] = model["block_size"]  # which llama.cpp's converter reads
+        config["n_ctx"] = model["block_size"]  # for llama.cpp's converter
         return config | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), model["dropout"])
-    # Both ways to say it: that of transformers 5, and the one before, which vLLM and converters read.
+    # In both forms: for transformers 5, and the older one, which vLLM and converters read.
     base, scaling = model["rope_base"], rope_scaling(model)
     config |= {"rope_theta": base, "rope_scaling": scaling or None}
     config["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": base}
@@ -316,7 +316,7 @@ def write_config_json(architecture: Architecture, model: dict[str, Any]) -> dict
 
 
 def rope_scaling(model: dict[str, Any]) -> dict[str, Any]:
-    """The scaled rotation in the words of config.json, with every default written out; empty for none."""
+    """The rope scaling under the keys of config.json, with all defaults written out; empty without scaling."""
     kind, factor = model["rope_scaling"], model["rope_factor"]
     if kind == "none":
         return {}

@@ -1,11 +1,11 @@
-"""Checkpoints: written whole or not at all, checked when read, and free of anything that could run.
+"""Checkpoints: complete or absent, verified when read, and without anything that could run code.
 
 out/RUN/checkpoints/step-00000500/   model.safetensors      the weights
                                      optimizer.safetensors  one tensor per parameter and kind of state
                                      state.json             step, settings, shape of the model, counters
-                                     nib_tokenizer.json     all that sampling needs is here
+                                     nib_tokenizer.json     so that sampling needs no other directory
                                      checksums.json         sha256 of each file above
-out/RUN/checkpoints/latest, best     text files that name one of them
+out/RUN/checkpoints/latest, best     text files that each name one checkpoint
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ FORMAT = "nib-checkpoint-1"
 
 
 class BrokenCheckpoint(InputError):
-    """A file of a checkpoint is missing, cut, changed, or was never part of one."""
+    """A file of a checkpoint is missing, truncated, changed, or not one that nib wrote."""
 
 
 class Checkpoint:
-    """One checkpoint directory, its files compared with their checksums. Raises BrokenCheckpoint.
+    """One checkpoint directory whose files match their checksums. Raises BrokenCheckpoint.
 
-    While the object lives, or until `release`, a run that is at work does not remove the directory as an old one.
+    While the object exists, or until `release`, a running training does not remove the directory as an old checkpoint.
     """
 
     def __init__(self, directory: Path, optimizer: bool = False) -> None:
-        """Check the files; those of the optimizer only where they are needed."""
+        """Check the files; the optimizer's file only if `optimizer`."""
         self.directory = directory
         self.held: IO[bytes] | None = None
         with contextlib.suppress(OSError):  # some file systems have no locks
@@ -85,7 +85,7 @@ class Checkpoint:
     def _check(self, name: str) -> None:
         with self._reading(name) as path:
             if file_sha256(path) != self.sums.get(name):
-                what = f"{path} is damaged: its sha256 is not the recorded one"
+                what = f"{path} is damaged: its sha256 differs from the recorded one"
                 raise BrokenCheckpoint(f"{what}. Use another checkpoint")
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class Checkpoint:
 
 
 def lock_files(directory: Path, how: int, mode: str) -> IO[Any]:
-    """Lock a checkpoint, shared to read it or alone to remove it, until the returned file is closed. Raises OSError."""
+    """Lock a checkpoint until the returned file is closed: LOCK_SH to read it, LOCK_EX to remove it. Raises OSError."""
     file: IO[Any] = plain_file(directory / SUMS_FILE).open(mode)
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
@@ -113,16 +113,16 @@ def write_checkpoint(
     checkpoints: Path, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any],
     tokenizer: Tokenizer,
 ) -> Path:  # fmt: skip
-    """Write checkpoints/step-N for state["step"] aside, flush it to the disk, put it in place, name it latest.
+    """Write checkpoints/step-N for N = state["step"] to a temporary directory, fsync, rename, make it `latest`.
 
-    Tensors are on the CPU. Raises OSError when the disk does not take it; what was there before stays.
+    Tensors are on the CPU. Raises OSError if writing fails; then the earlier checkpoints are unchanged.
     """
     place = checkpoints / f"step-{state['step']:08d}"
     with new_directory(place, replace=True) as aside:
         try:
             save_file(weights, aside / MODEL_FILE)
             save_file(optimizer, aside / OPTIMIZER_FILE)
-        except SafetensorError as error:  # safetensors wraps what the disk said
+        except SafetensorError as error:  # safetensors wraps OSErrors
             raise OSError(str(error)) from None
         tokenizer.save(aside)
         (aside / STATE_FILE).write_text(json.dumps({"format": FORMAT, **state}, indent=1))
@@ -132,9 +132,9 @@ def write_checkpoint(
 
 
 def name_restored(checkpoints: Path, name: str, best: bool) -> None:
-    """Make latest, and best where it was the best, name the checkpoint that a run goes on from.
+    """Make `latest`, and `best` if it was the best, name the checkpoint from which a run resumes.
 
-    A kill between writing a checkpoint and naming it leaves the names at the one before.
+    A kill between writing a checkpoint and naming it leaves the previous names.
     """
     for label in ("latest", "best") if best else ("latest",):
         if named_checkpoint(checkpoints, label) != name:
@@ -142,7 +142,7 @@ def name_restored(checkpoints: Path, name: str, best: bool) -> None:
 
 
 def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
-    """Make checkpoints/`label` say `name`, in one step."""
+    """Write `name` into checkpoints/`label`, atomically."""
     aside = checkpoints / f".{label}.partial"
     aside.write_text(name + "\n")
     fsync(aside)
@@ -150,7 +150,7 @@ def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
 
 
 def named_checkpoint(checkpoints: Path, label: str) -> str:
-    """The name that checkpoints/`label` holds, or "" when it holds none. Only a plain name is believed."""
+    """The name in checkpoints/`label`, or "" if the file is missing or holds anything else than step-N."""
     try:
         name = (checkpoints / label).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -159,16 +159,16 @@ def named_checkpoint(checkpoints: Path, label: str) -> str:
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
-    """Every checkpoint in place, newest first."""
+    """All checkpoints, newest first."""
     found = [path for path in checkpoints.glob("step-*") if STEP_NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None:
-    """The newest checkpoint that is whole, or None where there is no checkpoint; says which ones it passes over.
+    """The newest undamaged checkpoint, or None if there is no checkpoint. Warns of those that it skips.
 
-    Raises InputError when there are checkpoints and none is whole. One that a run at work removes before it is held
-    is no broken one: there are newer ones by then.
+    Raises InputError if there are checkpoints and all are damaged. If a running training removes one before it is
+    locked, the search starts again, since there are newer ones by then.
     """
     paths = list_checkpoints(checkpoints)
     for path in paths:
@@ -179,15 +179,15 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
                 return newest_good(checkpoints, optimizer)
             print(f"warning: {path.name} is skipped: {printable(error)}", file=sys.stderr)
     if paths:
-        raise InputError(f"no checkpoint in {checkpoints} is whole. Remove the directory to start again")
+        raise InputError(f"all checkpoints in {checkpoints} are damaged. Remove the directory to start again")
     return None
 
 
 def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
-    """Remove all but the newest `keep` checkpoints (0: keep all), the best and those that are being read.
+    """Remove all but the newest `keep` checkpoints (0: keep all), the best one and those that are being read.
 
-    `newest` is the one just written. Those of later steps are damaged ones that the run skipped: they do not
-    count, and are replaced when the run comes to their steps.
+    `newest` is the one just written. Checkpoints of later steps are damaged ones that the run skipped. They do not
+    count, and are replaced when the run reaches their steps.
     """
     best = named_checkpoint(checkpoints, "best")
     counted = [path for path in list_checkpoints(checkpoints) if int(path.name[5:]) <= int(newest[5:])]
@@ -196,12 +196,12 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
             continue
         lock: IO[bytes] | None = None
         try:
-            lock = lock_files(path, fcntl.LOCK_EX, "rb+")  # NFS locks alone only what one may write
+            lock = lock_files(path, fcntl.LOCK_EX, "rb+")  # NFS needs a writable file for an exclusive lock
         except BlockingIOError:
             continue
         except OSError:
             pass  # a damaged one, or a file system without locks
-        doomed = path.with_name(f".{path.name}.partial")  # so that no half-removed one is ever seen in place
+        doomed = path.with_name(f".{path.name}.partial")  # so that no partly removed one has a checkpoint's name
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
         if lock:
@@ -209,9 +209,9 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
 
 
 def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
-    """The checkpoint or run directory that `target` means: a path, or a run's name under `root`; None: the newest run.
+    """The checkpoint or run directory of `target`: a path, or a run's name under `root`; None: the newest run.
 
-    A file such as checkpoints/latest stands for the checkpoint it names. Raises InputError.
+    A file such as checkpoints/latest means the checkpoint that it names. Raises InputError.
     """
     if target is None:
         runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
@@ -229,14 +229,14 @@ def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether there are checkpoints in a directory, or it is one, or a file that names one."""
+    """Whether a path is a checkpoint, a directory with checkpoints, or a file that names one."""
     if path.is_file():
         return bool(named_checkpoint(path.parent, path.name))
     return bool((path / SUMS_FILE).exists() or list_checkpoints(path) or list_checkpoints(path / "checkpoints"))
 
 
 def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
-    """Open a checkpoint directory, or the newest whole checkpoint of a run directory. Raises InputError."""
+    """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory. Raises InputError."""
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
     if list_checkpoints(path):

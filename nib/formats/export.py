@@ -1,4 +1,4 @@
-"""A model as a directory that transformers, vLLM and llama.cpp open without any code of ours, or as a GGUF file."""
+"""Export a model: a directory that transformers and vLLM open without nib's code, a GGUF file, or a peft adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nib.formats.load import Source
     from nib.tokenizer.tokenizer import Tokenizer
 
-# The settings of training that a model card shows.
+# The training settings that the model card shows.
 CARD_KEYS = (
     "dataset seed batch_size block_size optimizer learning_rate muon_learning_rate weight_decay schedule".split()
 )
@@ -41,10 +41,10 @@ def export(
     source: Source, config: Any, weights: dict[str, Tensor], out: Path,
     dtype: str = "auto", max_shard_bytes: int = 5 << 30, kind: str = "hf",
 ) -> str:  # fmt: skip
-    """Write the model into the new directory `out`, whole or not at all; returns the name of its architecture.
+    """Write the model into the new directory `out`, which appears complete or not at all.
 
-    `config` is the GPTConfig of the source's model, `kind` hf, gguf or, of an adapter alone, peft. Raises InputError
-    for a model that no architecture expresses, RunError for a full disk.
+    `config` is the GPTConfig of the source's model, `kind` hf, gguf or peft (the adapter alone). Returns the name of
+    its architecture. Raises InputError for a model that no architecture expresses, RunError for a full disk.
     """
     model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
     for field in dataclasses.fields(config):
@@ -72,17 +72,17 @@ def export(
                 write_settings(architecture, source, model, tokenizer, stored, staging)
                 card = model_card(source, architecture, model, size, tokenizer, out.name)
                 (staging / "README.md").write_text(card, "utf-8")
-                HuggingFaceModel(staging).match(shapes)  # what was written has everything in its place
+                HuggingFaceModel(staging).match(shapes)  # check that the written model can be read
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {out}: {error.strerror}. Give another directory") from None
-    except (OSError, SafetensorError) as error:  # safetensors wraps what the disk said
+    except (OSError, SafetensorError) as error:  # safetensors wraps OSErrors
         reason = getattr(error, "strerror", None) or str(error)
         raise RunError(f"cannot write {out}: {reason}. Make room, or give another directory") from None
     return architecture.name
 
 
 def with_biases(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, and zeros for the biases that theirs has and ours lacks."""
+    """The weights, with zeros for biases that the architecture has and the model lacks."""
     whole: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         module, _, kind = name.rpartition(".")
@@ -93,7 +93,7 @@ def with_biases(architecture: Architecture, model: dict[str, Any], weights: dict
 
 
 def their_tensors(places: Iterable[Place], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our weights under their names, as views."""
+    """The weights under their names in the architecture, as views."""
     found: dict[str, Tensor] = {}
     for place in places:
         whole = weights[place.ours]
@@ -103,7 +103,7 @@ def their_tensors(places: Iterable[Place], weights: dict[str, Tensor]) -> dict[s
 
 
 def write_weights(tensors: dict[str, Tensor], dtype: torch.dtype, directory: Path, max_bytes: int) -> None:
-    """One safetensors file, or several of at most `max_bytes` (a larger tensor has one of its own) and their index."""
+    """Write one safetensors file, or an index and several of at most `max_bytes` (larger tensors get their own)."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -128,7 +128,7 @@ def write_settings(
     architecture: Architecture, source: Source, model: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype,
     directory: Path,
 ) -> None:  # fmt: skip
-    """config.json, generation_config.json and the files of the tokenizer."""
+    """Write config.json, generation_config.json and the tokenizer's files."""
     ends = [id for id in (tokenizer.end_of_text, *sorted(tokenizer.stop_ids)) if id is not None]
     ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     kind = str(dtype).removeprefix("torch.")
@@ -145,7 +145,7 @@ def write_settings(
 def model_card(
     source: Source, architecture: Architecture, model: dict[str, Any], size: int, tokenizer: Tokenizer, name: str
 ) -> str:
-    """README.md: what the model is, what it was trained on and how well it does, as far as the source knows."""
+    """The text of README.md: the model's shape, and its training settings and validation loss if they are known."""
     shape = ", ".join(f"{key} {model[key]}" for key in ("n_layer", "n_head", "n_kv_head", "n_embd", "mlp_hidden"))
     lines = [
         "---", "library_name: transformers", "pipeline_tag: text-generation", "tags:", "- nib", "---", "", f"# {name}",
@@ -170,7 +170,7 @@ def model_card(
 
 
 def last_validation(checkpoint: Path, step: int) -> dict[str, Any]:
-    """The last validation up to `step` in the metrics of the run that the checkpoint belongs to; empty for none."""
+    """The last validation up to `step` in the metrics of the checkpoint's run; empty if there is none."""
     try:
         lines = (checkpoint.parent.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         known = [line for line in map(json.loads, lines) if line.get("val_loss") is not None and line["step"] <= step]

@@ -1,6 +1,6 @@
-"""GGUF, the one-file format of llama.cpp, by the optional package gguf.
+"""GGUF, the one-file format of llama.cpp, written with the optional package gguf.
 
-llama.cpp's own converter knows a tokenizer by a hash of what it does, and so refuses one that was trained here.
+llama.cpp's own converter recognises a tokenizer by a hash of its output, so it refuses one that nib trained.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from nib.formats.architectures import Architecture, rope_scaling
 from nib.tokenizer.huggingface import begin_of_text
 from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
-# llama.cpp has one activation an architecture, and no window in these.
+# llama.cpp has one activation for each architecture, and no sliding window in these.
 ACTIVATION = {"gpt2": "gelu_tanh", "llama": "swiglu", "qwen3": "swiglu", "arcee": "relu2"}
-INTERLEAVED = ("llama", "arcee")  # rotate neighbouring channels, so that rows of queries and keys change places
-PRE_TOKENIZERS = {  # split patterns, without possessive signs: llama.cpp's name
+INTERLEAVED = ("llama", "arcee")  # RoPE rotates adjacent channels, so the rows of queries and keys are permuted
+PRE_TOKENIZERS = {  # split pattern without possessive quantifiers: llama.cpp's name
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+$|\s+(?!\S)|\s": "gpt-2",
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": "gpt-2",
     SPLIT_PATTERN: "llama-bpe",
@@ -32,18 +32,18 @@ PRE_TOKENIZERS = {  # split patterns, without possessive signs: llama.cpp's name
 def check_gguf(
     architecture: Architecture, model: dict[str, Any], tokenizer: Tokenizer, content: dict[str, Any]
 ) -> None:
-    """Raise InputError for what llama.cpp does not do, and where the package is missing."""
+    """Raise InputError for a model that llama.cpp does not support, or if the package gguf is missing."""
     if ACTIVATION.get(architecture.model_type) != model["mlp"] or model["window"]:
         asked = f"{architecture.name} with mlp={model['mlp']}" + (f", window={model['window']}" * bool(model["window"]))
         raise InputError(f"GGUF is written for {', '.join(ACTIVATION)}, not for {asked}. Use --format=hf")
     kind, scaling = model["rope_scaling"], rope_scaling(model)
     if kind == "llama3" and architecture.model_type not in INTERLEAVED:
         raise InputError(f"llama.cpp has no rope_scaling=llama3 for {architecture.name}. Use --format=hf")
-    if kind == "yarn" and (scaling["beta_slow"], scaling["beta_fast"]) != (1, 32):  # it reads no others in these
+    if kind == "yarn" and (scaling["beta_slow"], scaling["beta_fast"]) != (1, 32):  # these architectures read no others
         raise InputError("llama.cpp has rope_scaling=yarn with rope_slow=1 and rope_fast=32 only. Use --format=hf")
     if len(tokenizer.stop_ids) > 2:
         ids = ", ".join(map(str, sorted(tokenizer.stop_ids)))
-        raise InputError(f"llama.cpp takes an end of text and two more; this model also has {ids}. Use --format=hf")
+        raise InputError(f"llama.cpp has 3 ids to end a text; this model has {ids} and end-of-text. Use --format=hf")
     pre_tokenizer(tokenizer, content)
     try:
         import gguf  # noqa: F401
@@ -56,7 +56,7 @@ def write_gguf(
     tensors: dict[str, Tensor], dtype: torch.dtype, tokenizer: Tokenizer,
     content: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write the tensors under their names in transformers, the settings and the tokenizer; `check_gguf` comes first."""
+    """Write the tensors (named as in transformers), the settings and the tokenizer. Call `check_gguf` first."""
     import gguf
 
     kind, pre = architecture.model_type, pre_tokenizer(tokenizer, content)
@@ -119,17 +119,17 @@ def add_shape(writer: Any, model: dict[str, Any]) -> None:
         writer.add_key_length(model["head_size"])
         writer.add_value_length(model["head_size"])
     scaling = rope_scaling(model)
-    if model["rope_scaling"] in ("linear", "yarn"):  # dynamic acts beyond the context only, and llama.cpp lacks it
+    if model["rope_scaling"] in ("linear", "yarn"):  # llama.cpp lacks dynamic, which acts only beyond the context
         writer.add_rope_scaling_type(RopeScalingType(model["rope_scaling"]))
         writer.add_rope_scaling_factor(scaling["factor"])
     if model["rope_scaling"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-        usual = 0.1 * math.log(scaling["factor"]) + 1.0  # by which llama.cpp multiplies
+        usual = 0.1 * math.log(scaling["factor"]) + 1.0  # llama.cpp multiplies by this itself
         writer.add_rope_scaling_attn_factors(scaling["attention_factor"] / usual)
 
 
 def llama3_divisors(model: dict[str, Any]) -> Tensor:
-    """By what llama.cpp divides the frequency of each pair of channels (D / 2,)."""
+    """The divisors that llama.cpp applies to the frequency of each pair of channels (D / 2,)."""
     scaling, D = rope_scaling(model), model["head_size"]
     turns = scaling["original_max_position_embeddings"] / math.tau / model["rope_base"] ** (torch.arange(0, D, 2) / D)
     slow, fast = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -138,7 +138,7 @@ def llama3_divisors(model: dict[str, Any]) -> Tensor:
 
 
 def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int) -> None:
-    """Tokens by id, what is left of the vocabulary as unused ones, and the merges."""
+    """Add the tokens by id (ids without a token are UNUSED) and the merges."""
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     kinds = [types.UNUSED] * vocab_size
     for token, id in content["model"]["vocab"].items():
@@ -150,12 +150,12 @@ def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    # The array cannot be empty; what this pair makes is no token, and is written as its two bytes.
+    # The array cannot be empty. The pair "Ā Ā" makes no token of the vocabulary, so it changes nothing.
     writer.add_token_merges(merges or ["Ā Ā"])
 
 
 def pre_tokenizer(tokenizer: Tokenizer, content: dict[str, Any]) -> str:
-    """llama.cpp's name for the way in which a tokenizer.json splits text. Raises InputError where it has none."""
+    """llama.cpp's name for the pre-tokenizer of a tokenizer.json. Raises InputError if it has none."""
     split = content.get("pre_tokenizer") or {}
     parts = split.get("pretokenizers", [split])
     kinds = [part.get("type") for part in parts]

@@ -1,7 +1,7 @@
-"""A model directory of Hugging Face's, read: config.json, safetensors whole or in shards, and the tokenizer.
+"""Read a Hugging Face model directory: config.json, safetensors in one file or in shards, and the tokenizer.
 
-Nothing in it can run code, no path that a file names is followed, and every shape is compared with config.json
-before memory is taken for it. The package transformers is not needed.
+No code in it is run, no path that a file names is followed, and every shape is compared with config.json before
+memory is allocated for it. The package transformers is not needed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "BF16", "F16")
-MAY_BE_TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # then one of them is stored
+MAY_BE_TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # of tied weights, only one name may be stored
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Whether a directory says that it is a model of transformers."""
+    """Whether a directory's config.json is that of a transformers model."""
     if not (path / CONFIG_FILE).is_file():
         return False
     try:
@@ -45,13 +45,13 @@ class HuggingFaceModel(ImportedModel):
         try:
             self.architecture, self.model_config, self.without_bias = read_config_json(config)
             self.tensors = self._find_tensors()
-            if (layers := self.model_config["n_layer"]) > len(self.tensors):  # before a model of so many is built
+            if (layers := self.model_config["n_layer"]) > len(self.tensors):  # before so many layers are built
                 raise InputError(f"there are no weights for {counted(layers, 'layer')}. Download the model again")
         except InputError as error:
             raise InputError(f"{directory}: {error}") from None
 
     def _find_tensors(self) -> dict[str, Stored]:
-        """Every tensor in the files, by its plain name."""
+        """All tensors in the files, by plain name."""
         expected: dict[str, Any] | None = None
         if (self.directory / WEIGHTS_FILE).is_file():
             names = [WEIGHTS_FILE]
@@ -74,30 +74,30 @@ class HuggingFaceModel(ImportedModel):
                 raise InputError(f"the shard {name} is missing. Download the model again")
             try:
                 file = safe_open(path, "pt")
-                for tensor in file.keys():  # noqa: SIM118  it is no dict
+                for tensor in file.keys():  # noqa: SIM118  not a dict
                     part = file.get_slice(tensor)
                     if part.get_dtype() not in DTYPES and not NOT_WEIGHTS.fullmatch(tensor):
                         kinds = "F32, BF16 or F16"
                         raise InputError(f"{tensor} is of type {part.get_dtype()}, not {kinds}. Give a plain model")
                     if (plain := plain_name(tensor)) in found:
-                        raise InputError(f"{plain} is there twice. Give a whole model directory")
+                        raise InputError(f"{plain} is stored twice. Give a whole model directory")
                     found[plain] = Stored(tuple(part.get_shape()), functools.partial(file.get_tensor, tensor))
                     places[plain] = name
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"cannot read {name}: {str(error)[:120]}. Download the model again") from None
         for tensor in expected or ():
             plain = plain_name(tensor)
-            if plain not in found and plain.endswith(MAY_BE_TIED):  # one of two names; `match` sees what is needed
+            if plain not in found and plain.endswith(MAY_BE_TIED):  # `match` checks whether it is needed
                 continue
             if places.get(plain) != expected[tensor]:  # type: ignore[index]
                 raise InputError(f"{tensor[:80]} is not in the shard that {INDEX_FILE} names. Download it again")
-        # A model that was saved inside another module, as model.model.layers...: the first part goes if all have it.
+        # A model that was saved inside another module, as model.model.layers...: a common prefix is removed.
         inner = (self.architecture.names["wte"][0] + ".weight", "lm_head.weight")
         outer = {name.removesuffix(end) for name in found for end in inner if name.endswith("." + end)}
         prefix = outer.pop() if len(outer) == 1 else ""
         if all(name.startswith(prefix) for name in found):
             found = {name.removeprefix(prefix): stored for name, stored in found.items()}
-        # A model saved without its head, as the files of GPT-2 itself, has names without their first part.
+        # A model saved without its head, such as OpenAI's GPT-2, has names without their first part.
         base = self.architecture.names["wte"][0].split(".")[0] + "."
         if any(name.startswith(base) for name in found):
             return found

@@ -1,4 +1,4 @@
-"""Where a model comes from: a run or checkpoint of nib, a Hugging Face directory or hub name, nanoGPT's ckpt.pt."""
+"""Open a model: a run or checkpoint of nib, a Hugging Face directory or hub name, nanoGPT's ckpt.pt, an adapter."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 Source = Checkpoint | HuggingFaceModel | NanoGPTCheckpoint | AdaptedModel
 Model = TypeVar("Model", bound=Any)
 Config = TypeVar("Config")
-KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # of settings, by their annotation
+KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # accepted types, by annotation
 
 
 def open_source(target: str | None, root: Path = Path("out"), adapter: str = "") -> Source:
-    """What `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
+    """The source that `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
 
-    An adapter alone, a run of LoRA or a directory of peft's, brings its base along; `adapter` names one to put on the
-    target. All have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
+    A LoRA run or a directory of peft's is opened together with its base. `adapter` names an adapter to merge into the
+    target. Sources have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if adapter:
         found = open_adapter(adapter, root)
@@ -46,7 +46,7 @@ def open_source(target: str | None, root: Path = Path("out"), adapter: str = "")
         pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
         if pickled.is_file() and not (path / "checkpoints").exists():
             return NanoGPTCheckpoint(pickled)
-        # One without weights, such as a repository of something else, does not hide a run of its name.
+        # A directory with config.json but without weights does not hide a run of the same name.
         if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
             return HuggingFaceModel(path)
         if is_peft(path):
@@ -60,20 +60,20 @@ def open_source(target: str | None, root: Path = Path("out"), adapter: str = "")
 
 
 def open_adapter(name: str, root: Path) -> Checkpoint | PeftAdapter:
-    """A directory of peft's, or a run of LoRA or one of its checkpoints. Raises InputError."""
+    """A directory of peft's, or a LoRA run or one of its checkpoints. Raises InputError."""
     path = next((path for path in (Path(name), root / name) if path.exists()), Path(name))
     if not path.exists():
-        raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a run of LoRA")
+        raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a LoRA run")
     if is_checkpoint(path):
         checkpoint = open_checkpoint(find_checkpoint(str(path)))
         if "adapter" in checkpoint.state:
             return checkpoint
-        raise InputError(f"{name} holds a whole model, not an adapter. Give it in place of the base")
+        raise InputError(f"{name} holds a whole model, not an adapter. Give it as the model, without --adapter")
     return PeftAdapter(path)
 
 
 def base_name(adapter: Checkpoint | PeftAdapter) -> str:
-    """What opens the base of an adapter: the directory where it was, or else what it was called."""
+    """The path or name of an adapter's base: its recorded directory if that exists, else the recorded name."""
     if isinstance(adapter, PeftAdapter):
         return adapter.base
     try:
@@ -84,7 +84,7 @@ def base_name(adapter: Checkpoint | PeftAdapter) -> str:
 
 
 def with_base(found: Checkpoint | PeftAdapter, root: Path = Path("out")) -> Checkpoint | AdaptedModel:
-    """An adapter together with the base it names; a checkpoint of a whole model as it is. Raises InputError."""
+    """An adapter with the base it names; a checkpoint of a whole model is returned as it is. Raises InputError."""
     if isinstance(found, Checkpoint) and "adapter" not in found.state:
         return found
     try:
@@ -95,7 +95,7 @@ def with_base(found: Checkpoint | PeftAdapter, root: Path = Path("out")) -> Chec
 
 
 def read_config(source: Source, kind: type[Config], **changes: Any) -> Config:
-    """The settings of a source's model, as `kind`, which is model.GPTConfig. Raises InputError for those of another."""
+    """The settings of a source's model as `kind`, model.GPTConfig. Raises InputError if they do not fit it."""
     settings = source.model_config | changes
     try:
         inspect.signature(kind).bind(**settings)
@@ -117,10 +117,10 @@ def does_not_fit(source: Source, error: Exception) -> InputError:
 
 
 def build(source: Source, make_model: Callable[[], Model], sampling: bool = False) -> Model:
-    """A model of the source's settings, which `make_model` makes, with the source's weights.
+    """A model with the source's weights; `make_model` makes it with the source's settings.
 
-    For `sampling` they stay in their file until they are quantised or copied. Raises InputError for weights of
-    another model.
+    For `sampling` the weights stay memory-mapped until they are quantised or copied. Raises InputError if they do not
+    fit the model.
     """
     weights = read_weights(source, make_model)
     model = without_drawing(make_model)
@@ -143,15 +143,15 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
 
 
 def read_weights(source: Source, make_model: Callable[[], Model]) -> dict[str, Tensor]:
-    """The source's weights by their names in the model that `make_model` makes. Raises InputError."""
+    """The source's weights under the names of the model that `make_model` makes. Raises InputError."""
     return source.weights() if isinstance(source, Checkpoint) else source.weights(parameter_shapes(make_model))
 
 
 def parameter_shapes(make_model: Callable[[], Model]) -> Shapes:
-    """What is loaded into such a model, which is made without memory, unless its constructor computes with values."""
+    """The shapes of a model's state dict. The model is made on the meta device if its constructor allows that."""
     model = None
     with torch.random.fork_rng([]):
-        for buffers in ("cpu", "meta"):  # the second only for sizes beyond memory: torch imports for a second for it
+        for buffers in ("cpu", "meta"):  # buffers on meta only for sizes beyond memory: torch's imports take a second
             with contextlib.suppress(Exception), torch.device(buffers), parameters_on_meta():
                 model = model or make_model()
         model = model or make_model()
@@ -159,16 +159,16 @@ def parameter_shapes(make_model: Callable[[], Model]) -> Shapes:
 
 
 def without_drawing(make_model: Callable[[], Model]) -> Model | None:
-    """A model whose parameters are on the meta device, waiting to be loaded; None where it has to be made with values.
+    """A model with parameters on the meta device, to be loaded; None if it has to be made with real values.
 
-    To draw the weights of 1.5 B parameters takes 14 seconds. But a constructor that was changed may compute what is not
-    saved, a buffer for example, from random numbers or from parameters, and two modules may share a parameter.
+    Drawing 1.5 B random weights takes 14 seconds. But a changed constructor may compute something that is not saved,
+    such as a buffer, from random numbers or parameters, and two modules may share a parameter.
     """
     state, model = torch.get_rng_state(), None
     try:
         with parameters_on_meta():
             model = make_model()
-    except Exception:  # it reads a parameter; or it has a bug, which is met again when it is made with values
+    except Exception:  # it reads a parameter, or has a bug, which is raised again when it is made with real values
         pass
     drawn = not torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(state)
@@ -181,7 +181,7 @@ def without_drawing(make_model: Callable[[], Model]) -> Model | None:
 
 @contextlib.contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """What modules made in the body register as parameters is moved to the meta device; buffers are computed."""
+    """Parameters that modules register in the body are moved to the meta device; buffers are computed as usual."""
     register, normal = nn.Module.register_parameter, nn.init.normal_
 
     def on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -190,7 +190,7 @@ def parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     def unless_meta(tensor: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        # On the meta device it does nothing either, but torch imports for a second what it does that with.
+        # On the meta device it would do nothing, but torch would import modules for a second.
         return tensor if tensor.is_meta else normal(tensor, *arguments, **options)
 
     nn.Module.register_parameter, nn.init.normal_ = on_meta, unless_meta  # type: ignore[method-assign, assignment]
@@ -201,16 +201,16 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
-    """Have the texts of a model trained on the dataset end as the source's do.
+    """Check that the dataset's tokenizer is the source's, and add the source's stop ids to it.
 
-    Special tokens may be added after the ids of a run's, as those of a chat are: the model gets embeddings for them.
-    Raises InputError unless the other ids in the dataset mean to the model what it has learned.
+    A dataset may have more special tokens, such as those of a chat template, if the source is a run of nib: the model
+    then gets embeddings for them. Raises InputError if any other id differs.
     """
     size = source.model_config["vocab_size"]
     try:
         tokenizer = source.tokenizer()
     except InputError:
-        if not isinstance(source, NanoGPTCheckpoint):  # which has no tokenizer of its own
+        if not isinstance(source, NanoGPTCheckpoint):  # whose directory may lack the tokenizer
             raise
         tokenizer = dataset.tokenizer
     known = len(tokenizer.token_bytes)
@@ -221,7 +221,7 @@ def take_vocabulary(source: Source, dataset: Dataset, name: str) -> None:
         if size == dataset.vocab_size:
             what = f"{name} has another tokenizer than {dataset.directory}"
         raise InputError(f"{what}. Prepare the data with {shlex.quote('--tokenizer=' + name)}")
-    if size < dataset.vocab_size and not added:  # mostly by special tokens that were added later, and which no text has
+    if size < dataset.vocab_size and not added:  # the tokenizer has more ids than the model, mostly unused ones
         for split in (dataset.train, dataset.val):
             for begin in range(0, split.tokens, 1 << 22):
                 largest = split.read(begin, begin + (1 << 22)).max()

@@ -1,4 +1,4 @@
-"""nanoGPT's ckpt.pt, of which nothing can run."""
+"""nanoGPT's ckpt.pt, read without running any code from it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
 CHECKPOINT_FILE = "ckpt.pt"
-GPT2_VOCAB = (50257, 50304)  # nanoGPT rounds it up
+GPT2_VOCAB = (50257, 50304)  # nanoGPT rounds it up to 50304
 SIZES = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-# It computes the exact gelu since February 2023; before, it was the approximation by tanh, which a file does not tell.
+# nanoGPT uses the exact GELU since February 2023 and used the tanh approximation before. The file does not say which.
 SETTINGS = {
     "n_kv_head": 0, "head_size": 0, "mlp_hidden": 0, "mlp": "gelu", "norm": "layernorm", "norm_eps": 1e-5,
     "position": "learned", "qk_norm": False, "window": 0, "tie_weights": True, "dropout": 0.0,
@@ -42,18 +42,18 @@ class NanoGPTCheckpoint(ImportedModel):
                 for name, tensor in content["model"].items()
             }
             shape = {name: number(arguments.get(name), name, int, 1, 1 << 24) for name in SIZES}
-            if shape["n_layer"] > len(self.tensors):  # before a model of so many is built
+            if shape["n_layer"] > len(self.tensors):  # before so many layers are built
                 raise InputError(f"there are no weights for {counted(shape['n_layer'], 'layer')}. Give a whole ckpt.pt")
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,
                 pickle.UnpicklingError) as error:  # fmt: skip
             reason = f"no {error}" if isinstance(error, KeyError) else str(error).strip().partition("\n")[0]
-            raise InputError(f"{path} is no checkpoint of nanoGPT: {reason[:150]}. Give its ckpt.pt") from None
+            raise InputError(f"{path} is not a nanoGPT checkpoint: {reason[:150]}. Give its ckpt.pt") from None
         self.model_config = SETTINGS | shape | {"bias": arguments.get("bias") is not False}
 
     def tokenizer(self) -> Tokenizer:
-        """That of its dataset: meta.pkl beside it or in data/, else GPT-2's where the sizes agree."""
+        """Its dataset's tokenizer: meta.pkl beside it or in data/, else GPT-2's if the vocabulary size agrees."""
         name = self.dataset if re.fullmatch(r"\w[\w.-]*", self.dataset) else "none"
         for directory in (self.directory.parent, Path("data") / name, self.directory.parent.parent / "data" / name):
             if (directory / META_FILE).is_file():

@@ -1,6 +1,6 @@
-"""Adapter directories of Hugging Face's peft, read and written: adapter_config.json, adapter_model.safetensors.
+"""Read and write adapter directories of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
 
-The package peft is not needed. What its config asks for and nib does not do is refused by name.
+The package peft is not needed. A setting of its config that nib does not support is refused by name.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from nib.formats.places import Place, Shapes, places
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-# Of adapter_config.json what is read, and what says nothing about the numbers: which modules have a pair, the tensors
-# say themselves. Anything else must be empty.
+# The keys of adapter_config.json that are read, and those that do not change the result (the tensors show which modules
+# are adapted). All other keys must be empty.
 READ = set("r lora_alpha rank_pattern alpha_pattern use_rslora base_model_name_or_path".split())
 SILENT = set(
     """peft_type task_type auto_mapping peft_version revision inference_mode target_modules exclude_modules
     lora_dropout fan_in_fan_out init_lora_weights layers_to_transform layers_pattern megatron_core qalora_group_size
     runtime_config bias""".split()
 )
-PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # of A and B; other ones change the base as well
+PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal")  # initialisations that do not change the base
 
 
 def is_peft(path: Path) -> bool:
@@ -40,7 +40,7 @@ def is_peft(path: Path) -> bool:
 
 
 class PeftAdapter:
-    """A directory of peft's. Raises InputError for one that is broken or of another kind than LoRA."""
+    """A directory of peft's. Raises InputError if it is damaged or not a LoRA adapter."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -66,7 +66,7 @@ class PeftAdapter:
 
     @property
     def base(self) -> str:
-        """What the base is called where the adapter was trained."""
+        """The name of the base when the adapter was trained."""
         name = self.config.get("base_model_name_or_path")
         if not isinstance(name, str) or not name:
             raise self.wrong("it does not name its base. Give the base first, and this as --adapter", "")
@@ -79,13 +79,13 @@ class PeftAdapter:
             raise self.wrong(f"{pickled}there is no {WEIGHTS_FILE}", "Save the adapter as safetensors")
         try:
             with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
                 return tensors, (file.metadata() or {}).get("base_sha256", "")
         except (SafetensorError, OSError, ValueError) as error:
             raise self.wrong(f"cannot read {WEIGHTS_FILE}: {str(error)[:120]}", "Copy the adapter again") from None
 
     def pairs(self, base: Any, shapes: Shapes) -> Pairs:
-        """The adapter by our slices of a base with parameters of these shapes. Raises InputError."""
+        """The adapter's pairs by nib's slices; `shapes` are the base's parameters. Raises InputError."""
         rest = {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
         found: Pairs = {}
         for place, names in their_modules(base, shapes):
@@ -96,7 +96,7 @@ class PeftAdapter:
                 A, B = (rest.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
                 if A is not None and B is not None:
                     pair = self.pair(name, A, B, (rows, shapes[place.ours][1]))
-                    for target, end in ends.items():  # GPT-2 has one pair for queries, keys and values together
+                    for target, end in ends.items():  # GPT-2 has one pair for queries, keys and values
                         if first <= end - sizes[target] and end <= first + rows:
                             part = pair.B[end - sizes[target] - first : end - first]
                             found[f"{module}.{target}"] = Pair(pair.A, part, pair.scale)
@@ -105,7 +105,7 @@ class PeftAdapter:
                 first += rows
         if rest:
             kind = "the embedding or head" if re.search(r"embed|lm_head|wte|wpe", min(rest)) else "it"
-            raise self.wrong(f"{min(rest)[:100]} has no place in {base.directory}: nib does not adapt {kind}")
+            raise self.wrong(f"{min(rest)[:100]} does not fit {base.directory}: nib does not adapt {kind}")
         if not found:
             raise self.wrong("there is no pair of matrices in it")
         return found
@@ -121,7 +121,7 @@ class PeftAdapter:
         return Pair(A, B, alpha / (rank**0.5 if self.config.get("use_rslora") else rank))
 
     def number(self, key: str, patterns: str, name: str) -> float:
-        """The number of a module: that of the first pattern that its name ends in, as in peft."""
+        """The value of `key` for a module: that of the first pattern matching the end of its name, as in peft."""
         value = self.config.get(key, 8)
         for pattern, other in (self.config.get(patterns) or {}).items():
             if re.match(rf"(.*\.)?({pattern})$", name):
@@ -135,11 +135,12 @@ class PeftAdapter:
         return InputError(f"{self.directory}: {what}. {how}".removesuffix(". "))
 
     def refuse(self, what: str) -> InputError:
-        return InputError(f"{self.directory} asks for {what}, which nib does not do. Merge it with peft, and give that")
+        how = "Merge the adapter with peft, and give the merged model"
+        return InputError(f"{self.directory} needs {what}, which nib does not support. {how}")
 
 
 def is_safe(pattern: str) -> bool:
-    """Whether a regular expression is valid, and cannot be made to search for ever: no repeated groups, few repeats."""
+    """Whether a regular expression is valid and cannot backtrack without end: no repeated groups, few repeats."""
     try:
         re.compile(pattern)
     except (re.error, OverflowError, RecursionError):
@@ -148,7 +149,7 @@ def is_safe(pattern: str) -> bool:
 
 
 def their_modules(base: Any, shapes: Shapes) -> Iterator[tuple[Place, dict[str, int]]]:
-    """Each linear layer of ours, and the modules of the base's architecture that make it up, with their rows."""
+    """Each linear layer of model.py, and the architecture's modules that make it up, with their rows."""
     model = base.model_config
     layers = adapted_layers(shapes, model)
     for place in places(architecture_of(base), model, shapes):
@@ -157,13 +158,13 @@ def their_modules(base: Any, shapes: Shapes) -> Iterator[tuple[Place, dict[str, 
 
 
 def architecture_of(base: Any) -> Architecture:
-    """The architecture of a Hugging Face model, or the one that export.py makes of another."""
+    """The architecture of a Hugging Face model, or the one in which export.py would write another model."""
     found = getattr(base, "architecture", None)
     return found if isinstance(found, Architecture) else choose_architecture(base.model_config)
 
 
 def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: torch.dtype | None) -> None:
-    """Write the adapter of a source into a directory, as peft would. Raises InputError, OSError."""
+    """Write the adapter of a source into a directory, as peft does. Raises InputError, OSError."""
     pairs, base = source.pairs(shapes), source.base
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
@@ -195,9 +196,9 @@ def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: tor
 
 
 def joined(own: Pairs, sizes: dict[str, int], targets: list[str]) -> tuple[Tensor, Tensor, float]:
-    """A, B and alpha of one module of theirs, which holds one slice of ours or all of a layer's, one above the other.
+    """A, B and alpha of one module of peft's, which holds one slice of nib's or all slices of a layer.
 
-    Of several the matrices A are stacked, and B has those of the slices on its diagonal: the rank is their sum.
+    For several slices the matrices A are stacked, and B is block-diagonal: the rank is the sum of theirs.
     """
     A = torch.cat([pair.A for pair in own.values()])
     B, column, row = torch.zeros(sum(sizes[target] for target in targets), len(A)), 0, 0

@@ -22,7 +22,7 @@ NOT_WEIGHTS = re.compile(r".*\.attn\.(bias|masked_bias)|.*\.rotary_emb\.inv_freq
 
 @dataclass(frozen=True)
 class Place:
-    """Where one parameter of ours lies in theirs: the parts of its rows, each under its name."""
+    """The tensors of an architecture that, concatenated by rows, make up one parameter of model.py."""
 
     ours: str
     parts: list[tuple[str, tuple[int, ...]]]  # name and shape, as stored
@@ -38,19 +38,19 @@ class Stored:
 
 
 def plain_name(stored: str) -> str:
-    """A tensor's name without what torch.compile, DDP, FSDP and checkpoint_wrapper put into it."""
+    """A tensor's name without the parts that torch.compile, DDP, FSDP and checkpoint_wrapper add."""
     return re.sub(r"^(module\.|_orig_mod\.)+|_orig_mod\.|_(fsdp|checkpoint)_wrapped_module\.", "", stored)
 
 
 def has_bias(architecture: Architecture, model: dict[str, Any], layer: str) -> bool:
-    """Whether the architecture has a bias in this layer of a model with these settings of GPTConfig."""
+    """Whether this layer has a bias in the architecture, for a model with these settings of GPTConfig."""
     if layer in LINEAR:
         return bool(model["bias"]) or layer in architecture.always_bias
     return layer.endswith("norm") and model["norm"] == "layernorm"
 
 
 def places(architecture: Architecture, model: dict[str, Any], shapes: Shapes) -> Iterator[Place]:
-    """The place of each of our parameters. Raises InputError for one that the architecture lacks."""
+    """The Place of each parameter of model.py. Raises InputError for one that the architecture lacks."""
     for ours, shape in shapes.items():
         module, _, kind = ours.rpartition(".")
         number, layer = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", module).groups()  # type: ignore[union-attr]
@@ -70,27 +70,27 @@ def places(architecture: Architecture, model: dict[str, Any], shapes: Shapes) ->
 
 
 class ImportedModel:
-    """A model that something else than nib wrote: its settings for GPTConfig, and its tensors by their plain names."""
+    """A model that another program wrote: its settings for GPTConfig, and its tensors by plain name."""
 
     directory: Path
     architecture: Architecture
     model_config: dict[str, Any]
     tensors: dict[str, Stored]
-    without_bias: frozenset[str] = frozenset()  # layers that have none, although `model_config` has biases
+    without_bias: frozenset[str] = frozenset()  # layers without a bias, although `model_config` has bias=True
 
     def weights(self, shapes: Shapes) -> dict[str, Tensor]:
-        """The parameters of a model.py that has these, in the dtype of the file. Raises InputError."""
+        """The parameters of a model with these shapes, in the dtype of the file. Raises InputError."""
         return {name: read() for name, read in self.match(shapes).items()}
 
     def match(self, shapes: Shapes) -> dict[str, Callable[[], Tensor]]:
-        """What reads each parameter; all their tensors are there, of the right shape, and none is left over.
+        """A function that reads each parameter.
 
-        Raises InputError.
+        Raises InputError if a tensor is missing, has the wrong shape, or is left over.
         """
         found: dict[str, Callable[[], Tensor]] = {}
         rest, embedding = dict(self.tensors), self.architecture.names["wte"][0] + ".weight"
         is_tied = self.model_config["tie_weights"]
-        if is_tied and embedding not in rest and "lm_head.weight" in rest:  # one of two names was kept
+        if is_tied and embedding not in rest and "lm_head.weight" in rest:  # only one of the two names was stored
             rest[embedding] = rest.pop("lm_head.weight")
         tied = rest.get(embedding)
         for place in places(self.architecture, self.model_config, shapes):
@@ -104,18 +104,18 @@ class ImportedModel:
                 parts.append(rest.pop(name))
                 if parts[-1].shape != shape:
                     has, wanted = list(parts[-1].shape), list(shape)
-                    raise self.wrong(f"{name} has the shape {has}, the settings of its model say {wanted}")
+                    raise self.wrong(f"{name} has the shape {has}, but the model's settings need {wanted}")
             found[place.ours] = functools.partial(joined, parts, place.transposed)
         head = rest.pop("lm_head.weight", None) if is_tied else None
         if head and tied and not torch.equal(head.read(), tied.read()):
-            raise self.wrong("it ties its head to its embedding, but lm_head.weight is another matrix")
+            raise self.wrong("its head is tied to its embedding, but lm_head.weight is another matrix")
         strange = sorted(name for name in rest if not NOT_WEIGHTS.fullmatch(name))
         if strange:
-            raise self.wrong(f"the tensor {strange[0][:80]} has no place in {self.architecture.name}")
+            raise self.wrong(f"the tensor {strange[0][:80]} is not part of {self.architecture.name}")
         return found
 
     def wrong(self, what: str) -> InputError:
-        return InputError(f"{self.directory}: {what}. Give a whole model that nothing was changed in")
+        return InputError(f"{self.directory}: {what}. Give a complete, unchanged model")
 
 
 def joined(parts: list[Stored], transposed: bool) -> Tensor:

@@ -40,7 +40,7 @@ class HuggingFaceTokenizer(Tokenizer):
         # Dropout is random. A prefix or suffix stands for no bytes of the text, and can crash the library.
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             if model.get(key):
-                raise InputError(f"tokenizer {name} has {key}, which nib does not do. Give a model without it")
+                raise InputError(f"tokenizer {name} has {key}, which nib does not support. Give a model without it")
         with library_errors(name):
             self.tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
             self.tokenizer.no_truncation()

@@ -115,23 +115,23 @@ def _from_content(content: Any) -> Tokenizer:
         from nib.tokenizer.byte_level import HuggingFaceTokenizer
 
         _check(isinstance(content["tokenizer"], dict) and isinstance(content["config"], dict), "it has no tokenizer")
-        _check(end_of_text is None or type(end_of_text) is int, "its end_of_text is no id")
+        _check(end_of_text is None or type(end_of_text) is int, "its end_of_text is not an id")
         tokenizer = HuggingFaceTokenizer(name, content["tokenizer"], content["config"], end_of_text)
     else:
         raise ValueError(f"its kind is {kind!r}, not byte, char, bpe or huggingface")
     added, template = content.get("added_tokens", []), content.get("chat_template", "")
     _check(
         isinstance(added, list) and all(isinstance(token, str) and token for token in added),
-        "its added_tokens are no list of names",
+        "its added_tokens are not a list of names",
     )
-    _check(isinstance(template, str), "its chat_template is no text")
+    _check(isinstance(template, str), "its chat_template is not a text")
     tokenizer.add_special_tokens(added)
     if template:
         tokenizer.chat_template = template
     _check(tokenizer.end_of_text == end_of_text, "its end_of_text does not fit")
     stops = content.get("stop_ids", [])
     whole = isinstance(stops, list) and all(type(id) is int and 0 <= id < tokenizer.vocab_size for id in stops)
-    _check(whole, "its stop_ids are no list of ids")
+    _check(whole, "its stop_ids are not a list of ids")
     tokenizer.stop_ids = frozenset(stops)
     return tokenizer
 
@@ -145,7 +145,7 @@ def _ranks(tokens: Iterable[tuple[int, Any]]) -> Iterator[tuple[bytes, int]]:
             token = base64.b64decode(encoded, validate=True)
         except (binascii.Error, TypeError):
             raise ValueError(f"token {rank} is not base64") from None
-        _check(len(token) > 0 and token not in seen, f"token {rank} is empty or there twice")
+        _check(len(token) > 0 and token not in seen, f"token {rank} is empty or a duplicate")
         seen.add(token)
         yield token, rank
 

@@ -127,7 +127,7 @@ def test_a_pipe_in_place_of_a_file_is_refused(file: str, checkpoint: Path, tmp_p
     shutil.copytree(checkpoint, tmp_path / "forged")
     (tmp_path / "forged" / file).unlink()
     os.mkfifo(tmp_path / "forged" / file)
-    with pytest.raises(InputError, match="it is no file"):
+    with pytest.raises(InputError, match="it is not a regular file"):
         read_all(tmp_path / "forged")
 
 

@@ -140,14 +140,14 @@ def test_sixteen_bits_and_shards(tmp_path: Path) -> None:
     [
         (
             dict(position="none"),
-            r"has position=none beside .*GPT2LMHeadModel, for a model trained with position=learned",
+            r"has position=none with .*GPT2LMHeadModel, for a model trained with position=learned",
         ),
         (dict(position="sinusoidal"), "position=sinusoidal"),
         (dict(n_kv_head=2), "n_kv_head=2.* trained with n_kv_head=4"),
         (dict(qk_norm=True), "qk_norm=True"),
-        (dict(RMS, mlp="relu2", qk_norm=True), "mlp=relu2 beside|qk_norm=True beside"),
+        (dict(RMS, mlp="relu2", qk_norm=True), "mlp=relu2 with|qk_norm=True with"),
         (dict(RMS, bias=True, qk_norm=True), "bias=True|qk_norm=True"),
-        (dict(RMS, mlp="relu2", window=4), "mlp=relu2 beside .* MistralForCausalLM"),
+        (dict(RMS, mlp="relu2", window=4), "mlp=relu2 with .* MistralForCausalLM"),
     ],
 )
 def test_options_that_no_architecture_has_are_named_with_the_nearest(

@@ -251,7 +251,7 @@ def test_a_pickle_that_is_no_table_of_letters_is_one_line_and_runs_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("meta.pkl").write_bytes(content)
-    with pytest.raises(InputError, match=r"is no meta\.pkl of characters") as found:
+    with pytest.raises(InputError, match=r"holds no table of characters") as found:
         read_meta(Path("meta.pkl"))
     assert "\n" not in str(found.value) and not Path("ran").exists()
 
@@ -262,13 +262,13 @@ BAD_ARGUMENTS = dict(n_layer=2, n_head=4, n_embd=32, block_size=64, bias=True, v
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": Evil()}, "is no checkpoint of nanoGPT"),
+        ({"model": Evil()}, "is not a nanoGPT checkpoint"),
         ({"model_args": {}}, "vocab_size"),
         ({"model": {}}, "no weights for 2 layers"),
         ({"model": {str(i): torch.zeros(1) for i in range(9)}}, "transformer.wte.weight is missing"),
         ({"model_args": BAD_ARGUMENTS | {"n_embd": 2**23}}, "transformer.wte.weight has the shape"),
         ({"model_args": BAD_ARGUMENTS | {"n_head": "4"}}, "n_head"),
-        ({"model_args": BAD_ARGUMENTS | {"n_layer": 1}}, "has no place"),
+        ({"model_args": BAD_ARGUMENTS | {"n_layer": 1}}, "is not part of"),
     ],
 )
 def test_another_pt_file_is_one_line_and_runs_nothing(
@@ -280,7 +280,7 @@ def test_another_pt_file_is_one_line_and_runs_nothing(
         weights_of(Path("x/ckpt.pt"))
     assert "\n" not in str(found.value) and not Path("ran").exists()
     Path("x/ckpt.pt").write_bytes(b"\x80\x02cposix\nsystem\nq\x00X\t\x00\x00\x00touch ranq\x01\x85q\x02Rq\x03.")
-    with pytest.raises(InputError, match="is no checkpoint of nanoGPT"):
+    with pytest.raises(InputError, match="is not a nanoGPT checkpoint"):
         NanoGPTCheckpoint(Path("x/ckpt.pt"))
     assert not Path("ran").exists()
 

@@ -86,8 +86,8 @@ def test_an_adapter_gives_the_same_logits_in_peft_and_here(kind: str, settings: 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": (dict(use_dora=True), "use_dora = 'True', which nib does not do"),
-    "another kind": (dict(peft_type="IA3"), "the kind 'IA3', which nib does not do"),
+    "DoRA": (dict(use_dora=True), "use_dora = 'True', which nib does not support"),
+    "another kind": (dict(peft_type="IA3"), "the kind 'IA3', which nib does not support"),
     "biases": (dict(bias="lora_only"), "bias = 'lora_only'"),
     "a base changed at the start": (dict(init_lora_weights="pissa"), "init_lora_weights = 'pissa'"),
     "whole modules": (dict(modules_to_save=["lm_head"]), r"modules_to_save = \"\['lm_head'\]\""),
@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a matrix is missing": (lambda tensors: tensors.pop(min(tensors)), "one of the two matrices of .* is missing"),
     "an embedding": (rename("layers.0.self_attn.q_proj", "embed_tokens"), "nib does not adapt the embedding or head"),
     "a head": (rename("model.layers.0.self_attn.q_proj", "lm_head"), "nib does not adapt the embedding or head"),
-    "a layer that the base lacks": (rename("layers.1", "layers.2"), "has no place in"),
+    "a layer that the base lacks": (rename("layers.1", "layers.2"), "does not fit"),
     "a magnitude of DoRA's": (
         rename("0.self_attn.q_proj.lora_A.weight", "0.lora_magnitude_vector"),
         "q_proj is missing",
@@ -142,7 +142,7 @@ def test_broken_and_pickled_files_and_other_bases_are_refused(llama: Path, tmp_p
     wide = save_model(tmp_path / "wide", "Llama", num_key_value_heads=4)
     with pytest.raises(InputError, match=r"k_proj are \[4, 32\] and \[16, 4\], not \[4, 32\] and \[32, 4\]"):
         adapted(wide, place)
-    with pytest.raises(InputError, match=r"k_proj.* has no place in"):
+    with pytest.raises(InputError, match=r"k_proj.* does not fit"):
         adapted(save_model(tmp_path / "gpt2", "GPT2"), place)
     weights = place / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])

@@ -127,7 +127,7 @@ def test_the_old_key_says_the_same_and_comes_before_the_new_one(tmp_path: Path) 
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another kind": (dict(rope_type="longrope", factor=4.0), "rope_scaling of type longrope, which nib does not do"),
+    "another kind": (dict(rope_type="longrope", factor=4.0), "rope_scaling of type longrope, which nib does not"),
     "a kind that is none": (dict(rope_type=["yarn"], factor=4.0), "rope_scaling of type"),
     "no factor": (dict(rope_type="linear"), "the factor of rope_scaling in config.json is 'None', not a number"),
     "a factor below 1": (dict(rope_type="dynamic", factor=0.5), "the factor of rope_scaling"),
@@ -237,7 +237,7 @@ def test_a_scaled_model_is_enlarged_without_naming_its_scaling(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "block_size 256 is above the 64 of hf. Lower it, or name a --rope_scaling such as yarn"),
+        ([], "block_size 256 is above the 64 of hf. Lower it, or give a --rope_scaling such as yarn"),
         (["--rope_scaling=yarn", "--rope_factor=1"], "rope_factor and rope_base above 1"),
         (["--rope_scaling=yarn", "--rope_base=500"], "rope_base is 500.0 but hf has 10000.0. Leave rope_base out"),
         (["--rope_scaling=yarn", "--block_size=64"], "rope_scaling is 'yarn' but hf has 'none'. Leave rope_scaling"),

@@ -93,7 +93,7 @@ REFUSED: dict[str, Callable[[], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_a_tokenizer_that_loses_ordinary_text_is_refused_when_it_is_loaded(what: str) -> None:
-    with pytest.raises(InputError, match=r"loses text: .* becomes|, which nib does not do") as found:
+    with pytest.raises(InputError, match=r"loses text: .* becomes|, which nib does not support") as found:
         HuggingFaceTokenizer("x", REFUSED[what](), {}, None)
     assert "\n" not in str(found.value)
 

@@ -89,7 +89,7 @@ def test_an_end_that_is_no_id_is_one_line(file: str, value: Any, tmp_path: Path)
 def test_a_saved_tokenizer_with_wrong_ends_is_one_line(stops: Any, tmp_path: Path) -> None:
     path = make_tokenizer("byte").save(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"stop_ids": stops}))
-    with pytest.raises(InputError, match="its stop_ids are no list of ids"):
+    with pytest.raises(InputError, match="its stop_ids are not a list of ids"):
         load_tokenizer(path)
 
 
