@@ -1,4 +1,4 @@
-"""Draw what metrics.jsonl of one or several runs holds: `python -m nib.plot RUN... --output curves.png`."""
+"""Plot the metrics.jsonl of one or several runs: `python -m nib.plot RUN... --output curves.png`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from nib.common.options import option, parse
 
 USAGE = "python -m nib.plot RUN... [--option=value]..."
 ABOUT = "Draws the curves of runs on shared axes. A RUN is a run directory, or its name under out/."
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")  # Okabe and Ito's, for all eyes
+# The palette of Okabe and Ito, which colour-blind people can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
 CURVES = {  # key of metrics.jsonl: title
     "loss": "Loss, nats per token",
     "lr": "Learning rate",
@@ -29,9 +30,9 @@ VALIDATION: dict[str, Any] = dict(
 
 @dataclass
 class Settings:
-    output: str = option("curves.png", "the picture to write: .png, .svg or .pdf")
-    x: str = option("step", "what the curves are drawn over", choices=tuple(AXES))
-    curve: list[str] = option([], f"which to draw: {', '.join(CURVES)}; may be given several times. None: all")
+    output: str = option("curves.png", "the file to write: .png, .svg or .pdf")
+    x: str = option("step", "the horizontal axis", choices=tuple(AXES))
+    curve: list[str] = option([], f"a curve to draw: {', '.join(CURVES)}; may be given several times; default: all")
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     if not parsed.arguments:
         raise InputError("no RUN. Give a run directory such as out/small")
     if output.suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--output {output} is no .png, .svg or .pdf. Write --output=curves.png")
+        raise InputError(f"--output {output} is not a .png, .svg or .pdf. Write --output=curves.png")
     if unknown := [name for name in settings.curve if name not in CURVES]:
         raise InputError(f"--curve {unknown[0]} is not one of {', '.join(CURVES)}. Choose one")
     runs = {name: read_metrics(name) for name in parsed.arguments}
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def read_metrics(name: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl. Raises InputError where there are none."""
+    """The lines of a run's metrics.jsonl. Raises InputError if there are none."""
     paths = [directory / "metrics.jsonl" for directory in (Path(name), Path("out") / name)]
     path = next((path for path in paths if path.exists()), paths[not Path(name).is_dir()])
     try:
@@ -61,7 +62,7 @@ def read_metrics(name: str) -> list[dict[str, Any]]:
         try:
             found = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # cut short by a kill
+            continue  # truncated when the run was killed
         if isinstance(found, dict) and isinstance(found.get("step"), int):
             lines.append(found)
     if not lines:
@@ -70,14 +71,14 @@ def read_metrics(name: str) -> list[dict[str, Any]]:
 
 
 def points(lines: list[dict[str, Any]], x: str, y: str) -> tuple[list[float], list[float]]:
-    """The values that are there; a loss that was not finite is not."""
+    """The pairs (x, y) of the lines that have both as numbers; a loss that was not finite is null."""
     both = [(line.get(x), line.get(y)) for line in lines]
     kept = [pair for pair in both if all(isinstance(value, int | float) for value in pair)]
     return [float(a) for a, _ in kept], [float(b) for _, b in kept]  # type: ignore[arg-type]
 
 
 def smooth(values: list[float], share: float = 0.04) -> list[float]:
-    """An exponential average over about this share of the curve, without the bias of its beginning."""
+    """An exponential moving average over about this share of the curve, corrected for the bias at its start."""
     keep = 1 - 1 / max(1.0, share * len(values))
     average = weight = 0.0
     out = []
@@ -88,7 +89,7 @@ def smooth(values: list[float], share: float = 0.04) -> list[float]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], curves: list[str], x: str, output: Path) -> None:
-    """Write the picture. Raises InputError where matplotlib is missing or the file cannot be written."""
+    """Write the plot. Raises InputError if matplotlib is missing or the file cannot be written."""
     try:
         import matplotlib
     except ImportError:
@@ -126,7 +127,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], curves: list[str], x: str, outpu
 
 
 def draw_curve(axes: Any, lines: list[dict[str, Any]], curve: str, x: str, colour: str, name: str) -> None:
-    """One run in one panel: noisy curves as a thin line under their average, validation as marks and a last value."""
+    """Draw one run in one panel: noisy curves as a thin line under their average, validation as markers."""
     from matplotlib.patheffects import withStroke
 
     along, values = points(lines, x, curve)
@@ -144,7 +145,7 @@ def draw_curve(axes: Any, lines: list[dict[str, Any]], curve: str, x: str, colou
 
 
 def finish_axes(axes: Any, curve: str, x: str) -> None:
-    """Title, labels, and numbers as people write them."""
+    """Set title, labels and number formats."""
     from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
     axes.set_title(CURVES[curve], color="#222222", pad=8)

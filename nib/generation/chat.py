@@ -1,4 +1,4 @@
-"""A conversation: what has been said, as the model is shown it, and the cache that one turn leaves to the next."""
+"""A conversation: its messages as the prompt of the next turn, and the KV cache kept from turn to turn."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ Message = dict[str, Any]
 
 
 class Conversation:
-    """Messages that are kept from turn to turn, as many as fit into the context.
+    """The messages of a conversation, as many as fit into the context.
 
-    `encode` turns messages into the ids of a prompt for the assistant's next one.
+    `encode` turns messages into the ids of a prompt for the assistant's next message.
     """
 
     def __init__(self, encode: Callable[[list[Message]], list[int]], block_size: int, room: int, system: str) -> None:
-        """Keeps `room` of block_size tokens free for an answer, but not more than a quarter."""
+        """Keeps `room` tokens of the context free for an answer, but at most a quarter of it."""
         self.encode, self.block_size, self.most = encode, block_size, block_size - min(room, block_size // 4)
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []
-        self.turns: list[Message] = []  # question and answer in turn
-        self.asked: list[Message] = []  # the same, and the last question
-        self.rows: NextTurn | None = None  # those that wrote the last answer
+        self.turns: list[Message] = []  # questions and answers, alternating
+        self.asked: list[Message] = []  # the turns and the last question
+        self.rows: NextTurn | None = None  # generated the last answer, with its cache
 
     def ask(self, question: str) -> tuple[list[Message], int]:
-        """The messages with this question as the last, and how many of the oldest are left out from now on.
+        """The messages with this question as the last, and how many of the oldest turns are dropped for good.
 
-        When the context is full they are, until half of it is free, so that this does not come with each turn.
+        When the context is full, turns are dropped until half of it is free, so that this does not happen each turn.
         """
         self.asked, left_out, most = [*self.turns, {"role": "user", "content": question}], 0, self.most
         while len(self.encode(self.system + self.asked)) > most and len(self.asked) > 1:
@@ -40,20 +40,20 @@ class Conversation:
         return self.system + self.asked, left_out
 
     def answer(self, text: str) -> None:
-        """Take the answer to the last question; without it that was not asked."""
+        """Add the last question and its answer. A question without an answer is forgotten."""
         self.turns = [*self.asked, {"role": "assistant", "content": text}]
 
     def make_rows(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> Rows:
-        """For stream_text: of the prompt only what the turn before did not show the model is computed."""
+        """For stream_text: rows that compute only the part of the prompt that is not in the previous turn's cache."""
         before, self.rows = self.rows, None
-        if before and before.samples[0].finish_reason == "interrupted":  # perhaps while the cache was written
+        if before and before.samples[0].finish_reason == "interrupted":  # its cache may be incomplete
             before = None
         self.rows = NextTurn(model, samples, settings, before)
         return self.rows
 
 
 class NextTurn(Rows):
-    """One row whose cache begins with what that of the row before has in common with it."""
+    """One row whose cache starts with the common prefix in the previous turn's cache."""
 
     def __init__(
         self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings, before: NextTurn | None

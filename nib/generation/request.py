@@ -1,4 +1,4 @@
-"""What is asked of generation and what comes out of it, as text: settings, stop strings, samples. Needs no torch."""
+"""Requests for generation and their results as text: settings, stop strings, samples. Does not import torch."""
 
 from __future__ import annotations
 
@@ -15,66 +15,65 @@ from nib.common.options import option
 if TYPE_CHECKING:
     from nib.tokenizer.tokenizer import Tokenizer
 
-BYTE_ORDER_MARK = "\ufeff"  # some programs begin a text with it
+BYTE_ORDER_MARK = "\ufeff"  # some programs put it at the start of a text file
 
 
 @dataclass
 class SamplingSettings:
-    """How to continue a text. The filters apply in the order of their fields, as in Hugging Face transformers,
-    after the repetition penalty and the temperature."""
+    """How to continue a text. After the repetition penalty and the temperature, the filters apply in the order of
+    their fields, as in Hugging Face transformers."""
 
     num_samples: int = option(1, "continuations of each prompt", at_least=1, group="sampling")
-    max_new_tokens: int = option(200, "most tokens to write", at_least=0, group="sampling")
+    max_new_tokens: int = option(200, "most tokens to generate", at_least=0, group="sampling")
     temperature: float = option(
         0.8, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the most probable token",
         at_least=0, group="sampling",
     )  # fmt: skip
     top_k: int = option(
-        200, "draw from this many most probable tokens, ties to the lowest id; 0: from all", at_least=0,
+        200, "draw from so many most probable tokens, ties by lowest id; 0: from all", at_least=0,
         group="sampling",
     )  # fmt: skip
     top_p: float = option(
-        1.0, "draw from the fewest most probable tokens that together have this probability; 0: from the best one",
+        1.0, "draw from the fewest most probable tokens that together have this probability; 0: take the best one",
         at_least=0, at_most=1, group="sampling",
     )  # fmt: skip
     min_p: float = option(
-        0.0, "draw from the tokens with at least this share of the best one's probability", at_least=0, at_most=1,
+        0.0, "draw from tokens with at least this share of the best token's probability", at_least=0, at_most=1,
         group="sampling",
     )  # fmt: skip
     repetition_penalty: float = option(
         1.0, "above 1 makes tokens of the prompt and of the text so far less probable", above=0, group="sampling"
     )
-    stop: list[str] = option([], "end before this text; may be given several times", group="sampling")
+    stop: list[str] = option([], "stop before this text; may be given several times", group="sampling")
     seed: int = option(
         1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
     )
     top_logprobs: int = option(
-        0, "with --json also each token's log-probability and this many most probable ones", at_least=0,
+        0, "with --json: also each token's log-probability, and so many most probable tokens", at_least=0,
         group="sampling",
     )  # fmt: skip
     cache: bool = option(
-        True, "keep keys and values; --no-cache computes them anew for each token and writes the same",
+        True, "use a KV cache; --no-cache recomputes everything for each token, with the same result",
         group="sampling",
     )  # fmt: skip
 
 
 class TextStream:
-    """Bytes in, text out as soon as it is certain: no half characters, and nothing that may begin a stop string.
+    """Bytes in, text out as soon as it is final: no incomplete characters, and nothing that may begin a stop string.
 
-    All the text that came out is the bytes decoded as UTF-8, U+FFFD for what is not a character, up to the first
-    stop string.
+    The whole output is the bytes decoded as UTF-8, with U+FFFD for invalid bytes, up to the first stop string.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         if "" in stop:
-            raise InputError("a stop text cannot be empty. Leave --stop out, or name the text to stop before")
+            raise InputError("a stop text cannot be empty. Leave --stop out, or give the text to stop before")
         self.stop = stop
         self.stopped = False
-        self.held = ""  # decoded, but perhaps the beginning of a stop string
+        self.held = ""  # decoded text that may begin a stop string
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, data: bytes, final: bool = False) -> str:
-        """The text that `data` makes certain; with `final` all the rest. After a stop string: nothing more."""
+        """The text that is final after `data`; with `final` all the rest. Nothing after a stop string."""
         if self.stopped:
             return ""
         text = self.held + self.decoder.decode(data, final)
@@ -85,7 +84,7 @@ class TextStream:
         return text[:certain]
 
     def _certain(self, text: str) -> int:
-        """Where the longest end of `text` begins that a stop string begins with."""
+        """The start of the longest suffix of `text` that is a prefix of a stop string."""
         longest = max((len(stop) for stop in self.stop), default=1) - 1
         for begin in range(max(0, len(text) - longest), len(text)):
             if any(stop.startswith(text[begin:]) for stop in self.stop):
@@ -94,10 +93,10 @@ class TextStream:
 
 
 class Sample:
-    """One continuation of one prompt, a text or the messages of a chat, finished or still being written.
+    """One continuation of one prompt (a text or the messages of a chat), finished or still being generated.
 
-    `tokens` are the ids written, without the end-of-text id; `text` is what they say, up to a stop string.
-    `finish_reason` is "length", "end_of_text", "stop" or "interrupted", and "" while there is more to come.
+    `tokens` are the generated ids, without the id that ended the text; `text` is their text, up to a stop string.
+    `finish_reason` is "length", "end_of_text", "stop" or "interrupted", or "" while the sample is not finished.
     """
 
     def __init__(
@@ -110,13 +109,13 @@ class Sample:
         self.max_new_tokens = settings.max_new_tokens
         self.stream = TextStream(settings.stop)
         self.tokens: list[int] = []
-        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []  # of each token, and the best; if asked for
+        self.logprobs: list[tuple[float, list[tuple[int, float]]]] = []  # with top_logprobs: each token's, and the best
         self.text = ""
         self.finish_reason = "" if settings.max_new_tokens else "length"
-        self.tokens_per_second: float | None = None  # of all samples together, after the first token; None: no such
+        self.tokens_per_second: float | None = None  # of all samples, after the first token; None: too few tokens
 
     def append(self, token: int) -> str:
-        """Take the next token; returns the text that is certain now. Sets `finish_reason` when this ends it."""
+        """Add the next token; returns the text that is now final. Sets `finish_reason` if the token ends the sample."""
         if token == self.tokenizer.end_of_text or token in self.tokenizer.stop_ids:
             return self.finish("end_of_text")
         self.tokens.append(token)
@@ -129,7 +128,7 @@ class Sample:
         return text
 
     def finish(self, reason: str) -> str:
-        """End here; returns the text that was still held back."""
+        """End the sample; returns the text that was held back."""
         text = self.stream.push(b"", final=True)
         self.text += text
         self.finish_reason = "stop" if self.stream.stopped else reason
@@ -137,7 +136,7 @@ class Sample:
 
 
 def read_prompt(source: str) -> str:
-    """The text that --prompt means: itself, FILE:path for a file's, - for standard input's. Raises InputError."""
+    """The text of --prompt: TEXT itself, FILE:path from a file, - from standard input. Raises InputError."""
     if source != "-" and not source.startswith("FILE:"):
         return source
     name = "standard input" if source == "-" else source.removeprefix("FILE:")
@@ -145,7 +144,7 @@ def read_prompt(source: str) -> str:
         data = sys.stdin.buffer.read() if source == "-" else Path(name).read_bytes()
         return data.decode("utf-8").removeprefix(BYTE_ORDER_MARK)
     except MemoryError:
-        raise InputError(f"the prompt in {name} is larger than memory. Give a shorter one") from None
+        raise InputError(f"the prompt in {name} does not fit into memory. Give a shorter one") from None
     except OSError as error:
         raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
     except UnicodeDecodeError as error:
@@ -153,15 +152,15 @@ def read_prompt(source: str) -> str:
 
 
 def start_tokens(tokenizer: Tokenizer, known: int) -> list[int]:
-    """What an empty prompt begins with: the end of the document before, else a new line, else the first token.
+    """The ids for an empty prompt: end-of-text, else a newline, else id 0.
 
-    An end of text that a model of the ids 0 to known - 1 has no embedding for is none.
+    End-of-text is not used if the model has embeddings only for ids 0 to known - 1 and this is not one of them.
     """
     if tokenizer.end_of_text is not None and tokenizer.end_of_text < known:
         return [tokenizer.end_of_text]
     try:
         return tokenizer.encode("\n")
-    except InputError:  # a character tokenizer of a corpus of one line
+    except InputError:  # a character tokenizer without a newline
         return [0]
 
 
@@ -169,10 +168,10 @@ def make_samples(
     prompts: Sequence[Any], tokenizer: Tokenizer, settings: SamplingSettings, known: int = 2**63,
     encode: Callable[[Any], list[int]] | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """`num_samples` empty samples of each prompt, in order, for a model of the ids 0 to known - 1.
+    """`num_samples` empty samples of each prompt, in order, for a model with embeddings for ids 0 to known - 1.
 
-    Prompts are texts, or what `encode` gives the ids of. Raises InputError for one that cannot be encoded, or that has
-    other ids.
+    Prompts are texts, or whatever `encode` turns into ids. Raises InputError for a prompt that cannot be encoded or
+    has other ids.
     """
     samples, put = [], tokenizer.encode_prompt("")
     for prompt_number, prompt in enumerate(prompts):

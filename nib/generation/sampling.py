@@ -1,7 +1,7 @@
 """From logits to the next token. Letters: B rows of the batch, V vocabulary, N candidates (V, or top_k).
 
-Twice: by numpy on a CPU, where an operation on so few numbers takes a fifth of torch's time and values may be looked
-at, and by torch on any device, where none of the operations waits for it.
+Two implementations: numpy on the CPU (a fifth of torch's time for so few numbers, and it may look at values), and
+torch on any device (without synchronisation).
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from nib.common.exits import RunError
 from nib.generation.request import SamplingSettings
 
-LEAST = 1e-30  # the lowest temperature that is no zero in float32
+LEAST = 1e-30  # the lowest temperature that is used: float32 rounds much lower ones to 0
 
 
 def choose(logits: Tensor, uniforms: Tensor, settings: SamplingSettings, seen: Tensor | None = None) -> Tensor:
-    """Logits (B, V) and a uniform number in [0, 1) for each row (B,) to the next tokens (B,).
+    """The next tokens (B,), from logits (B, V) and a uniform number in [0, 1) for each row (B,).
 
-    In this order, as transformers does it: the repetition penalty on the tokens that are `seen` (B, V), the
-    temperature, top-k, top-p of what is left, min-p. Then the token is where the cumulative distribution passes
-    the uniform number, with tokens in the order of their ids: a rounding error in a logit moves that border by as
-    little, where in the order of probability it could swap two tokens.
+    In this order, as in transformers: the repetition penalty on the tokens that are `seen` (B, V), the temperature,
+    top-k, top-p of what is left, min-p. The token is the one at which the cumulative distribution passes the uniform
+    number, with tokens in the order of their ids: then a rounding error in a logit moves a border only a little. In
+    the order of probability it could swap two tokens.
 
-    Every operation is row by row. Raises RunError for logits that are not finite where that is seen.
+    Rows do not affect each other. Raises RunError for logits that are not finite, where that is checked.
     """
-    # Of all V, and unsorted, torch is faster. A step that is being compiled cannot look at values.
+    # Without top-k and top-p torch is faster. A step that is being compiled cannot look at values.
     few = 0 < settings.top_k < logits.shape[-1] or settings.top_p < 1
     if logits.device.type != "cpu" or not few or torch.compiler.is_compiling():
         return choose_by_torch(logits.float(), uniforms, settings, seen)
@@ -40,12 +40,12 @@ def choose_by_torch(logits: Tensor, uniforms: Tensor, settings: SamplingSettings
     if seen is not None:
         logits = penalise(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0 or settings.top_k == 1:
-        return logits.argmax(-1)  # the lowest id where several are best
+        return logits.argmax(-1)  # the lowest id of equal ones
     ids = None
     if 0 < settings.top_k < logits.shape[-1]:
         ids = top_ids(logits, settings.top_k)
         logits = logits.gather(-1, ids)  # (B, N)
-    # The best first becomes 0, so that no division overflows; nor is one by a number that float32 takes for 0.
+    # The largest logit becomes 0, so that no quotient is +inf; LEAST avoids a division by 0.
     logits = (logits - logits.amax(-1, keepdim=True)) / max(settings.temperature, LEAST)
     probabilities = logits.softmax(-1)  # (B, N)
     if settings.top_p < 1:
@@ -57,14 +57,14 @@ def choose_by_torch(logits: Tensor, uniforms: Tensor, settings: SamplingSettings
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """CTRL's repetition penalty (arXiv 1909.05858) as transformers applies it: away from the sign of the logit."""
+    """CTRL's repetition penalty (arXiv 1909.05858), as in transformers: divides positive logits, multiplies others."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def largest(values: Tensor, count: Tensor | int, smallest: Tensor) -> Tensor:
-    """A mask (B, N) of the `count` largest values of each row, the last of which is `smallest` (B, 1).
+    """A mask (B, N) of the `count` largest values of each row; `smallest` (B, 1) is the smallest of these.
 
-    Of equal values those of the lowest index are taken, so that there are exactly `count`.
+    Of equal values those with the lowest index are taken, so that there are exactly `count`.
     """
     above, tied = values > smallest, values == smallest
     return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True)))
@@ -78,9 +78,9 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """A mask (B, N) of the fewest largest probabilities with a sum of at least top_p (arXiv 1904.09751), never none."""
+    """A mask (B, N) of the fewest largest probabilities that sum to at least top_p (arXiv 1904.09751), at least one."""
     descending = probabilities.sort(-1, descending=True).values
-    before = descending.cumsum(-1) - descending  # what the larger ones have together
+    before = descending.cumsum(-1) - descending  # the sum of the larger ones
     count = (before < top_p).sum(-1, keepdim=True).clamp_min(1)
     return largest(probabilities, count, descending.gather(-1, count - 1))
 
@@ -90,7 +90,7 @@ def inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     cumulative = probabilities.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     chosen = torch.searchsorted(cumulative, target, right=True).clamp_max(probabilities.shape[-1] - 1)
-    # A GPU sums in parts and may round a sum of the same terms up and down: never take what was filtered out.
+    # A GPU's cumulative sum may not be monotonic after rounding: never take a token that was filtered out.
     possible = probabilities.gather(-1, chosen) > 0
     return torch.where(possible, chosen, probabilities.argmax(-1, keepdim=True))[:, 0]
 
@@ -124,7 +124,7 @@ def choose_by_numpy(
 
 
 def top_ids_of_row(logits: np.ndarray, k: int) -> np.ndarray:
-    """The ids (k,), ascending, of the k largest of the logits (V,), those of the lowest ids where several are equal."""
+    """The ids (k,), ascending, of the k largest of the logits (V,); of equal logits those with the lowest ids."""
     border = np.partition(logits, -k)[-k]
     (ids,) = (logits >= border).nonzero()
     if len(ids) > k:
@@ -137,10 +137,10 @@ def top_ids_of_row(logits: np.ndarray, k: int) -> np.ndarray:
 
 
 def row_generator(seed: int, number: int, prompt: Sequence[int]) -> np.random.Generator:
-    """The uniform numbers of sample `number` of a prompt (token ids): its own stream, whatever else is in the batch.
+    """The random generator of sample `number` of a prompt (token ids), independent of the rest of the batch.
 
-    The prompt is part of the seed, or else the same numbers would meet similar distributions in a batch of
-    prompts, and their samples would end at the same steps. PCG64 through numpy's SeedSequence takes it all;
-    torch's CPU generator uses 32 bits of its seed.
+    The prompt is part of the seed. Otherwise the samples of different prompts would use the same uniform numbers, and
+    would tend to end at the same steps. numpy's SeedSequence takes seeds of any length; torch's CPU generator uses
+    only 32 bits of its seed.
     """
     return np.random.Generator(np.random.PCG64([seed, number, *prompt]))

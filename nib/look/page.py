@@ -1,4 +1,4 @@
-"""The page: the numbers as text in page.html, which shows them. It makes no request, and no prompt can run in it."""
+"""Write the page: page.html with the numbers in it. It makes no network request, and no text in it can run as code."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "/*DATA*/"
-NAMED = ("ids", "lens_ids", "share_ids", "near_ids")  # arrays of tokens that the page names
+NAMED = ("ids", "lens_ids", "share_ids", "near_ids")  # arrays of token ids whose text the page shows
 
 
 def make_page(ids: list[int], tokenizer: Tokenizer, snapshots: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The page as HTML: `snapshots` in the order of training, `about` the rest, with `prompt_tokens` and `shown`."""
+    """The page as HTML. `snapshots` are in the order of training; `about` has the other data that page.html reads."""
     named = {*ids}
     for snapshot in snapshots:
         for name in NAMED:
@@ -29,13 +29,13 @@ def make_page(ids: list[int], tokenizer: Tokenizer, snapshots: list[dict[str, An
         "tokens": ids, "names": {id: name_of(tokenizer, id) for id in sorted(named)}, "habits": HABITS,
         "temperatures": TEMPERATURES, "snapshots": [encode(snapshot) for snapshot in snapshots],
     }  # fmt: skip
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # so that no text ends the script
+    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # so that no text can end the script element
     before, after = TEMPLATE.read_text(encoding="utf-8").split(PLACE)
     return before + text + after
 
 
 def name_of(tokenizer: Tokenizer, id: int) -> list[str]:
-    """A token as text; ["E2 82", "bytes"] where it is no whole character, and special tokens by their names."""
+    """A token as text; [name, "special"] for a special token, ["E2 82", "bytes"] for incomplete characters."""
     data = tokenizer.token_bytes[id] if id < tokenizer.vocab_size else b""
     if not data:
         return [tokenizer.token_text(id), "special"]
@@ -46,7 +46,7 @@ def name_of(tokenizer: Tokenizer, id: int) -> list[str]:
 
 
 def encode(value: Any) -> Any:
-    """Arrays as base64 of their bytes, lowest first; half the size of numbers in JSON, or less."""
+    """Tensors as base64 of their little-endian bytes, at most half the size of numbers in JSON."""
     if isinstance(value, dict):
         return {key: encode(each) for key, each in value.items()}
     if not isinstance(value, Tensor):

@@ -1,4 +1,4 @@
-"""The numbers of the page: what a model, as it is at one checkpoint, does with a text.
+"""The numbers of the page: what a model does with a text, at one checkpoint.
 
 Letters: T tokens, L calls of blocks, H heads, C channels, V vocabulary, N candidates whose logits are kept.
 """
@@ -16,23 +16,23 @@ from nib.common.exits import InputError, RunError
 from nib.look.trace import TOLERANCE, BlockCall, Trace
 from nib.tokenizer.tokenizer import Tokenizer
 
-CANDIDATES = 256  # logits kept of each position; of the others the sum at each temperature of the slider
+CANDIDATES = 256  # logits kept for each position; the others only as a sum at each temperature of the slider
 TEMPERATURES = [step / 20 for step in range(1, 41)]
-NAMED, LENS_NAMED, NEIGHBOURS = 10, 3, 8  # tokens shown by name: next, in the lens, by embedding
-POSITIONS = 128  # of the position table, and most of its channels
+NAMED, LENS_NAMED, NEIGHBOURS = 10, 3, 8  # tokens shown as text: next tokens, in the lens, nearest embeddings
+POSITIONS = 128  # rows of the position table, and most of its channels
 MAP_BYTES = 32 << 20  # of all attention maps together
-# What a head may do, by the positions that it attends to. Queries are counted from the third token on, before which
-# these are the same; `same` and `after` need a token that came before, and so many queries of that kind.
+# The kinds of position that a head may attend to. Queries count from the third token on: before that, these kinds
+# coincide. The kinds with "same token" need at least FEWEST_QUERIES queries that have such a position.
 HABITS = ("previous token", "itself", "first token", "same token", "after the same token")
 FEWEST_QUERIES = 3
 
 
 class CannotFollow(Exception):
-    """Why a panel cannot be made of this model."""
+    """Why a panel cannot be made for this model."""
 
 
 def check_length(config: Any, tokens: int) -> None:
-    """Raise InputError for more tokens than one page can show the attention of."""
+    """Raise InputError if there are too many tokens for the attention maps of one page."""
     heads = getattr(config, "n_layer", 1) * getattr(config, "n_head", 1)
     most = int(math.sqrt(2 * MAP_BYTES / heads))
     if tokens > most:
@@ -40,7 +40,7 @@ def check_length(config: Any, tokens: int) -> None:
 
 
 def take_snapshot(model: Any, ids: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Arrays by name, and in `missing` why a panel has none. The model is in evaluation mode and float32."""
+    """Arrays by name, and in `missing` why a panel has none. The model is float32 and in evaluation mode."""
     tokens = torch.tensor([ids], device=next(model.parameters()).device)
     with torch.no_grad():
         with Trace(model) as trace:
@@ -69,9 +69,9 @@ def take_snapshot(model: Any, ids: list[int], tokenizer: Tokenizer) -> dict[str,
 
 
 def next_token(logits: Tensor, after: Tensor) -> dict[str, Any]:
-    """All that the page needs to draw as sample.py does: the largest logits, and what the others sum to.
+    """What the page needs to compute sample.py's probabilities: the largest logits, and the sums of the others.
 
-    Of logits that are equal the lowest id comes first, as when sampling.
+    Of equal logits the lowest id comes first, as in sampling.
     """
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)  # (T, V)
     rank = (ids[:-1] == after[:, None]).int().argmax(-1)
@@ -80,27 +80,27 @@ def next_token(logits: Tensor, after: Tensor) -> dict[str, Any]:
         torch.arange(CANDIDATES, CANDIDATES + rest.shape[1], device=rest.device) >= rank[:, None], -math.inf
     )
 
-    def sums(x: Tensor) -> Tensor:  # ln of the sum of exp(logit / temperature), the largest logit taken as 0
+    def sums(x: Tensor) -> Tensor:  # log-sum-exp of logit / temperature, relative to the largest logit
         return torch.stack([(x / each).logsumexp(-1) for each in TEMPERATURES], dim=1).clamp_min(-1e30)
 
     return {
         "logits": ordered[:, :CANDIDATES], "ids": ids[:, :NAMED].int(), "rest": sums(rest),
         "came_rank": rank.int(), "came_logit": logits[:-1].gather(1, after[:, None])[:, 0],
-        "came_before": sums(before),  # of those of the rest that are more probable than the token that came
+        "came_before": sums(before),  # of the other logits that are larger than the actual next token's
     }  # fmt: skip
 
 
 def attention(calls: list[BlockCall], ids: list[int]) -> dict[str, Any]:
     size = (len(ids), len(ids))
     if not any(call.maps for call in calls):
-        raise CannotFollow("its blocks do not call scaled_dot_product_attention, where attention is read")
+        raise CannotFollow("its blocks do not call scaled_dot_product_attention, where attention is recorded")
     if any(each.shape[1:] != size for call in calls for each in call.maps):
-        raise CannotFollow("its attention is not from every token to every token, so a map has no place for it")
+        raise CannotFollow("its attention is not from all tokens to all tokens, as the maps need")
     if (error := max(call.error for call in calls)) > TOLERANCE:
-        raise CannotFollow(f"the maps do not give what attention returned: they differ by {error:.1e} of it")
+        raise CannotFollow(f"weights times values differ from what attention returned, by {error:.1e} of it")
     layers = [torch.cat(call.maps) if call.maps else torch.zeros(0, *size) for call in calls]
     if any(bool(layer.triu(1).any()) for layer in layers):
-        raise CannotFollow("it attends to tokens that come later, for which the maps have no place")
+        raise CannotFollow("it attends to later tokens, which the maps do not show")
     maps = torch.cat(layers)  # (L H, T, T)
     row, column = torch.tril_indices(*size)
     # The square root gives small weights, which the logarithmic scale shows, more of the 256 steps.
@@ -112,7 +112,7 @@ def attention(calls: list[BlockCall], ids: list[int]) -> dict[str, Any]:
 
 
 def habits(maps: Tensor, ids: Tensor) -> Tensor:
-    """How much of its attention each head gives to the positions of each of HABITS: (heads, 5), NaN where unknown."""
+    """The share of its attention that each head gives to each kind in HABITS: (heads, 5), NaN if unknown."""
     query, key = torch.arange(len(ids))[:, None], torch.arange(len(ids))
     same = (ids[:, None] == ids) & (key < query)
     after_same = F.pad(same[:, :-1], (1, 0)) & (key < query)
@@ -129,12 +129,12 @@ def states(calls: list[BlockCall]) -> list[Tensor]:
     """The residual stream (T, C) before the first block and after each."""
     after = [call.after for call in calls if call.after is not None]
     if not calls or len(after) < len(calls):
-        raise CannotFollow("model.blocks were not called, so there are no layers to look between")
+        raise CannotFollow("it did not call model.blocks, so no hidden states were recorded")
     return [calls[0].before, *after]
 
 
 def lens(model: Any, calls: list[BlockCall], logits: Tensor, after: Tensor) -> dict[str, Any]:
-    """What the last norm and the head make of the residual stream after each layer (arXiv 2303.08112)."""
+    """The logit lens: the last norm and the head applied to the residual stream after each layer (arXiv 2303.08112)."""
     if not hasattr(model, "norm"):
         raise CannotFollow("there is no model.norm to read the layers with")
     found: dict[str, list[Tensor]] = {"lens_ids": [], "lens_probs": [], "lens_came": [], "lens_rank": []}
@@ -149,15 +149,15 @@ def lens(model: Any, calls: list[BlockCall], logits: Tensor, after: Tensor) -> d
             found["lens_came"].append(came[:, 0])
             found["lens_rank"].append((probs[:-1] > came).sum(-1).int())
     if not agrees(guess, logits):
-        raise CannotFollow("after its last block comes more than model.norm and model.logits")
+        raise CannotFollow("it computes more than model.norm and model.logits after its last block")
     return {name: torch.stack(each) for name, each in found.items()}
 
 
 def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tensor) -> dict[str, Any]:
-    """What each part adds to three logits of each position: of the token that came, the best and the second.
+    """What each part adds to three logits of each position: of the actual next token, the best and the second best.
 
-    A logit is a sum over the channels of the normalised residual stream, and that is a sum of what the embedding and
-    each layer wrote; with the statistics of the last norm as they are, each summand has a share in each logit.
+    A logit is linear in the normalised residual stream, which is the sum of the embedding and of what each layer adds.
+    With the statistics of the last norm held fixed, each summand has a share in each logit.
     """
     stream = states(trace.calls)
     if trace.final is None or trace.final[1].shape != hidden[0].shape:
@@ -169,7 +169,7 @@ def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tens
             names.append(f"before {layer}")
         total, part = x - call.before, call.parts
         if len(part) == 2 and agrees(part["attention"] + part["mlp"], total):
-            written += [part["attention"], total - part["attention"]]  # the second takes float32's rounding
+            written += [part["attention"], total - part["attention"]]  # mlp, including float32's rounding
             names += [f"attention {layer}", f"mlp {layer}"]
         else:
             written.append(total)
@@ -185,11 +185,11 @@ def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tens
         h = hidden.detach().clone().requires_grad_()
         sums = model.logits(h)[0].gather(1, targets.T).sum(0)  # (3,)
         direction = torch.stack([torch.autograd.grad(each, h, retain_graph=True)[0][0] for each in sums])
-    direction = direction.cpu().double()  # (3, T, C): how each logit grows with each channel
+    direction = direction.cpu().double()  # (3, T, C): the gradient of each logit
     parts = torch.stack(written)  # (parts, T, C)
     parts = (parts - parts.mean(-1, keepdim=True) if centred else parts) * scale
     found = torch.einsum("ptc,ktc->kpt", parts, direction)
-    # What does not depend on the text: the biases of the norm and of the head.
+    # The part that does not depend on the text: the biases of the norm and of the head.
     with torch.no_grad():
         of_offset = model.logits(offset.float().to(hidden).expand_as(hidden[0])[None])[0]
         fixed = of_offset.gather(1, targets.T).T.cpu().double()
@@ -197,12 +197,12 @@ def shares(model: Any, trace: Trace, hidden: Tensor, logits: Tensor, after: Tens
         found, names = torch.cat((found, fixed[:, None]), dim=1), [*names, "bias"]
     target_logits = logits.gather(1, targets.T).T
     if not agrees(found.sum(1), target_logits):
-        raise CannotFollow("its logits are no sum over the channels of what model.norm returns")
+        raise CannotFollow("its logits are not linear in what model.norm returns")
     return {"shares": found, "share_names": names, "share_logits": target_logits, "share_ids": targets.int()}
 
 
 def last_norm(norm: Any, x: Tensor, normed: Tensor) -> tuple[bool, Tensor, Tensor]:
-    """What a LayerNorm or RMSNorm did with x (T, C): whether it centred, its factors (T, C), and its bias (C,)."""
+    """Recover what a LayerNorm or RMSNorm did to x (T, C): whether it centred, its factors (T, C), its bias (C,)."""
     weight, bias, eps = (getattr(norm, name, None) for name in ("weight", "bias", "eps"))
     gain = torch.ones(x.shape[-1]) if weight is None else weight.detach().cpu()
     offset = torch.zeros(x.shape[-1]) if bias is None else bias.detach().cpu()
@@ -230,7 +230,7 @@ def positions(model: Any) -> dict[str, Any]:
         half = model.rope_cos.shape[-1] // 2
         table, kind = torch.cat((model.rope_cos[:, :half], model.rope_sin[:, :half]), dim=1), "rope"
     if table is None:
-        raise CannotFollow("it has no table of positions: it knows the order of tokens by what each may attend to")
+        raise CannotFollow("it has no position table: only the causal mask tells it the order of tokens")
     table = table[:POSITIONS].float().cpu()
     product = F.normalize(table, dim=-1) @ F.normalize(table, dim=-1).T
     channels = torch.linspace(0, table.shape[1] - 1, min(table.shape[1], POSITIONS)).round().long()
@@ -242,7 +242,7 @@ def positions(model: Any) -> dict[str, Any]:
 
 
 def neighbours(model: Any, ids: list[int], vocab_size: int) -> dict[str, Any]:
-    """The tokens whose embeddings have the largest cosine with that of each token of the text."""
+    """For each token of the text, the tokens whose embeddings have the largest cosine with its embedding."""
     if not isinstance(getattr(model, "wte", None), torch.nn.Embedding):
         raise CannotFollow("there is no embedding model.wte")
     unique = sorted(set(ids))

@@ -1,7 +1,7 @@
-"""What happens inside a model while it runs, recorded from outside: model.py carries nothing for it and may be changed.
+"""Record from outside what happens inside a model: model.py has no code for this and may be changed.
 
-Attention weights are computed anew from what scaled_dot_product_attention is given and compared with what it returns;
-hidden states are what the blocks take and return. Letters: T tokens, H heads, C channels, D head size.
+Attention weights are recomputed from the arguments of scaled_dot_product_attention and checked against its result.
+Hidden states are the inputs and outputs of the blocks. Letters: T tokens, H heads, C channels, D head size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
+TOLERANCE = 1e-4  # of the largest number: reordered float32 sums differ by 1e-6, real differences by more than this
 
 
 @dataclass
@@ -26,16 +26,16 @@ class BlockCall:
     after: Tensor | None = None
     parts: dict[str, Tensor] = field(default_factory=dict)  # attention, mlp: summed over their calls
     maps: list[Tensor] = field(default_factory=list)  # attention weights (H, T, S), of each call
-    error: float = 0.0  # of the weights times the values, as a share of the largest number that attention returned
+    error: float = 0.0  # of weights times values, relative to the largest number that attention returned
 
 
 class Trace(TorchFunctionMode):
-    """Within `with`, every call of one of the model's blocks becomes a BlockCall; the text is a batch of one."""
+    """In a `with`, records every call of one of the model's blocks as a BlockCall; the batch has one text."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.calls, self.inside = model, [], False  # type: ignore[var-annotated]
-        self.final: tuple[Tensor, Tensor] | None = None  # what the last norm was given and returned
+        self.final: tuple[Tensor, Tensor] | None = None  # the last norm's input and output
 
     def __enter__(self) -> Any:
         self.hooks = []
@@ -103,7 +103,7 @@ def attention_weights(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
-    """The weights (H, T, S) with which scaled_dot_product_attention mixes the values, by its documentation."""
+    """The attention weights (H, T, S) of scaled_dot_product_attention, according to its documentation."""
     shape = (*query.shape[:-1], key.shape[-2])
     q, k = flat(query), flat(key)
     scores = q @ k.repeat_interleave(q.shape[0] // k.shape[0], 0).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -112,4 +112,4 @@ def attention_weights(
     if attn_mask is not None:
         mask = attn_mask.detach().cpu().broadcast_to(shape).flatten(0, -3)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return scores.softmax(-1).nan_to_num()  # a query that sees no key takes nothing
+    return scores.softmax(-1).nan_to_num()  # a query whose keys are all masked has weights of 0

@@ -209,7 +209,7 @@ def test_logits_that_are_no_sum_have_no_shares(monkeypatch: pytest.MonkeyPatch) 
         return 15 * torch.tanh(F.linear(x, self.wte.weight) / 15)
 
     found = changed(monkeypatch, GPT, "logits", capped)
-    assert list(found["missing"]) == ["shares"] and "no sum" in found["missing"]["shares"]
+    assert list(found["missing"]) == ["shares"] and "not linear" in found["missing"]["shares"]
 
 
 def test_a_model_of_another_kind_says_what_is_missing() -> None:

@@ -64,7 +64,7 @@ def test_smoothing_keeps_a_constant_and_the_beginning() -> None:
         ("", "no RUN. Give a run directory"),
         ("nothing", "cannot read out/nothing/metrics.jsonl: No such file"),
         ("empty", "holds no metrics yet"),
-        ("one --output=a.txt", "--output a.txt is no .png, .svg or .pdf"),
+        ("one --output=a.txt", "--output a.txt is not a .png, .svg or .pdf"),
         ("one --curve=los", "--curve los is not one of loss, lr"),
         ("one --x=epoch", "--x must be one of step, tokens, seconds"),
         ("one --output=file/a.png", "cannot write file/a.png"),
