@@ -42,7 +42,7 @@ def read_meta(path: Path) -> CharTokenizer:
         return CharTokenizer("".join(characters))
     except Exception as error:  # a broken pickle raises nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is not a meta.pkl of characters: {reason[:100]}. Prepare the text itself") from None
+        raise InputError(f"{path} holds no table of characters: {reason[:100]}. Prepare the text itself") from None
 
 
 def is_dataset(sources: list[str]) -> bool:

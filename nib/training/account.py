@@ -1,7 +1,7 @@
-"""What a run would cost, before it is trained: train.py --dry-run. Start at `account`.
+"""Estimate what a run will cost before it is trained: train.py --dry-run. Start at `account`.
 
-Parameters and FLOPs are counted on the model, memory by a step of it on torch's fake tensors, which have shapes and no
-content, and time by a few real steps. Nothing is written to out_dir and no lock is taken.
+Parameters and FLOPs are counted on the model. Memory comes from a step on torch's fake tensors (shapes without data),
+time from a few real steps. Nothing is written to out_dir and no lock is taken.
 """
 
 from __future__ import annotations
@@ -44,29 +44,30 @@ from nib.training.start import choose_shape, open_mixture
 from nib.training.step import optimizer_step
 
 GPT2_VOCABULARY = 50257
-TOKENS_A_PARAMETER = 20  # of arXiv 2203.15556: what spends a budget of FLOPs best
-# Of the peak on a CPU: what glibc's heap loses between tensors; 1.14 to 1.22 measured (bench/account.py).
+TOKENS_A_PARAMETER = 20  # compute-optimal by arXiv 2203.15556
+# Peak memory on a CPU over that of the tensors, from fragmentation of glibc's heap; measured 1.14 to 1.22
+# (bench/account.py).
 HEAP = 1.16
-TRIAL_SECONDS = 5.0  # after which no further step is timed
+TRIAL_SECONDS = 5.0  # after this no further step is timed
 
 
 def print_account(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> int:
-    """Print the account of a run, for people or as JSON. Returns the exit status. Raises InputError."""
+    """Print the account of a run, as text or as JSON. Returns the exit status. Raises InputError."""
     found = account(parsed, GPT, GPTConfig)
     write_result(json.dumps(found) if parsed.settings.json else "\n".join(lines(found)))
     return 0
 
 
 def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig: type) -> dict[str, Any]:
-    """The account as plain numbers: bytes, FLOPs, tokens, seconds. None stands for what cannot be known."""
+    """The account as plain numbers: bytes, FLOPs, tokens, seconds. None means that a number cannot be known."""
     if own_place().world > 1:
-        raise InputError("dry_run accounts for one process. Start it with python instead of torchrun")
+        raise InputError("dry_run works with one process. Start it with python instead of torchrun")
     settings = parsed.settings
     config, dataset = shape_of(parsed, GPTConfig)
     if dataset:
         settle_objective(settings, dataset)
     if settings.objective == "dpo":
-        raise InputError("dry_run does not account for pairs of answers. Leave it out")
+        raise InputError("dry_run does not support objective=dpo. Leave it out")
     settings.complete(parsed.given)
 
     def make() -> Any:
@@ -115,8 +116,8 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
 
 
 def shape_of(parsed: Parsed[TrainSettings], GPTConfig: type) -> tuple[Any, Dataset | Mixture | None]:
-    """The model's config, and the dataset, which is prepared where it is missing: not one that is gigabytes to load,
-    of which only the vocabulary is needed.
+    """The model's config, and the dataset, which is prepared if it is missing. A built-in corpus of gigabytes is not
+    prepared (None): only its vocabulary is needed.
     """
     settings = parsed.settings
     large = BUILTIN_DATASETS.get(settings.dataset, {}).get("tokenizer") == "gpt2" and settings.init_from == "scratch"
@@ -127,7 +128,7 @@ def shape_of(parsed: Parsed[TrainSettings], GPTConfig: type) -> tuple[Any, Datas
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations in the body make, while these live, and at most at once."""
+    """Counts the bytes of live tensors made in the body: `now`, and their maximum, `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,11 +153,11 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_of_step(make: Callable[[], Any], settings: TrainSettings, cluster: Cluster, micro: int) -> dict[str, Any]:
-    """Bytes of tensors: of the weights, gradients and each kind of optimizer state, of the activations that a
-    micro-batch keeps for its backward pass, and the most at once in a step that is not compiled.
+    """Bytes of tensors: the weights, gradients and each kind of optimizer state, the activations that a micro-batch
+    keeps for its backward pass, and the peak of an uncompiled step.
 
-    What Python, torch and their libraries take themselves is not in it. Where the model's operations depend on
-    values, activations and peak are None.
+    The memory of Python, torch and their libraries is not included. If the model's operations depend on values,
+    activations and peak are None.
     """
     precision = Precision(settings.dtype, cluster.device)
     with FakeTensorMode(), LiveBytes() as live:
@@ -178,7 +179,7 @@ def memory_of_step(make: Callable[[], Any], settings: TrainSettings, cluster: Cl
         found = dict(weights=weights, gradients=gradients, optimizer=kinds, activations=None, peak=None)
         tokens = torch.zeros(2, micro, settings.block_size, dtype=torch.int64, device=cluster.device)
         try:
-            for _ in range(min(2, settings.batch_size // micro)):  # the second one has gradients from the start
+            for _ in range(min(2, settings.batch_size // micro)):  # the second micro-batch begins with gradients
                 before = live.now
                 with precision.autocast():
                     _, loss = model(tokens[0], tokens[1])
@@ -198,9 +199,9 @@ def memory_of_step(make: Callable[[], Any], settings: TrainSettings, cluster: Cl
 def timed_steps(
     make: Callable[[], Any], settings: TrainSettings, cluster: Cluster, micro: int
 ) -> dict[str, float] | None:
-    """Seconds of an optimizer step, from real steps on random tokens; None where they do not fit into memory.
+    """Seconds of an optimizer step, from real steps on random tokens; None if they do not fit into memory.
 
-    A step over many micro-batches is timed by one and by two of them: the difference is what each further one costs.
+    For a step of many micro-batches, steps of one and of two are timed: the difference is the cost of each further one.
     """
     counts = (1, 2) if settings.batch_size > micro else (1,)
     no_dataset: Any = None
@@ -212,7 +213,7 @@ def timed_steps(
     def step(count: int) -> float:
         began = time.perf_counter()
         parts = [(rows[:, :-1], rows[:, 1:]) for rows in tokens[: count * micro].split(micro)]
-        float(optimizer_step(run, parts)[0])  # reading the loss waits for a GPU
+        float(optimizer_step(run, parts)[0])  # reading the loss synchronises with a GPU
         return time.perf_counter() - began
 
     try:
@@ -233,7 +234,7 @@ def timed_steps(
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    """The account for people."""
+    """The account as text."""
     parameters, flops, run = found["parameters"], found["flops_per_token"], found["run"]
     memory, cache, trial = found["memory"], found["cache"], found["trial"]
     text = [f"{'part':14}{'parameters':>16}{'':>7}{'FLOP a token':>18}"]
@@ -249,15 +250,15 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"{'':14}{parameters['without_embeddings']:>16,} without embeddings",
         f"run:        {counted(run['steps'], 'step')}, {run['tokens']:,} tokens{epochs}, "
         f"{run['tokens_per_parameter']:.1f} tokens a parameter ({TOKENS_A_PARAMETER}: arXiv 2203.15556)",
-        f"compute:    {run['flops']:.3g} FLOP; 6ND says {run['flops_6nd']:.3g}",
+        f"compute:    {run['flops']:.3g} FLOP; by the rule 6ND {run['flops_6nd']:.3g}",
     ]
     state = ", ".join(f"{kind} {size(each)}" for kind, each in memory["optimizer"].items())
     most = "activations not known: the model's operations depend on values"
     if memory["peak"] is not None:
-        most = f"activations {size(memory['activations'])}; at once at most {size(memory['peak'])}"
+        most = f"activations {size(memory['activations'])}; peak {size(memory['peak'])}"
     text += [
         f"memory:     weights {size(memory['weights'])}, gradients {size(memory['gradients'])}, {state},",
-        f"            {most}, in micro-batches of {found['micro_batch_size']}; free are {size(memory['free'])}",
+        f"            {most}, in micro-batches of {found['micro_batch_size']}; {size(memory['free'])} free",
         f"cache:      {size(cache['bytes_per_token'])} a token, {size(cache['bytes_full'])} for {cache['tokens']}",
         f"checkpoint: {size(found['checkpoint_bytes'])}; as much memory while it is written",
     ]

@@ -1,4 +1,4 @@
-"""What a model costs, by part: its parameters, and the operations to train on a token."""
+"""What a model costs, by part: its parameters, and the FLOPs to train on a token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def part_of(model: nn.Module, parameter_name: str) -> str:
-    """Which part of the model a parameter belongs to, by the kind and the place of the module that holds it."""
+    """The part of the model that a parameter belongs to, by the type and path of its module."""
     place = parameter_name.rpartition(".")[0]
     module = model.get_submodule(place)
     if isinstance(module, nn.RMSNorm | nn.LayerNorm):
@@ -20,7 +20,7 @@ def part_of(model: nn.Module, parameter_name: str) -> str:
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Parameters; a tied head has none of its own."""
+    """The number of parameters of each part; a tied head has none of its own."""
     found = dict.fromkeys(("embeddings", "attention", "feed_forward", "norms"), 0)
     for name, parameter in model.named_parameters():
         part = part_of(model, name)
@@ -36,10 +36,10 @@ def num_parameters(model: nn.Module, trained: bool = False) -> int:
 def flops_by_part(model: nn.Module, length: int = 0) -> dict[str, int]:
     """Floating-point operations of the matrix products to train on one token of a sequence of `length` positions.
 
-    6 for each weight of a matrix: 2 forward, 4 backward, 2 where it is not trained. Scores are those of queries with
-    keys and the sums of values by them: 12 n_layer H D length. By convention (arXiv 2204.02311, appendix B) the causal
-    mask does not halve them, a window does shorten them, and what a fused kernel computes twice counts once. length 0:
-    block_size.
+    6 for each weight of a matrix: 2 forward and 4 backward (2 if the weight is frozen). `scores` are the products of
+    queries with keys and of weights with values: 12 n_layer H D length. By convention (arXiv 2204.02311, appendix B)
+    the causal mask does not halve them, a window shortens them, and what a fused kernel recomputes is counted once.
+    length 0: block_size.
     """
     config: Any = model.config
     seen = min(length or config.block_size, config.window or config.block_size)

@@ -1,4 +1,4 @@
-"""One process or many: who this process is, and what all of them agree on."""
+"""One process or many: the rank of this process, and communication between all of them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from nib.common.device import pick_device
 from nib.common.exits import InputError, RunError
 from nib.common.signals import STOP_SIGNALS
 
-# The longest that one process may wait for another: all do the same work, so that minutes mean one is gone.
+# The longest wait of one process for another. All do the same work, so a wait of minutes means that one is gone.
 PATIENCE = timedelta(minutes=10)
-SILENCE = 20.0  # seconds of waiting after which it is said what for
+SILENCE = 20.0  # seconds of waiting before a message says so
 
 
 @dataclass
 class Cluster:
-    """The processes of one run. They agree over gloo on what their CPUs know, so that no GPU has to be waited for."""
+    """The processes of one run. Values on the CPU are exchanged over gloo, without synchronising with a GPU."""
 
     rank: int
     world: int
@@ -49,13 +49,13 @@ class Cluster:
         return tensor.tolist()
 
     def total_on_device(self, tensor: Tensor) -> Tensor:
-        """The sum over processes of each element of a tensor on the device, which nobody waits for."""
+        """The sum over processes of each element of a tensor on the device, without waiting for the result."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def from_first(self, value: Any) -> Any:
-        """What the first process passes, on all of them."""
+        """The first process's value, on all processes."""
         if self.world == 1:
             return value
         box = [value]
@@ -63,7 +63,7 @@ class Cluster:
         return box[0]
 
     def agree(self, seconds: float, signal_number: int) -> tuple[float, int]:
-        """The first process's clock, and a signal that any process was sent: all take the same decisions by them."""
+        """The first process's clock, and a signal that any process received, so that all take the same decisions."""
         if self.world == 1:
             return seconds, signal_number
         sent = [signal_number == each for each in STOP_SIGNALS]
@@ -71,7 +71,7 @@ class Cluster:
         return clock, next((each for each, count in zip(STOP_SIGNALS, counts, strict=True) if count), 0)
 
     def stop(self) -> None:
-        """Leave together: a process that goes first takes its connections with it."""
+        """Wait for all processes before exiting: one that exits first would break the others' connections."""
         self.total([0.0])
 
 
@@ -82,9 +82,9 @@ class Place(NamedTuple):
 
 
 def own_place() -> Place:
-    """Which of how many processes this one is, by torchrun's environment. Raises InputError.
+    """The rank of this process and the number of processes, from torchrun's environment. Raises InputError.
 
-    The only one is the first, whatever RANK a notebook or an earlier job has left in the environment.
+    A single process has rank 0, even if a notebook or an earlier job has left another RANK in the environment.
     """
     try:
         world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -101,7 +101,7 @@ def own_place() -> Place:
 
 
 def start_cluster(device_name: str) -> Cluster:
-    """Join the other processes where torchrun started several: nccl between GPUs, gloo otherwise."""
+    """Connect to the other processes if torchrun started several: NCCL between GPUs, gloo between CPUs."""
     rank, world, local_rank = own_place()
     device = pick_device(device_name, local_rank)
     if world == 1:
@@ -115,18 +115,18 @@ def start_cluster(device_name: str) -> Cluster:
 
 
 def refuse_shared_gpus(gpus: list[str]) -> None:
-    """Raise InputError where two processes have the same of `gpus`, the unique id of each process's: nccl cannot."""
+    """Raise InputError if two processes use the same GPU, which NCCL does not allow; `gpus` has the UUID of each."""
     for rank, gpu in enumerate(gpus):
         if gpu in gpus[:rank]:
             who = f"processes {gpus.index(gpu)} and {rank} share one GPU"
-            raise InputError(f"{who}. Start one process a GPU, or give each its own by CUDA_VISIBLE_DEVICES")
+            raise InputError(f"{who}. Start one process per GPU, or set CUDA_VISIBLE_DEVICES for each process")
 
 
 def connect(backend: str) -> None:
-    """Make the process group. Raises RuntimeError when the processes cannot reach each other.
+    """Make the process group. Raises RuntimeError if the processes cannot reach each other.
 
-    Every step has the whole of PATIENCE: connecting asks for the names of addresses, and where no name server answers,
-    one process may wait 10 seconds for each while the others have long been ready.
+    Every step may take all of PATIENCE: connecting looks up names of addresses, and without a name server one process
+    may wait 10 seconds for each while the others are already waiting.
     """
     at = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} for up to {PATIENCE}"
     waiting = threading.Timer(SILENCE, print, [f"waiting for the other processes at {at}"], {"file": sys.stderr})
@@ -142,11 +142,11 @@ def connect(backend: str) -> None:
 
 
 def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:
-    """The store under a prefix that these `world` processes have agreed on and no earlier ones had.
+    """The store under a prefix on which these `world` processes agree and which no earlier start used.
 
-    After a restart torchrun hands out the same store, with the addresses of processes that are gone, and machines may
-    disagree on the number of restarts. So each rank publishes a random nonce, then a hash of all nonces; equal hashes
-    prove that all saw the nonces of this start. Raises DistError when that takes too long.
+    After a restart torchrun provides the same store, with the addresses of processes that are gone, and machines may
+    disagree on the number of restarts. So each rank publishes a random nonce, then a hash of all nonces. Equal hashes
+    prove that all saw the nonces of this start. Raises DistError if that takes longer than PATIENCE.
     """
     end = time.monotonic() + PATIENCE.total_seconds()
     store.set(f"nib/nonce/{rank}", secrets.token_hex(16))
@@ -159,12 +159,12 @@ def common_names(store: dist.Store, rank: int, world: int) -> dist.Store:
             return dist.PrefixStore(f"nib/{digest}", store)
         if time.monotonic() > end:
             raise dist.DistError(f"they did not come within {PATIENCE}")
-        time.sleep(0.01 * world)  # not all of many at once
+        time.sleep(0.01 * world)  # limits the load on the store
 
 
 @contextlib.contextmanager
 def lost_processes() -> Iterator[None]:
-    """Turn the body's errors about a process that is gone into a RunError."""
+    """Turn errors of the body about a lost process into a RunError."""
     try:
         yield
     except RuntimeError as error:
@@ -172,26 +172,26 @@ def lost_processes() -> Iterator[None]:
         if alone or not (isinstance(error, dist.DistError) or re.search(r"\bgloo/.+\.cc:\d+\]", str(error))):
             raise
         who, reason = os.environ.get("RANK", "0"), str(error).splitlines()[0]
-        how = "The same command goes on from the newest checkpoint; torchrun --max-restarts=N does so by itself"
+        how = "The same command resumes from the newest checkpoint; torchrun --max-restarts=N restarts by itself"
         raise RunError(f"process {who} lost the others: {reason}. {how}") from None
 
 
-# To import FSDP and its sharded tensors takes 0.9 of the 2.2 seconds that it takes to begin, so only those who use
-# them do; others know such modules and tensors by their methods.
+# Importing FSDP and its sharded tensors takes 0.9 of the 2.2 seconds of start-up, so only runs that use them do so.
+# Sharded modules and tensors are recognised by their methods instead.
 
 
 def is_sharded(thing: Tensor | nn.Module) -> bool:
-    """Whether a tensor is a DTensor, or a module one that FSDP's fully_shard was applied to."""
+    """Whether a tensor is a DTensor, or a module was sharded by FSDP's fully_shard."""
     return hasattr(thing, "full_tensor" if isinstance(thing, Tensor) else "set_requires_gradient_sync")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, put together from all processes when it is sharded."""
+    """The tensor, gathered from all processes if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def like(target: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, which all processes hold, sharded as `target` is."""
+    """`tensor`, which all processes hold, sharded like `target`."""
     if not is_sharded(target):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -200,12 +200,12 @@ def like(target: Tensor, tensor: Tensor) -> Tensor:
     where = (tensor.to(target.device), sharded.device_mesh, sharded.placements)
     try:
         return distribute_tensor(*where, src_data_rank=None)
-    except TypeError:  # torch 2.6 always sends what the first process holds
+    except TypeError:  # torch 2.6 lacks src_data_rank and always sends the first process's tensor
         return distribute_tensor(*where)
 
 
 def reshard(model: nn.Module) -> None:
-    """Give back what a forward pass without a backward pass left together of a sharded model."""
+    """Reshard parameters that a forward pass without a backward pass left gathered."""
     for module in model.modules():
         if is_sharded(module):
             module.reshard()  # type: ignore[operator]

@@ -1,7 +1,7 @@
-"""Direct preference optimization (DPO, arXiv 2305.18290): the chosen answer is to become likelier than the rejected.
+"""Direct preference optimization (DPO, arXiv 2305.18290): make the chosen answer more likely than the rejected one.
 
-What counts is how much likelier than under the reference, the model that the run begins with. Its log-probabilities are
-computed once, before the first step, and kept beside the run, so that no second model is in memory.
+Both are measured relative to the reference, the model at the start of the run. Its log-probabilities are computed
+once, before the first step, and stored in the run's directory, so that no second model is in memory.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from nib.training.settings import TrainSettings
 if TYPE_CHECKING:
     from nib.training.run import Run
 
-REFERENCE_FILE = "reference.safetensors"  # of train and val: (pairs, 2) float64, chosen and rejected
-MEASURED = ("chosen", "rejected", "margin", "accuracy")  # of rewards
-PORTION = 1024  # pairs that are read at once
+REFERENCE_FILE = "reference.safetensors"  # for train and val: (pairs, 2) float64, chosen and rejected
+MEASURED = ("chosen", "rejected", "margin", "accuracy")  # metrics of the rewards
+PORTION = 1024  # pairs that are read at a time
 
 
 def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -44,9 +44,9 @@ def dpo_loss(policy: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Te
 
 
 def log_likelihoods(model: Any, x: Tensor, targets: Tensor) -> Tensor:
-    """Of each row the sum of the log-probabilities of its targets that are not -1: (B, T, C), (B, T) to (B,).
+    """The sum of the log-probabilities of each row's targets that are not -1: (B, T, C), (B, T) to (B,).
 
-    In place of the model's loss. The logits are computed again in the backward pass: one row of them is in memory.
+    It replaces the model's loss. The logits are recomputed in the backward pass, so only one row's are in memory.
     """
 
     def of_row(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class PreferenceValidation:
 
 
 class Preferences:
-    """The objective on a dataset of pairs; a sequence is a pair. Raises InputError for pairs beyond the context."""
+    """The DPO objective; a sequence is a pair. Raises InputError for a pair that is longer than the context."""
 
     rows = 2
     reads_ahead = False
@@ -95,7 +95,7 @@ class Preferences:
         model.loss = functools.partial(log_likelihoods, model)
 
     def begin(self, run: Run, checkpoint: Checkpoint | None) -> None:
-        """Compute the reference's log-probabilities, or read them where the run goes on. Raises InputError."""
+        """Compute the reference's log-probabilities, or read them if the run is resumed. Raises InputError."""
         path = run.out_dir / REFERENCE_FILE
         if checkpoint is not None:
             run.report.say(f"reference: {path}")
@@ -122,7 +122,7 @@ class Preferences:
             data = plain_file(path).read_bytes()
             if hashlib.sha256(data).hexdigest() == checksum:
                 return load_file(path)
-            reason = "it is not the one the run began with"
+            reason = "it is not the file of this run"
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot read {path}: {reason}. Put it back, or start again with another --out_dir")
@@ -162,7 +162,7 @@ class Preferences:
 
     @torch.no_grad()
     def log_probabilities(self, run: Run, pairs: Pairs) -> np.ndarray:
-        """Of all pairs under the model as it is: (pairs, 2) float64. The processes share the work."""
+        """The log-probabilities of all pairs under the current model: (pairs, 2) float64, computed by all processes."""
         model, cluster = run.model, run.cluster
         was_training = model.training
         model.eval()
@@ -170,7 +170,7 @@ class Preferences:
         for first in range(0, pairs.size, PORTION):
             numbers = np.arange(first, min(first + PORTION, pairs.size))
             batches = pairs.batches(numbers, run.micro_batch_size, self.block_size)
-            for turn in range(math.ceil(len(batches) / cluster.world)):  # as often on every process
+            for turn in range(math.ceil(len(batches) / cluster.world)):  # the same number of passes on every process
                 own = turn * cluster.world + cluster.rank
                 part = batches[own] if own < len(batches) else pairs.empty()
                 with run.precision.autocast():
@@ -182,7 +182,7 @@ class Preferences:
 
 
 def summed(rewards: Tensor) -> Tensor:
-    """What MEASURED names, summed over the pairs of rewards (2, n)."""
+    """The metrics in MEASURED, summed over the pairs of rewards (2, n)."""
     rewards = rewards.detach()
     margin = rewards[0] - rewards[1]
     return torch.stack((*rewards.sum(dim=1), margin.sum(), (margin > 0).sum().to(margin.dtype)))

@@ -1,6 +1,6 @@
-"""Low-rank adaptation (LoRA, arXiv 2106.09685): the weights stay as they are, and each slice learns a small difference.
+"""Low-rank adaptation (LoRA, arXiv 2106.09685): the weights are frozen, and each slice gets a trained low-rank update.
 
-`add_adapter` makes a model so that can be trained as any other. Of a new adapter B is 0: it changes no bit.
+`add_adapter` changes a model so that it can be trained like any other. A new adapter has B = 0 and changes no output.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ NOT_TARGETS = ("wte", "wpe", "head", "lm_head", "embed_tokens", "embedding")
 
 
 class Pair(nn.Module):
-    """A (rank, inputs), drawn as peft draws it, and B (outputs, rank), zero."""
+    """A (rank, inputs), initialised as in peft, and B (outputs, rank), zero."""
 
     def __init__(self, inputs: int, outputs: int, rank: int, generator: torch.Generator) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(rank, inputs))
-        if self.lora_A.device == generator.device:  # not where only shapes are wanted
+        if self.lora_A.device == generator.device:  # not on the meta device
             nn.init.uniform_(self.lora_A, -(inputs**-0.5), inputs**-0.5, generator)
         self.lora_B = nn.Parameter(torch.zeros(outputs, rank))
 
 
 class LoraLinear(nn.Module):
-    """A linear layer whose weight is kept, with a pair for some of its slices: `sizes` are the rows of all of them."""
+    """A frozen linear layer with a Pair for each target slice; `sizes` are the rows of all its slices."""
 
     def __init__(
         self, base: nn.Linear, sizes: dict[str, int], targets: set[str], rank: int, scale: float, dropout: float,
         generator: torch.Generator,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias  # under their names, as checkpoints of the base have them
+        self.weight, self.bias = base.weight, base.bias  # the same names as in checkpoints of the base
         self.sizes, self.rank, self.scale, self.dropout = sizes, rank, scale, dropout
         self.targets = [target for target in sizes if target in targets]
         for target in self.targets:
@@ -60,20 +60,20 @@ class LoraLinear(nn.Module):
 
 
 def read_targets(text: str) -> set[str]:
-    """The targets in a list such as q,v; all: every one. Raises InputError."""
+    """The targets in a text such as q,v or all. Raises InputError."""
     targets = {target.strip() for target in text.split(",") if target.strip()}
     for target in sorted(targets - {"all", *TARGETS}):
         why = "an embedding or head is not adapted" if target in NOT_TARGETS else "there is none of this name"
-        raise InputError(f"lora_targets has {target!r}: {why}. Choose of {','.join(TARGETS)}, or all")
+        raise InputError(f"lora_targets has {target!r}: {why}. Choose from {','.join(TARGETS)}, or all")
     if not targets:
-        raise InputError(f"lora_targets is empty. Choose of {','.join(TARGETS)}, or all")
+        raise InputError(f"lora_targets is empty. Choose from {','.join(TARGETS)}, or all")
     return targets
 
 
 def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
-    """Freeze the model, and give each linear layer of its blocks pairs for those of its slices that are targets.
+    """Freeze the model, and add a Pair to each target slice of the linear layers of its blocks.
 
-    Raises InputError for a target that the model lacks, and for a rank beyond a matrix.
+    Raises InputError for a target that the model lacks, and for a rank larger than a side of a matrix.
     """
     generator, wanted = torch.Generator().manual_seed(seed), read_targets(targets)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -86,18 +86,18 @@ def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: f
     for module, sizes in layers.items():
         base = model.get_submodule(module)
         if type(base) is not nn.Linear or base.out_features != sum(sizes.values()):
-            raise InputError(f"{module} of this model.py is no plain linear layer. Use lora_rank=0")
+            raise InputError(f"{module} of this model.py is not a plain linear layer. Use lora_rank=0")
         if not (own := {target for target in sizes if target in wanted or "all" in wanted}):
             continue
         most = min(base.in_features, *(sizes[target] for target in own))
         if rank > most:
-            raise InputError(f"lora_rank {rank} is beyond the matrices of {module}: at most {most}. Lower it")
+            raise InputError(f"lora_rank {rank} is too large for {module}, at most {most}. Lower it")
         adapted = LoraLinear(base, sizes, own, rank, alpha / rank, dropout, generator)
         model.set_submodule(module, adapted)
 
 
 def with_adapter(model: Any, settings: TrainSettings) -> Any:
-    """The model, with the adapter that the settings ask for, if any. Raises InputError."""
+    """The model, with an adapter if the settings have lora_rank. Raises InputError."""
     if settings.lora_rank:
         add_adapter(
             model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets,
@@ -107,7 +107,7 @@ def with_adapter(model: Any, settings: TrainSettings) -> Any:
 
 
 def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put the tensors of a checkpoint into the adapter. Raises RuntimeError for those of another."""
+    """Copy the tensors of a checkpoint into the adapter. Raises RuntimeError if they do not fit it."""
     own = {name: parameter for name, parameter in model.named_parameters() if MARK in name}
     if {name: tensor.shape for name, tensor in tensors.items()} != {name: own[name].shape for name in own}:
         raise RuntimeError("it holds another adapter")
@@ -117,9 +117,9 @@ def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: Checkpoint | None) -> dict[str, Any]:
-    """Add the adapter that the settings say to a model with the weights of `base`; that of the checkpoint, if any.
+    """Add the settings' adapter to a model with the weights of `base`, and load it from the checkpoint, if any.
 
-    Returns what names the adapter and its base in checkpoints. Raises InputError.
+    Returns the description of adapter and base that is stored in checkpoints. Raises InputError.
     """
     assert base is not None
     about = {

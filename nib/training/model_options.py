@@ -1,6 +1,6 @@
 """The model's options as settings: read from GPTConfig in model.py, without importing torch.
 
-A field of GPTConfig is a setting of the same name and default; the comment at the end of its line is the help.
+Each field of GPTConfig is a setting of the same name and default; the comment at the end of its line is its help.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from nib.common.options import option
 
 MODEL_FILE = Path(__file__).resolve().parents[2] / "model.py"
-FROM_DATASET = "vocab_size"  # the only field that is no setting
+FROM_DATASET = "vocab_size"  # the only field that is not a setting
 
 
 def imports_torch(node: ast.stmt) -> bool:
@@ -28,8 +28,8 @@ def imports_torch(node: ast.stmt) -> bool:
 def load_config(path: Path = MODEL_FILE) -> tuple[type, dict[str, str]]:
     """GPTConfig, and the comment of each of its fields.
 
-    model.py is executed up to the end of that class, without the imports of torch, which take a second; the whole of
-    it, where what stands before the class needs them.
+    model.py is executed up to the end of that class, without the imports of torch, which take a second. If that fails,
+    all of model.py is executed.
     """
     with tokenize.open(path) as file:
         source = file.read()
@@ -38,10 +38,10 @@ def load_config(path: Path = MODEL_FILE) -> tuple[type, dict[str, str]]:
     above = whole.body[: whole.body.index(config) + 1]
     beginning = ast.Module([node for node in above if not imports_torch(node)], type_ignores=[])
     module = types.ModuleType("model_config")
-    sys.modules[module.__name__] = module  # where dataclass and typing look up the names in annotations
+    sys.modules[module.__name__] = module  # dataclass and typing look up names of annotations there
     try:
         exec(compile(beginning, str(path), "exec"), module.__dict__)
-    except Exception:  # it needs torch, or has a bug, which is met again
+    except Exception:  # it needs torch, or has a bug, which is raised again below
         exec(compile(whole, str(path), "exec"), module.__dict__)
     tokens = tokenize.generate_tokens(iter(source.splitlines(keepends=True)).__next__)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}

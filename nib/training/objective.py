@@ -1,7 +1,7 @@
-"""What a run learns from its data: `LanguageModelling` here, the next token; preferences in nib/training/dpo.py.
+"""Training objectives: `LanguageModelling`, to predict the next token; preferences (DPO) are in nib/training/dpo.py.
 
-An objective has the run's sequences, and says what a micro-batch of them counts and costs; the loop, the optimizer step
-and checkpoints are the same for all.
+An objective has the run's sequences, and computes the weight and the loss of a micro-batch. The loop, the optimizer
+step and checkpoints are the same for all objectives.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 class LanguageModelling:
-    """The loss is the mean over all targets that count, in nats. Raises InputError for data that are too short."""
+    """The loss is the mean over all targets that are not -1, in nats. Raises InputError if the data are too short."""
 
-    rows = 1  # that a sequence has in a batch
-    reads_ahead = True  # its batches may be loaded by another thread
+    rows = 1  # rows of a batch for each sequence
+    reads_ahead = True  # batches may be loaded by another thread
 
     def __init__(self, settings: TrainSettings, dataset: Dataset | Mixture | None) -> None:
-        """Of no dataset only steps can be made, on batches of one's own."""
+        """Without a dataset it can only compute steps on given batches."""
         self.block_size = settings.block_size
         if dataset is None:
             return
@@ -44,35 +44,35 @@ class LanguageModelling:
         """Change what the model computes as its loss, before it is compiled."""
 
     def begin(self, run: Run, checkpoint: Checkpoint | None) -> None:
-        """What is to be computed before the first step."""
+        """Compute what is needed before the first step."""
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to know of it."""
+        """What checkpoints store for the objective."""
         return {}
 
     def batches(self, sequences: np.ndarray, size: int, widths: int) -> list[Batch]:
         return micro_batches(self.training.rows(sequences), size, self.block_size, widths)
 
     def weight(self, part: Batch) -> float:
-        """How much a micro-batch counts in the mean over the global batch."""
+        """The weight of a micro-batch in the mean over the global batch."""
         return float((part[1] >= 0).sum())
 
     def loss(self, run: Run, part: Batch) -> Tensor:
-        """The mean over a micro-batch."""
+        """The mean loss of a micro-batch."""
         _, loss = run.ready(run.to_device(part[0]), run.to_device(part[1]))
         return loss
 
     def take(self) -> Tensor:
-        """What was measured of this process's micro-batches since the last call, summed."""
+        """Metrics of this process's micro-batches since the last call, summed."""
         return torch.zeros(0)
 
     def measured(self, sums: Sequence[Tensor], counted: float) -> dict[str, Tensor]:
-        """The same of all processes, for the metrics of a step."""
+        """The metrics of a step, from the sums of all processes."""
         return {}
 
     def validate(self, run: Run) -> Validation:
-        """Over the validation split; of a mixture over that of each dataset, and their mean by the shares."""
-        # The model is not compiled here: a pass without gradients, and its last batch, would each be compiled anew.
+        """Validate on the validation split; for a mixture on each dataset's, with the mean weighted by share."""
+        # Uses the uncompiled model: a pass without gradients, and its last, smaller batch, would compile again.
         return mean_of([
             (name, share, validate(
                 run.model, sequences, run.dataset.tokenizer.byte_lengths(), batch=run.micro_batch_size,
@@ -83,7 +83,7 @@ class LanguageModelling:
 
 
 def settle_objective(settings: TrainSettings, dataset: Dataset | Mixture) -> None:
-    """Put what the dataset says in the place of objective=auto. Raises InputError where it does not serve another."""
+    """Set the dataset's objective if objective is auto. Raises InputError if the dataset does not fit the objective."""
     fits = "dpo" if dataset.kind == "preference" else "lm"
     if settings.objective not in ("auto", fits):
         needs = "rows of chosen and rejected: prepare_data.py --format=preference" if fits == "lm" else "texts or chats"
@@ -92,7 +92,7 @@ def settle_objective(settings: TrainSettings, dataset: Dataset | Mixture) -> Non
     if fits == "dpo" and len(dataset.parts) > 1:
         raise InputError("objective=dpo takes one dataset, not several. Prepare them as one")
     if fits == "dpo" and settings.init_from == "scratch":
-        raise InputError("objective=dpo prefers among the answers of a model that is there. Give --init_from")
+        raise InputError("objective=dpo needs a trained model to start from. Give --init_from")
 
 
 def make_objective(settings: TrainSettings, dataset: Dataset | Mixture) -> LanguageModelling | Preferences:

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line for people, metrics.jsonl for programs, log.txt for later, wandb when asked."""
+"""What a run reports: a progress bar, metrics.jsonl, log.txt, and wandb if asked."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from nib.formats.checkpoint import list_checkpoints, named_checkpoint
 from nib.training.settings import TrainSettings
 from nib.training.state import Progress
 
-BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # wandb draws these over the tokens as well
-QUIET_SECONDS = 10.0  # between progress lines where the output is not a terminal
+BY_TOKENS = ("loss", "val_loss", "val_bits_per_byte")  # in wandb also plotted over tokens
+QUIET_SECONDS = 10.0  # between progress lines if the output is not a terminal
 
 
 class Reporter:
     """Reports one run; on every process but the first it is silent and writes nothing."""
 
     def __init__(self, out_dir: Path, active: bool, record: bool = True) -> None:
-        """Without `record` nothing is written: the directory may be another run's at work."""
+        """Without `record` nothing is written: another run may be at work in the directory."""
         self.out_dir, self.active, self.record = out_dir, active, record
         self.bar: tqdm[Any] | None = None
         self.wandb: Any = None
@@ -41,7 +41,7 @@ class Reporter:
         self.last_line = time.monotonic()
 
     def resume_metrics(self, step: int) -> None:
-        """Drop the lines of metrics.jsonl that came after `step`: they are about to be written again."""
+        """Remove the lines of metrics.jsonl after `step`: the resumed run writes them again."""
         path = self.out_dir / "metrics.jsonl"
         if not self.active or not path.exists():
             return
@@ -53,11 +53,11 @@ class Reporter:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # a line cut short by a kill
+                continue  # a line truncated when the run was killed
         self.write("metrics.jsonl", "".join(kept))
 
     def write(self, name: str, text: str) -> None:
-        """Make a file hold `text`, in one step."""
+        """Write `text` to a file, atomically."""
         if self.active:
             aside = self.out_dir / f".{name}.partial"
             with self.writing(name):
@@ -65,7 +65,7 @@ class Reporter:
                 aside.replace(self.out_dir / name)
 
     def say(self, text: str) -> None:
-        """A line for people, on the terminal and in log.txt."""
+        """Print a line, and append it to log.txt."""
         if not self.active:
             return
         if self.bar is not None:
@@ -82,17 +82,17 @@ class Reporter:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Raises RunError when the disk does not take it: a run that cannot be recorded is not worth going on."""
+        """Turn OSErrors of the body into a RunError: a run that cannot be recorded ends."""
         try:
             yield
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            how = "Make room" if full else "Make it a file that you may write, or move it away"
+            how = "Make room" if full else "Make it a writable file, or move it away"
             reason = f"cannot write to {self.out_dir / name}: {error.strerror}"
-            raise RunError(f"{reason}. {how}, and give the same command again to go on") from None
+            raise RunError(f"{reason}. {how}, and run the same command again to resume") from None
 
     def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
-        """The progress bar, over the steps or, where only time ends the run, over the seconds."""
+        """Start the progress bar, over steps, or over seconds if only max_seconds ends the run."""
         if self.active and sys.stderr.isatty():
             unit, total = ("step", steps) if steps else ("second", max_seconds)
             shape = "{percentage:3.0f}% {bar} {unit} {n:.0f}/{total:.0f} [{elapsed}, {remaining} left{postfix}]"
@@ -102,9 +102,9 @@ class Reporter:
         self, step: int, steps: int, seconds: float, max_seconds: float, epoch: float, loss: float, rate: float,
         mfu: float,
     ) -> None:  # fmt: skip
-        """Move the bar; where there is none, print a line now and then. Called at every step."""
+        """Update the bar, or without a bar print a line every QUIET_SECONDS. Called at every step."""
         text = f"epoch {epoch:.2f}, loss {loss:.3f}"
-        text += f", {amount(rate)} tokens/s" if rate else ""  # known from the first log_interval on
+        text += f", {amount(rate)} tokens/s" if rate else ""  # known after the first log_interval
         text += f", MFU {100 * mfu:.0f} %" if mfu else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
@@ -114,7 +114,7 @@ class Reporter:
             print(f"step {step}{f'/{steps}' if steps else ''}: {text}, {seconds:.0f} s", flush=True)
 
     def metrics(self, **values: float) -> None:
-        """One line of metrics.jsonl, and the same to wandb."""
+        """Append a line to metrics.jsonl, and log the same to wandb."""
         if not self.active:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no NaN
@@ -123,7 +123,7 @@ class Reporter:
         self.to_wandb({**values, **by_tokens}, int(values["step"]))
 
     def sample(self, step: int, text: str) -> None:
-        """A text from the model as it is: a line for people, and a row in wandb's table of samples."""
+        """Print a sample of the current model, and add it to wandb's table of samples."""
         self.say(f"--- sample ---\n{text}\n--- end of sample ---")
         if self.wandb is not None:
             import wandb
@@ -136,14 +136,14 @@ class Reporter:
             return
         try:
             self.wandb.log(values, step=step)
-        except Exception as error:  # of many kinds; none of them is worth a training run
+        except Exception as error:  # wandb raises many kinds; none may end a training run
             self.wandb = None
             self.say(f"warning: wandb failed, so nothing more is logged there: {' '.join(str(error).split())}")
 
     def start_wandb(self, project: str, name: str, config: dict[str, Any]) -> None:
-        """Log to wandb too; a resumed run goes on under its id, and without a login all is kept for `wandb sync`.
+        """Log to wandb too. A resumed run keeps its id; without a login, data is kept offline for `wandb sync`.
 
-        A run never fails because of it: what goes wrong is said and left.
+        An error of wandb is a warning: it never ends a run.
         """
         if not self.active:
             return
@@ -165,7 +165,7 @@ class Reporter:
                 self.say(f"wandb: no login, so the run is kept offline. Later: wandb sync {kept}")
         except ImportError:
             self.say("warning: wandb is not installed, so nothing is logged there. pip install wandb")
-        except Exception as error:  # wandb raises many kinds; none of them is worth a training run
+        except Exception as error:  # wandb raises many kinds; none may end a training run
             self.say(f"warning: wandb did not start, so nothing is logged there: {' '.join(str(error).split())}")
 
     def close(self) -> None:
@@ -178,14 +178,14 @@ class Reporter:
 
 
 def logged_in(wandb: Any) -> bool:
-    """Whether wandb knows a key, found out without a question to the user, for whom a run may not wait."""
+    """Whether wandb has an API key, checked without prompting the user: a run must not wait for input."""
     if "prompt" in inspect.signature(wandb.login).parameters:
         return bool(wandb.login(prompt=False))
-    return bool(wandb.api.api_key)  # before it knew that option
+    return bool(wandb.api.api_key)  # older versions of wandb
 
 
 def command_line() -> str:
-    """The command this process was started by, as a person would type it again."""
+    """The command that started this process, as a user would type it."""
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
@@ -196,17 +196,17 @@ def command_line() -> str:
 
 
 def way_back(settings: TrainSettings, progress: Progress) -> str:
-    """For a run that diverged: its newest checkpoint, and the command that starts anew with lower rates.
+    """For a run that diverged: its newest checkpoint, and a command that starts a new run with lower learning rates.
 
-    It starts from the best checkpoint, else from the newest from which an update was made: later weights are
-    those that gave no finite number. Where there is neither, it starts where this run did.
+    The new run starts from the best checkpoint, else from the newest one before the last update that was not skipped,
+    since later weights gave only values that are not finite. Without either, it starts where this run did.
     """
     checkpoints = Path(settings.out_dir) / "checkpoints"
     last_update = progress.step - progress.skipped_in_a_row
     older = [path.name for path in list_checkpoints(checkpoints) if int(path.name[5:]) < last_update]
     source = named_checkpoint(checkpoints, "best") or next(iter(older), "")
     out_dir = Path(settings.out_dir)
-    named = out_dir if out_dir.name not in ("", "..") else out_dir.resolve()  # . has no name
+    named = out_dir if out_dir.name not in ("", "..") else out_dir.resolve()  # Path(".") has no name
     changes: dict[str, Any] = {"out_dir": next(
         place for number in itertools.count(2) if not Path(place := f"{named}-{number}").exists()
     )}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The learning rate over a run, as a factor of its peak."""
+"""The learning-rate schedule, as a factor of the peak rate."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def warmup_factor(step: int, warmup_iters: int) -> float:
 def decay_factor(schedule: str, progress: float, decay_fraction: float, floor: float) -> float:
     """From 1 to `floor` as `progress` through the run goes from 0 to 1.
 
-    cosine (arXiv 1608.03983) and linear fall from the start, wsd (arXiv 2405.18392) falls linearly in the last
-    `decay_fraction` of the run, constant does not fall.
+    cosine (arXiv 1608.03983) and linear fall from the start; wsd (arXiv 2405.18392) falls linearly in the last
+    `decay_fraction` of the run; constant does not fall.
     """
     progress = min(1.0, max(0.0, progress))
     if schedule == "cosine":
@@ -32,11 +32,11 @@ def rate_factor(
     step: int, steps: int, seconds: float, max_seconds: float, *,
     schedule: str, warmup_iters: int, decay_fraction: float, floor: float,
 ) -> float:  # fmt: skip
-    """The factor for optimizer step `step` of `steps` (0: unlimited), `seconds` into a run of `max_seconds` (0: too).
+    """The factor for step `step` of `steps` after `seconds` of `max_seconds` (steps and max_seconds 0: no limit).
 
-    Progress is counted from the end of the warm-up where the number of steps is known, but for wsd, whose
-    `decay_fraction` is a share of the whole run. A budget of seconds counts when it is further along than the steps
-    are, so that the rate is down when either ends the run.
+    If the number of steps is known, progress counts from the end of the warm-up, except for wsd, whose
+    `decay_fraction` is a share of the whole run. The larger of the progress in steps and in seconds counts, so that the
+    rate has fallen when either ends the run.
     """
     begin = 0 if schedule == "wsd" else warmup_iters
     progress = (step - begin) / max(1, steps - begin) if steps else 0.0

@@ -1,4 +1,4 @@
-"""Processes that srun started: told what torchrun would tell them, so that one command starts a run on many machines.
+"""Slurm: give processes that srun started torchrun's environment, so that one command starts a run on many machines.
 
 srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 python train.py config/modern_124m.py
 """
@@ -15,10 +15,10 @@ PORT = 29500
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a process of an srun of several tasks.
+    """Set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in a process of an srun with several tasks.
 
-    Where torchrun set them they stay; so they do in a shell that srun started, and in a batch script by itself,
-    which have no step of several tasks. Raises InputError for an environment that is not Slurm's.
+    Nothing is set under torchrun, in an interactive shell that srun started, or in a batch script without srun.
+    Raises InputError for an incomplete Slurm environment.
     """
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "sh", "zsh", "interactive")
     if "RANK" in environment or "SLURM_STEP_ID" not in environment or interactive:

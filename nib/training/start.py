@@ -1,4 +1,4 @@
-"""How a run begins: its dataset, its processes, the checkpoint it goes on from, and its model."""
+"""How a run begins: its dataset, its processes, the checkpoint from which it resumes, and its model."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
 
-# How long the other processes wait for a built-in corpus while there is no sign of the first process's work, and while
-# its files stay as they are. A network file system shows a new name after up to a minute.
+# How long the other processes wait for a built-in corpus if the first process has made no files yet, and if its files
+# do not change. On a network file system a new name may take a minute to appear.
 ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
 SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
@@ -39,13 +39,13 @@ SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", 
 def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     """A run that is ready for its next step, or with eval_only for validation. `GPT` and `GPTConfig` are model.py's.
 
-    Nothing is written before all that is given is known to fit together. Raises InputError and RunError.
+    Nothing is written before all inputs are known to fit together. Raises InputError and RunError.
     """
     settings = parsed.settings
     dataset = open_mixture(settings.dataset)
     settle_objective(settings, dataset)
     settings.complete(parsed.given)
-    settings.check()  # again: not all of them were known
+    settings.check()  # again, with the defaults that `complete` filled in
     cluster = start_cluster(settings.device)
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
@@ -58,7 +58,7 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     model, source = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
     if settings.lora_rank:
         run.adapter = adapt(model, source, settings, checkpoint)
-    del source  # and with it the files that it has mapped
+    del source  # closes the files that it has mapped
     try:
         run.open()
         run.take(model, checkpoint)
@@ -69,17 +69,16 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
 
 
 def open_mixture(text: str) -> Dataset | Mixture:
-    """What the setting `dataset` names: one dataset, or several with their shares. Raises InputError."""
+    """The dataset that the setting `dataset` names, or the mixture of several. Raises InputError."""
     shares = read_names(text)
     parts = {name: open_dataset(name) for name in shares}
     return Mixture(parts, list(shares.values())) if len(parts) > 1 else next(iter(parts.values()))
 
 
 def open_dataset(name: str) -> Dataset:
-    """The prepared directory NAME, or data/NAME. A built-in corpus that is missing is prepared by the first process.
+    """The prepared directory NAME, or data/NAME. The first process prepares a built-in corpus if it is missing.
 
-    Called before the processes connect: preparing may take longer than they would wait for each other.
-    Raises InputError.
+    Called before the processes connect, since preparing may take longer than PATIENCE. Raises InputError.
     """
     directory = find_dataset(name)
     if not directory.exists() and name in BUILTIN_DATASETS:
@@ -100,14 +99,14 @@ def open_dataset(name: str) -> Dataset:
 def wait_for_dataset(directory: Path) -> None:
     """Return when the first process has prepared `directory`.
 
-    Raises RunError when nothing is seen of its work for too long: it failed, never came, or has another file system.
+    Raises RunError if its files do not change for too long: it failed, never started, or has another file system.
     """
     print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
     seen, since = None, time.monotonic()
     while True:
         work = [staging_path(directory), *staging_path(directory).glob("**/*")]
         now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
-        if directory.exists():  # looked at after the work, which it replaces
+        if directory.exists():  # checked after `work`, since renaming removes the files there
             return
         if now != seen:
             seen, since = now, time.monotonic()
@@ -120,19 +119,19 @@ def wait_for_dataset(directory: Path) -> None:
 
 
 def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
-    """The newest whole checkpoint, agreed on by all processes, or None for a new run.
+    """The newest undamaged checkpoint, the same on all processes, or None for a new run.
 
-    Raises InputError, also where the settings, of which the user gave those named in `given`, make another run.
+    Raises InputError, also if the settings (the user gave those named in `given`) do not fit the checkpoint's run.
     """
     settings = run.settings
-    resume = not settings.eval_only  # which needs no optimizer
+    resume = not settings.eval_only  # eval_only needs no optimizer state
     found = newest_good(run.out_dir / "checkpoints", optimizer=resume) if run.cluster.first else None
     path = run.cluster.from_first(found.directory if found else None)
     if path is None:
         if settings.resume == "must":
             raise InputError(f"there is no checkpoint in {run.out_dir} to resume. Use --resume=auto to start a run")
         return None
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: it is this run's own
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun: the checkpoint is this run's
     if settings.resume == "never" and not restarted:
         raise InputError(f"{run.out_dir} already holds a run. Give another --out_dir, or remove it to start again")
     checkpoint = found or Checkpoint(path, optimizer=resume)
@@ -140,7 +139,7 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
         saved, corpus = dict(checkpoint.state["settings"]), checkpoint.state["corpus"]
     except (KeyError, TypeError, ValueError):
         raise BrokenCheckpoint(f"{path} lacks the settings of its run. Use another checkpoint") from None
-    if settings.init_from != "scratch" and "block_size" not in given:  # it was taken from there
+    if settings.init_from != "scratch" and "block_size" not in given:  # it came from init_from
         settings.block_size = saved.get("block_size", settings.block_size)
     same_run(settings, saved, str(run.out_dir))
     if corpus != run.dataset.fingerprint():
@@ -152,27 +151,27 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
 def build_model(
     parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
 ) -> tuple[Any, Source | None]:
-    """A model of the shape that the settings say, drawn from the seed, or with weights of `checkpoint` or init_from.
+    """A model with the settings' shape, initialised from the seed, or with the weights of `checkpoint` or init_from.
 
-    With lora_rank the weights are those of the base in any case. Returns also where they come from. Raises InputError
-    for a shape that cannot be, or that is not the one init_from has.
+    With lora_rank the weights are always the base's. Also returns the source of the weights. Raises InputError for an
+    invalid shape, or one that differs from init_from's.
     """
     torch.manual_seed(parsed.settings.seed)
     source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
-    if checkpoint and parsed.settings.lora_rank:  # which has the shape, but the adapter alone
+    if checkpoint and parsed.settings.lora_rank:  # the checkpoint has the shape, but only the adapter's weights
         source = open_source(base_name(checkpoint))
     if source is None:
         return GPT(config), None
     known = source.model_config["vocab_size"]
     if known != config.vocab_size and parsed.settings.lora_rank:
-        what = f"the data has ids that {parsed.settings.init_from} has no embeddings for, and an adapter learns none"
+        what = f"the data has ids for which {parsed.settings.init_from} has no embeddings, and an adapter trains none"
         raise InputError(f"{what}. Train without lora_rank first, or prepare the data with another template")
     model = build(source, lambda: GPT(dataclasses.replace(config, vocab_size=known)))
     return (model if known == config.vocab_size else with_more_ids(model, GPT(config))), source
 
 
 def with_more_ids(model: Any, grown: Any) -> Any:
-    """`grown`, whose vocabulary is larger, with the weights of `model`; new ids begin as the mean of the others."""
+    """`grown`, whose vocabulary is larger, with the weights of `model`; new embeddings start as the mean of the old."""
     weights = model.state_dict()
     for name, weight in grown.state_dict().items():
         if weight.shape != weights[name].shape:
@@ -185,28 +184,28 @@ def with_more_ids(model: Any, grown: Any) -> Any:
 def choose_shape(
     parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPTConfig: type
 ) -> tuple[Source | None, Any]:
-    """Whose weights the model begins with, if anyone's, and its GPTConfig. Raises InputError as `build_model` does."""
+    """The source of the model's first weights, or None, and its GPTConfig. Raises InputError as `build_model` does."""
     settings = parsed.settings
     if settings.init_from == "scratch":
-        # Before a model with a table of that many positions is built.
+        # Raises InputError for a too large block_size before a position table of that size is built.
         training_sequences(dataset, settings.block_size, settings.seed)
         return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
-    since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py
+    since = parsed.given & {*options} - {*source.model_config} - SCALING  # added to model.py since the source was saved
     added = {name: options[name] for name in since}
     config: Any = read_config(source, GPTConfig, **{"dropout": settings.dropout, **added})
     for part in dataset.parts:
         take_vocabulary(source, part, settings.init_from)
     if checkpoint is None and dataset.vocab_size > config.vocab_size and isinstance(source, Checkpoint):
-        config = dataclasses.replace(config, vocab_size=dataset.vocab_size)  # by the special tokens of a chat
+        config = dataclasses.replace(config, vocab_size=dataset.vocab_size)  # adds the chat template's special tokens
     if "init" in parsed.given and checkpoint is None:
         raise InputError(f"init is {options['init']!r}, but the weights come from {settings.init_from}. Leave init out")
     longer = checkpoint is None and "block_size" in parsed.given and settings.block_size > config.block_size
     free = {"block_size", "init"} | (SCALING if longer else set()) | ({*SCALING, "rope_base"} if checkpoint else set())
     for name, wanted in options.items():
         has = getattr(config, name)
-        automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # as mlp_hidden=0
+        automatic = wanted == getattr(TrainSettings, name) != getattr(GPTConfig(), name)  # such as mlp_hidden=0
         if name in parsed.given - free and wanted != has and not automatic:
             raise InputError(f"{name} is {wanted!r} but {settings.init_from} has {has!r}. Leave {name} out")
     if longer:
@@ -221,20 +220,20 @@ def choose_shape(
 
 
 def lengthen(config: Any, block_size: int, asked: dict[str, Any], name: str) -> dict[str, Any]:
-    """What changes in the GPTConfig of the model `name` for a longer context; `asked` are options of its scaling.
+    """The changes to the GPTConfig of the model `name` for a longer context; `asked` are the given options of scaling.
 
-    Raises InputError where the rotation cannot be scaled, or how is not said.
+    Raises InputError if the model has no RoPE, or has and gets no rope_scaling, or is to get another kind of it.
     """
     kind = asked.get("rope_scaling", config.rope_scaling)
     if config.position != "rope" or kind == "none":
-        fix = "Lower it, or name a --rope_scaling such as yarn" if config.position == "rope" else "Lower it"
+        fix = "Lower it, or give a --rope_scaling such as yarn" if config.position == "rope" else "Lower it"
         raise InputError(f"block_size {block_size} is above the {config.block_size} of {name}. {fix}")
     if config.rope_scaling not in ("none", kind):
         raise InputError(f"rope_scaling is {kind!r} but {name} has {config.rope_scaling!r}. Leave rope_scaling out")
     original = asked.get("rope_original") or config.rope_original or config.block_size
     factor = asked.get("rope_factor") or max(config.rope_factor, block_size / original)
     changes = {**asked, "block_size": block_size, "rope_scaling": kind, "rope_factor": factor}
-    if kind == "dynamic":  # as transformers has it for a text of block_size tokens, here for shorter ones too
+    if kind == "dynamic":  # as in transformers for a text of block_size tokens, but here for shorter texts too
         growth, D = factor * block_size / original - (factor - 1), config.head_size
         return changes | {"rope_base": config.rope_base * growth ** (D / max(1, D - 2)), "rope_original": 0}
     return changes | {"rope_original": original}

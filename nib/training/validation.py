@@ -1,4 +1,4 @@
-"""Validation: one full, deterministic pass that draws nothing and changes nothing."""
+"""Validation: one full, deterministic pass that draws no random numbers and changes nothing."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from nib.training.distributed import Cluster
 
 @dataclass
 class Validation:
-    """What a pass over a split found. `loss` is in nats per token."""
+    """The result of a pass over a split. `loss` is in nats per token."""
 
     loss: float
     bits_per_byte: float
     tokens: int
-    parts: dict[str, Validation] = field(default_factory=dict)  # of a mixture, by dataset
+    parts: dict[str, Validation] = field(default_factory=dict)  # for a mixture, by dataset
 
     @property
     def perplexity(self) -> float:
@@ -43,16 +43,17 @@ def validate(
     model: nn.Module, sequences: ValidationSequences, byte_lengths: NDArray[np.integer], *, batch: int,
     cluster: Cluster, autocast: AbstractContextManager[object],
 ) -> Validation:  # fmt: skip
-    """Loss over all targets of the sequences that count.
+    """The loss over all targets that are not -1.
 
-    Bits per byte is the information of all predicted tokens, ends of text included, over the bytes of text that
-    they stand for; unlike the loss it can be compared between tokenizers. Batches are divided among the
-    processes and their sums added in float64.
+    Bits per byte is the information of all predicted tokens, including end-of-text, divided by the bytes of text that
+    they stand for. Unlike the loss it can be compared between tokenizers. Batches are divided among the processes, and
+    their sums are added in float64.
     """
     was_training = model.training
     model.eval()
     sums = np.zeros(3)  # nats, tokens, bytes
-    for first in range(0, sequences.size, cluster.world * batch):  # as often on every process: sharded models need that
+    # The same number of passes on every process, as sharded models need.
+    for first in range(0, sequences.size, cluster.world * batch):
         inputs, targets = sequences.batch(first + cluster.rank * batch, batch)
         counted = targets[targets >= 0].numpy()
         with autocast:
@@ -64,7 +65,7 @@ def validate(
 
 
 def mean_of(found: list[tuple[str, float, Validation]]) -> Validation:
-    """One validation of several datasets, given by name and share; that of a single one as it is."""
+    """The mean of the validations of several datasets (name, share, validation); a single one is returned as it is."""
     if len(found) == 1:
         return found[0][2]
     total = sum(share for _, share, _ in found)

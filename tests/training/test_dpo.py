@@ -110,7 +110,7 @@ def test_a_run_of_dpo_resumes_to_the_bit_with_the_reference_it_began_with(base: 
             train(*options, "--out_dir=out/parts", "--max_iters=9", change)
     reference = Path("out/parts/reference.safetensors")
     reference.write_bytes(reference.read_bytes()[:-8] + bytes(8))
-    with pytest.raises(InputError, match=r"reference\.safetensors: it is not the one the run began with"):
+    with pytest.raises(InputError, match=r"reference\.safetensors: it is not the file of this run"):
         train(*options, "--out_dir=out/parts", "--max_iters=9")
 
 

@@ -138,7 +138,7 @@ def test_an_adapter_of_a_longer_context_is_merged_and_not_written_for_peft(base:
 def test_wrong_settings_are_refused_before_anything_is_written(base: Path) -> None:
     for options, message in {
         ("--lora_rank=4", "--init_from=scratch"): "init_from is scratch",
-        ("--lora_rank=33",): "lora_rank 33 is beyond the matrices of blocks.0.attention.qkv: at most 16",
+        ("--lora_rank=33",): "lora_rank 33 is too large for blocks.0.attention.qkv, at most 16",
         ("--lora_rank=0", "--lora_alpha=8"): "lora_alpha is set, but lora_rank is 0",
         ("--lora_rank=4", "--lora_targets=q,head"): "lora_targets has 'head': an embedding or head is not adapted",
         ("--lora_rank=4", "--lora_targets=query"): "lora_targets has 'query': there is none of this name",
