@@ -1,16 +1,16 @@
-# Each target makes .venv and installs what it needs first. PYTHON=python3.12 make small takes another Python.
+# Each target first makes .venv and installs what it needs. PYTHON=python3.12 make small uses another Python.
 PYTHON ?= python3
 VENV = .venv
 RUN = $(VENV)/bin/python
 
 .PHONY: small chat test check
 
-# Train config/small.py on the standard library's source, then show what the model writes.
+# Train config/small.py on the source of Python's standard library, then print a sample.
 small: $(VENV)/installed
 	$(RUN) train.py config/small.py
 	$(RUN) sample.py out/small --prompt 'def'
 
-# Train config/chat.py on generated questions, then ask it some that it has not seen.
+# Train config/chat.py on generated questions, then ask it held-out ones.
 chat: $(VENV)/installed
 	$(RUN) train.py config/chat.py
 	$(RUN) bench/chat.py chat

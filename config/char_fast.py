@@ -1,10 +1,10 @@
-"""Character-level text to a good loss in seconds: nanoGPT's CPU job, done in a fraction of its time.
+"""A character-level model that reaches a good loss in seconds: nanoGPT's CPU example in a fraction of its time.
 
     python prepare_data.py input.txt --out data/mytext --tokenizer char --val-fraction 0.1
     python train.py config/char_fast.py --dataset=mytext --max_seconds=60
 
-Any character-level dataset by --dataset, any budget by --max_seconds: the learning rate falls to zero as the time is
-used up. 0.38 M parameters, context 64. What was tried on the way: bench/NOTES.md.
+--dataset takes any character-level dataset, --max_seconds any budget: the learning rate falls to zero over that time.
+0.38 M parameters, context 64. bench/NOTES.md says what was tried.
 """
 
 dataset = "stdlib_char"
@@ -17,7 +17,7 @@ n_embd = 96
 mlp_hidden = 192
 norm = "rmsnorm"
 position = "rope"
-rope_base = 100.0  # wavelengths of a context of 64, not of thousands
+rope_base = 100.0  # wavelengths for a context of 64, not of thousands
 mlp = "swiglu"
 qk_norm = True
 tie_weights = False

@@ -1,12 +1,12 @@
-"""An assistant from scratch: sums, words and lists to turn round, facts and names to look up, over several turns.
+"""An assistant from scratch: sums, words to reverse, lists to sort, facts and names to look up, over several turns.
 
     make chat
 
-2 CPU cores, about 5 minutes. It learns the assistant's turns only, of questions that are generated with their answers
-(nib/data/questions.py). bench/chat.py counts how many of those held out it answers; sample.py chat --chat asks it.
+2 CPU cores, about 5 minutes. It learns only the assistant's turns, in conversations that nib/data/questions.py
+generates. bench/chat.py counts the correct answers to held-out questions; sample.py chat --chat talks to the model.
 """
 
-dataset = "questions"  # made and prepared when it is missing: bytes, and tokens for the turns of a chat
+dataset = "questions"  # generated and prepared if it is missing: bytes, and special tokens for the turns
 block_size = 256
 batch_size = 8  # conversations, of 5 questions on average
 
@@ -16,7 +16,7 @@ n_embd = 128
 mlp_hidden = 256
 norm = "rmsnorm"
 position = "rope"
-rope_base = 100.0  # wavelengths of some hundred characters
+rope_base = 100.0  # wavelengths of up to some hundred characters
 mlp = "swiglu"
 qk_norm = True
 tie_weights = False

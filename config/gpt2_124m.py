@@ -1,7 +1,7 @@
-"""GPT-2 (124 M parameters) trained again from scratch on OpenWebText, with nanoGPT's settings.
+"""GPT-2 (124 M parameters), trained from scratch on OpenWebText with nanoGPT's settings.
 
 8 A100 GPUs of 40 GB: torchrun --standalone --nproc_per_node=8 train.py config/gpt2_124m.py
-nanoGPT's README reports about 4 days to a validation loss of about 2.85 there. Not run to its end with nib.
+nanoGPT's README reports about 4 days to a validation loss of about 2.85 there. No complete run with nib yet.
 """
 
 dataset = "openwebtext"

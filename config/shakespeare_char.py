@@ -1,7 +1,7 @@
-"""nanoGPT's CPU job, setting by setting: tiny Shakespeare, one character a token, 0.80 M parameters.
+"""nanoGPT's CPU example with the same settings: tiny Shakespeare, one token per character, 0.80 M parameters.
 
-2 CPU cores, about 70 seconds, to a loss of 1.90 on the whole validation split, as nanoGPT's own. Its GPU
-job (loss 1.47 by nanoGPT's README) is the same text with --n_layer=6 --n_head=6 --n_embd=384 --block_size=256
+2 CPU cores, about 70 seconds, to a loss of 1.90 on the whole validation split, the same as nanoGPT. nanoGPT's GPU
+example (loss 1.47 by its README) is the same text with --n_layer=6 --n_head=6 --n_embd=384 --block_size=256
 --batch_size=64 --dropout=0.2 --max_iters=5000.
 """
 

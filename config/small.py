@@ -1,10 +1,10 @@
-"""The main job: a model of 1.1 M parameters on the source of Python's own standard library.
+"""The main example: a model of 1.1 M parameters on the source code of Python's standard library.
 
-2 CPU cores, about 3 minutes, to 3.26 nats a token, 1.43 bits per byte, on files it has not seen. Its options are
-those that bench/NOTES.md explains, and all have a name in Qwen3's architecture, which other tools run.
+2 CPU cores, about 3 minutes, to 3.26 nats per token, 1.43 bits per byte, on files it has not seen. bench/NOTES.md
+explains its options. They are those of the architecture Qwen3, which other tools run.
 """
 
-dataset = "stdlib"  # prepared when it is missing: 2048 byte-pair tokens, 3 bytes each on average
+dataset = "stdlib"  # prepared if it is missing: 2048 byte-pair tokens, 3 bytes each on average
 block_size = 256
 batch_size = 4
 

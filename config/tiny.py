@@ -1,7 +1,7 @@
-"""A model of 0.1 M parameters on Python's standard library, letter by letter: for trying things.
+"""A character-level model of 0.1 M parameters on Python's standard library, for quick experiments.
 
-2 CPU cores, about 10 seconds with preparing the text, to 2.74 bits per byte on the first 20,000 validation tokens: it
-has learned which letters follow which, and no more.
+2 CPU cores, about 10 seconds including preparing the text, to 2.74 bits per byte on the first 20,000 validation tokens.
+It has only learned which characters follow which.
 """
 
 dataset = "stdlib_char"

@@ -1,10 +1,10 @@
-"""What the labs share: each trains its variants beside each other on the same data and prints one table.
+"""What the labs share: each trains its variants on the same data and seeds, and prints one table.
 
     python labs/NAME.py [CONFIG.py] [--seeds=3] [--name=value ...]    train and compare; the settings are train.py's
     python labs/NAME.py sample.py RUN [...]                           any script of nib, with the lab's model
 
-The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command goes on where it stopped, and one that is
-complete prints its table again. Other settings take another --out_dir.
+The runs are ordinary ones, out/labs/NAME/VARIANT-SEED. The same command resumes where it stopped; when all runs are
+complete it prints the table again. Other settings need another --out_dir.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from nib.common.exits import InputError, RunError, run_script
 from nib.common.options import Parsed, option, parse
 from nib.training.settings import TrainSettings
 
-DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds where nothing else runs
-Variants = dict[str, dict[str, Any]]  # name: options of the model that make it, the baseline first
-Measures = Mapping[str, Callable[[Any], str]]  # heading: what to print below it of a trained model
+DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds on an idle machine
+Variants = dict[str, dict[str, Any]]  # name: the variant's options, the baseline first
+Measures = Mapping[str, Callable[[Any], str]]  # column heading: a function of a trained model
 
 
 @dataclasses.dataclass
@@ -48,9 +48,9 @@ def main(
     text: str, file: str, variants: Variants, measures: Measures | None = None, common: tuple[str, ...] = (),
     **parts: Any,
 ) -> None:  # fmt: skip
-    """Run the lab in `file`, or a script with the lab's model, and leave the process.
+    """Run the lab in `file`, or a script with the lab's model, and end the process.
 
-    `text` is the lab's docstring, whose last paragraph says what to conclude. `parts` replace what has these names in
+    `text` is the lab's docstring, whose last paragraph is the conclusion. `parts` replace what has the same names in
     model.py. `common` are options of all variants, which the command line overrides.
     """
     for name, part in parts.items():
@@ -67,12 +67,12 @@ def main(
 def compare(
     lab: str, variants: Variants, arguments: list[str], measures: Measures | None = None, text: str = ""
 ) -> None:
-    """Train all variants with all seeds; print the table as it comes about. Raises InputError."""
+    """Train all variants with all seeds, and print the table row by row. Raises InputError."""
     usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=3] [--name=value ...]"
     parsed = parse(LabSettings, arguments, usage=usage, about=f"Lab: {lab}.", config_file=True)
     parsed.settings.check()
     if parsed.settings.dry_run or parsed.settings.eval_only:
-        raise InputError("a lab trains. Give dry_run and eval_only to train.py")
+        raise InputError("labs do not support dry_run and eval_only. Use them with train.py")
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
     root = Path(parsed.settings.out_dir or Path("out/labs", lab))
     width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
@@ -94,13 +94,13 @@ def compare(
     if apart:
         print(f"{len(seeds)} seeds; two seeds of the same variant are {statistics.mean(apart):.3f} apart on average")
     else:
-        print("one seed: how much another would differ is not known. Use --seeds=3")
+        print("one seed: the difference between seeds is not known. Use --seeds=3")
     if text:
         print(f"\nFrom the table in labs/{lab}.py:\n" + text.strip().rpartition("\n\n")[2])
 
 
 def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]) -> tuple[float, Any]:
-    """Validation bits per byte at the end of a run, infinite where it failed, and the trained model, if there is one.
+    """The final validation bits per byte of a run and its model; infinity and None if the run failed.
 
     `options` that train.py does not know are fields of the lab's GPTConfig: they become its defaults.
     """
@@ -114,7 +114,7 @@ def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]
     fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in own.items()]
     try:
         model.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields, bases=(base,))  # type: ignore[assignment, misc]
-        with contextlib.redirect_stdout(io.StringIO()):  # it is in the run's log.txt
+        with contextlib.redirect_stdout(io.StringIO()):  # the output is also in the run's log.txt
             if status := train.train(Parsed(settings, parsed.arguments, parsed.given)):
                 sys.exit(status)
     except RunError as error:

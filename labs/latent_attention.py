@@ -1,9 +1,9 @@
-"""Multi-head latent attention (arXiv 2405.04434): a cache of one small vector a token, from which all heads are made.
+"""Multi-head latent attention (arXiv 2405.04434): caches one small vector per token, from which all heads are made.
 
     python labs/latent_attention.py
 
-Measured: config/tiny.py with 4 heads of 16 channels (200 steps, characters of the standard library), 3 seeds, 0.031
-apart on average; bytes that a token takes in the cache, in float32.
+Measured: config/tiny.py with 4 heads of 16 channels (200 steps, characters of the standard library), 3 seeds, which
+differ by 0.031 on average. Last column: bytes per token in the cache, in float32.
 
                         bits per byte  - baseline  bytes a token
     4 heads                     3.299              1,024
@@ -11,9 +11,9 @@ apart on average; bytes that a token takes in the cache, in float32.
     latent of 32                3.440      +0.141  320
     latent of 16                3.478      +0.178  192
 
-Conclusion: a latent makes the cache a third or a fifth as large, and here it costs more than sharing one key/value
-head, which costs nothing that three seeds could show. At 64 channels heads have little to share; the paper compares at
-widths of thousands, where one key/value head loses and the latent does not.
+Conclusion: a latent makes the cache a third or a fifth as large. Here it raises the loss more than sharing one
+key/value head, which costs nothing that three seeds could show. With 64 channels heads have little to share. The paper
+compares models thousands of channels wide, where one key/value head is worse and the latent is not.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class GPTConfig(model.GPTConfig):
 
 
 class LatentAttention(nn.Module):
-    """Attention whose cache holds the latent and the rotated part of the key: kv_rank + rope_size numbers a token.
+    """Attention whose cache holds the latent and the rotated part of the key: kv_rank + rope_size numbers per token.
 
-    A head's key is head_size channels made from the latent, beside which the shared rotated ones stand.
+    A head's key has head_size channels made from the latent, followed by the rotated channels that all heads share.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
         q = torch.cat((q, model.rotate(turned, *rotation)), -1)  # (B, H, T, D + R)
         latent, shared = self.compress(x)[:, None].split_with_sizes([self.rank, R], -1)
         latent, shared = self.latent_norm(latent), model.rotate(shared, *rotation)  # (B, 1, T, ...)
-        if cache is not None:  # which has two buffers of the same size: half of the numbers are in each
+        if cache is not None:  # it has two buffers of the same size, with half of the numbers in each
             held = cache.update(self.layer, positions, *torch.cat((latent, shared), -1).chunk(2, -1))
             latent, shared = torch.cat(held, -1).split_with_sizes([self.rank, R], -1)
         S = latent.shape[2]
@@ -76,7 +76,7 @@ class Block(model.Block):
 
 
 class GPT(model.GPT):
-    """model.GPT with tables for the rotated channels alone, and a cache of latents."""
+    """model.GPT with rotary tables for only the rotated channels, and a cache of latents."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__(config)

@@ -1,9 +1,9 @@
-"""A sparse feed-forward layer: each token goes to the best k of many small experts (arXiv 1701.06538, 2401.04088).
+"""A sparse feed-forward layer: each token goes to the top k of many small experts (arXiv 1701.06538, 2401.04088).
 
     python labs/mixture_of_experts.py
 
-Measured: config/tiny.py (200 steps, characters of the standard library), 3 seeds, 0.040 apart on average. Also: what
-the most used expert had in the last batch of training, as a multiple of an even share, for each seed.
+Measured: config/tiny.py (200 steps, characters of the standard library), 3 seeds, which differ by 0.040 on average.
+Last column: the load of the busiest expert in the last training batch, as a multiple of an even share, for each seed.
 
                               parameters  bits per byte  - baseline   busiest expert
     dense, 2 x 96                121,152          3.271
@@ -11,9 +11,9 @@ the most used expert had in the last batch of training, as a multiple of an even
     the same, not balanced       343,360          3.239      -0.032   2.93 3.64 3.51
     dense, 8 x 96                342,336          3.140      -0.131
 
-Conclusion: the biases spread the tokens over the experts and cost nothing that can be seen. But with the same work for
-each token the experts' further parameters do not show yet, while the dense layer that uses all of them does. An expert
-sees a quarter of the tokens: of 200 steps it learns from as many as fill 50. Sparse layers need longer runs.
+Conclusion: the biases spread the tokens over the experts and have no visible cost. At the same compute per token, the
+experts' additional parameters do not help yet, while a dense layer that uses all of them for each token does. An expert
+sees a quarter of the tokens: in 200 steps it learns from as many as in 50 steps. Sparse layers need longer runs.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from torch import Tensor, nn
 @dataclasses.dataclass
 class GPTConfig(model.GPTConfig):
     experts: int = 0  # of each feed-forward layer, mlp_hidden wide each; 0: one layer for all tokens
-    chosen: int = 2  # experts that a token goes to
-    balance: float = 1e-2  # by which an expert's bias moves in a step (the paper: 1e-3, in longer runs); 0: not at all
+    chosen: int = 2  # experts for each token
+    balance: float = 1e-2  # change of an expert's bias in a step (the paper: 1e-3, in longer runs); 0: no balancing
 
 
 class Mixture(nn.Module):
-    """Experts, of which a router chooses for each token; the weights of the chosen add up to 1.
+    """Experts, and a router that chooses some for each token; the weights of the chosen ones add up to 1.
 
-    Balance without an auxiliary loss (arXiv 2408.15664): a bias is added to each expert's score where the best are
-    chosen, not where they are weighted. After a batch the biases of experts with more than their share fall.
-    With activation_checkpointing, which computes a layer again after that, torch says that the two differ, and stops.
+    Balancing without an auxiliary loss (arXiv 2408.15664): a bias is added to each expert's score for choosing, not for
+    weighting. After a batch the biases of experts with more than an even share are lowered. activation_checkpointing
+    does not work: it recomputes the layer with the changed biases, and torch raises an error.
     """
 
     counts: Tensor
@@ -70,7 +70,7 @@ class Mixture(nn.Module):
 
 
 class Block(model.Block):
-    """model.Block with a mixture in the place of its feed-forward layer."""
+    """model.Block with a mixture of experts as its feed-forward layer."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__(config, layer)
@@ -81,7 +81,7 @@ class Block(model.Block):
 class GPT(model.GPT):
     @torch.no_grad()
     def initialise(self) -> None:
-        """As model.GPT does it; experts too begin by adding nothing."""
+        """As in model.GPT; with init=modern the experts' output matrices start at zero too."""
         super().initialise()
         for name, parameter in self.named_parameters():
             if ".experts." in name and name.endswith("down.weight") and self.config.init == "modern":
@@ -89,7 +89,7 @@ class GPT(model.GPT):
 
 
 def busiest(trained: Any) -> str:
-    """What the most used expert of a layer had in the last batch of training, as a multiple of an even share."""
+    """The load of the busiest expert of any layer in the last training batch, as a multiple of an even share."""
     loads = [each.counts.max() / each.counts.mean() for each in trained.modules() if isinstance(each, Mixture)]
     return f"{max(loads):.2f}" if loads else "-"
 

@@ -1,17 +1,17 @@
-"""Where the norms stand: before each sublayer, after its sum (arXiv 1706.03762), or on what it adds (arXiv 2501.00656).
+"""Placement of norms: before each sublayer, after the residual sum (arXiv 1706.03762), or on its output (2501.00656).
 
     python labs/norm_placement.py
 
-Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 3 seeds, 0.014 apart on average:
+Measured: config/tiny.py with 6 layers (200 steps, characters of the standard library), 3 seeds, which differ by 0.014:
 
                           bits per byte  - baseline
     pre-norm                      3.214
     post-norm                     3.345      +0.131
     norm of the output            3.671      +0.457
 
-Conclusion: with the same rates, pre-norm learns fastest at this depth, far beyond the noise. Post-norm follows: every
-gradient goes through all norms. Norms of the outputs begin as noise of size 1 on embeddings of size 0.02, which other
-recipes meet with larger embeddings, lower rates and a warm-up. One setting of the rates does not rank the three.
+Conclusion: with the same learning rates, pre-norm learns fastest at this depth, far beyond the noise. Post-norm is
+second: its gradients pass through all norms. Output norms start by adding noise of size 1 to embeddings of size 0.02;
+other recipes use larger embeddings, lower rates and a warm-up. One setting of the rates does not rank the three.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 
 @dataclasses.dataclass
 class GPTConfig(model.GPTConfig):
-    placement: Literal["pre", "post", "output"] = "pre"  # where a block's two norms stand
+    placement: Literal["pre", "post", "output"] = "pre"  # the place of a block's two norms
 
 
 class Block(model.Block):
@@ -46,7 +46,7 @@ class Block(model.Block):
         return x + self.mlp_norm(self.mlp(x))
 
 
-# init=gpt2, since matrices that begin at zero ("modern") have no scale that a norm of the output could set.
+# init=gpt2: with "modern" the output matrices start at zero, and a norm cannot scale zeros.
 COMMON = ("--n_layer=6", "--init=gpt2", "--no-qk_norm")
 VARIANTS: Variants = {
     "pre-norm": dict(placement="pre"),

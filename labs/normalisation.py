@@ -1,10 +1,10 @@
-"""LayerNorm, RMSNorm, none, BatchNorm: what leaks from the future, and what breaks one token at a time?
+"""LayerNorm, RMSNorm, none, BatchNorm: which one leaks later tokens, and which one fails on a single token?
 
     python labs/normalisation.py
 
-Measured: config/tiny.py (200 steps, characters of the standard library), 3 seeds, 0.040 apart on average. Also: how far
-changing the last token of a text moves the logits at its first one, for each seed, and whether a text of one token
-works, both in training mode.
+Measured: config/tiny.py (200 steps, characters of the standard library), 3 seeds, which differ by 0.040 on average.
+Leak: how much the logits at the first token change if the last token of a text changes, for each seed. One token:
+whether a text of one token works. Both are in training mode.
 
                 bits per byte  - baseline   leak, %       one token
     rmsnorm             3.257               0.0           works
@@ -12,10 +12,10 @@ works, both in training mode.
     none                4.013      +0.756   0.0           works
     batchnorm           3.698      +0.441   3.6 5.4 51.5  fails
 
-Conclusion: a norm is needed; the difference of RMSNorm and LayerNorm is within the noise. BatchNorm's means are over
-all positions, so that the state of each token depends on later tokens. In these few steps the model gained nothing by
-that: its loss is 0.3 nats above RMSNorm's in training, where it leaks, and in validation, where running means are
-used. Only with those can it write: a single token at a time, as in training, has no variance to divide by.
+Conclusion: a norm is needed; the difference between RMSNorm and LayerNorm is within the noise. BatchNorm takes means
+over all positions, so each hidden state depends on later tokens. In these few steps the model gained nothing from
+that: its loss is 0.3 nats above RMSNorm's both in training, where it leaks, and in validation, which uses running
+means. Only with running means can it generate: in training mode a single token has no variance to divide by.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ make_norm = model.make_norm
 
 @dataclasses.dataclass
 class GPTConfig(model.GPTConfig):
-    norm_kind: Literal["as norm says", "none", "batch"] = "as norm says"  # in the place of every norm
+    norm_kind: Literal["as norm says", "none", "batch"] = "as norm says"  # replaces every norm
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Each channel by its mean and variance over all texts and positions of the batch (arXiv 1502.03167)."""
+    """Normalises each channel over all texts and positions of the batch (arXiv 1502.03167)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(0, -2)).view_as(x)
@@ -50,7 +50,7 @@ def make_any_norm(size: int, config: Any) -> nn.Module:
 
 
 def leak(trained: Any) -> float:
-    """How far the logits at the first token move, of their size, when only the last token changes, as in training."""
+    """The relative change of the logits at the first token if only the last token changes, in training mode."""
     trained.train()
     tokens = torch.arange(16)[None] % trained.config.vocab_size
     other = tokens.clone()
@@ -61,7 +61,7 @@ def leak(trained: Any) -> float:
 
 
 def one_token(trained: Any) -> str:
-    """What happens in training mode, where a text is one token, as when one is generated at a time."""
+    """Whether a text of one token works in training mode, as in generating one token at a time."""
     try:
         trained.train()(torch.zeros(1, 1, dtype=torch.int64))
     except ValueError:  # "Expected more than 1 value per channel when training"
