@@ -1,8 +1,8 @@
 """The recommended config at GPT-2's size: RoPE, RMSNorm, QK-norm, SwiGLU, trained with Muon on FineWeb-Edu.
 
 One or more GPUs: torchrun --standalone --nproc_per_node=8 train.py config/modern_124m.py
-10 billion tokens. No complete run with nib yet, so its loss is not known. Its options are those of Qwen3's architecture,
-which transformers, vLLM and llama.cpp run.
+10 billion tokens. No complete run with nib yet, so its loss is not known. Its options are those of Qwen3,
+an architecture that transformers, vLLM and llama.cpp run.
 """
 
 dataset = "fineweb-edu"
