@@ -28,7 +28,7 @@ __all__ = ["in_corpus"]  # the fixture that gives each test a directory with dat
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "log.txt"])
 def test_a_file_of_the_run_that_cannot_be_written_is_one_line(name: str) -> None:
     Path("out/run", name).mkdir(parents=True)
-    with pytest.raises(RunError, match=rf"cannot write to out/run/{name}: Is a directory. Make it a file"):
+    with pytest.raises(RunError, match=rf"cannot write to out/run/{name}: Is a directory. Make it a writable file"):
         train("--max_iters=1")
 
 
