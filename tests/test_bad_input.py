@@ -86,7 +86,7 @@ CASES: dict[str, tuple[str, str]] = {
     "JSONL field that is no text": ("prepare_data.py rows.jsonl --field=n --tokenizer=byte", r"rows\.jsonl, line 1"),
     "Parquet that is none": (
         "prepare_data.py fake.parquet --tokenizer=byte",
-        r"fake\.parquet (is no valid|needs pyarrow)",
+        r"fake\.parquet (is not a valid|needs pyarrow)",
     ),
     "Parquet from a pipe": (
         "prepare_data.py - --format=parquet --tokenizer=byte",

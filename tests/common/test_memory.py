@@ -64,7 +64,7 @@ def test_a_prompt_larger_than_memory_is_said(call: Call, tmp_path: Path) -> None
         os.truncate(file.fileno(), 2**43)
     done = call(lambda: sample_script.main(["a", "--prompt=FILE:huge"]), cwd=tmp_path)
     assert done.returncode == 2 and done.stderr == (
-        "error: the prompt in huge is larger than memory. Give a shorter one\n"
+        "error: the prompt in huge does not fit into memory. Give a shorter one\n"
     )
 
 

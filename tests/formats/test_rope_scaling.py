@@ -312,7 +312,7 @@ def test_gguf_has_every_id_that_ends_a_text(tmp_path: Path) -> None:
     assert [fields[f"tokenizer.ggml.{name}_token_id"].contents() for name in ("eos", "eot", "eom")] == [256, 7, 10]
     tokenizer.stop_ids = frozenset({10, 7, 8})
     save_run(tmp_path / "many", random_model(**LLAMA, vocab_size=257), tokenizer)
-    with pytest.raises(InputError, match=r"two more; this model also has 7, 8, 10. Use --format=hf"):
+    with pytest.raises(InputError, match=r"this model has 7, 8, 10 and end-of-text. Use --format=hf"):
         exported(tmp_path / "many", tmp_path / "no", kind="gguf")
 
 
