@@ -100,7 +100,7 @@ CASES: dict[str, tuple[str, str]] = {
         "prepare_data.py texts --tokenizer=gpt9",
         r"no tokenizer 'gpt9'\. There are byte, char, bpe:N",
     ),
-    "tokenizer file that is none": ("prepare_data.py texts --tokenizer=tiny.py", r"tiny\.py is no tokenizer"),
+    "tokenizer file that is none": ("prepare_data.py texts --tokenizer=tiny.py", r"tiny\.py is not a tokenizer"),
     "vocabulary below the bytes": ("prepare_data.py texts --tokenizer=bpe:10", r"--tokenizer=bpe:10: N is 257"),
     "vocabulary that is no number": ("prepare_data.py texts --tokenizer=bpe:x", r"--tokenizer=bpe:x: N is 257"),
     "share above one": ("prepare_data.py texts --val-fraction=1.5", r"--val-fraction must be below 1, not 1\.5"),
