@@ -155,7 +155,7 @@ def _on_disk(path: Path, format: str, glob: str) -> list[Source]:
             file.open("rb").close()  # fail now, not after hours of work
         return [Source(str(file), _format_of(file, format), file, _text_size(file)) for file in files]
     except OSError as error:
-        how = way_out(error, "Leave it out or mend it")
+        how = way_out(error, "Leave it out or repair it")
         raise InputError(f"cannot read {error.filename or path}: {error.strerror}. {how}") from None
 
 
@@ -205,7 +205,7 @@ def read_parts(sources: list[Source], field: str, kind: str = "") -> Iterator[Pa
                     yield from _stream(source, stream)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             error = error if isinstance(error, OSError) else OSError(f"it is compressed, and damaged: {error}")
-            how = way_out(error, "Leave it out or mend it")
+            how = way_out(error, "Leave it out or repair it")
             raise InputError(f"cannot read {source.name}: {error.strerror or error}. {how}") from None
 
 
@@ -317,7 +317,7 @@ def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
                         value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
     except pyarrow.ArrowException as error:
-        raise InputError(f"{source.name} is not a valid Parquet file: {str(error)[:120]}. Give a whole file") from None
+        raise InputError(f"{source.name} is not a valid Parquet file: {str(error)[:120]}. Give a valid file") from None
 
 
 def _without_nulls(value: Any) -> Any:

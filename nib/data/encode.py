@@ -96,7 +96,7 @@ class Encoder:
                     if isinstance(error, TemplateFault):
                         raise InputError(fault) from None
                     if invalid != "skip":
-                        how = "Mend it, give another --chat-template, or leave such rows out with --invalid=skip"
+                        how = "Correct it, give another --chat-template, or leave such rows out with --invalid=skip"
                         raise InputError(f"{fault}. {how}") from None
             arrays.append(ids)
             size = int(self.lengths[ids & ~np.uint32(LEARNED | FIRST)].sum())
@@ -170,7 +170,7 @@ def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
     if invalid == "skip":
         return "", 0, reason
     raise InputError(
-        f"{reason}. Mend it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
+        f"{reason}. Correct it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
     )
 
 

@@ -157,7 +157,7 @@ def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, An
         elif value.get(theirs) is not None:
             model[ours] = number(value[theirs], theirs, int, 1, MAX_POSITIONS if ours == "block_size" else 1 << 24)
         elif ours not in model:
-            raise InputError(f"config.json lacks {theirs}. Give a whole model directory")
+            raise InputError(f"config.json lacks {theirs}. Give a complete model directory")
     number(model["n_head"] * model["head_size"], "num_attention_heads times head_dim", int, 0, 1 << 24)
     number(model["block_size"] * model["head_size"], "max_position_embeddings times head_dim", int, 0, 1 << 28)
     for name in ("norm", "position", "qk_norm"):

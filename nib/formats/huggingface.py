@@ -58,11 +58,11 @@ class HuggingFaceModel(ImportedModel):
         elif (self.directory / INDEX_FILE).is_file():
             expected = read_settings(self.directory / INDEX_FILE).get("weight_map")
             if not isinstance(expected, dict) or not expected:
-                raise InputError(f"{INDEX_FILE} has no weight_map. Give a whole model directory")
+                raise InputError(f"{INDEX_FILE} has no weight_map. Give a complete model directory")
             names = sorted(set(map(str, expected.values())))
             for name in names:
                 if not re.fullmatch(r"[\w-][\w.-]*\.safetensors", name):
-                    raise InputError(f"{INDEX_FILE} names {name[:80]!r}, not a file beside it. Give a whole directory")
+                    raise InputError(f"{INDEX_FILE} names {name[:80]!r}, not a file beside it. Give a complete model")
         else:
             pickled = next((f"{path.name} is pickled and " for path in self.directory.glob("*.bin")), "")
             raise InputError(f"{pickled}there is no {WEIGHTS_FILE}. Give a model that is saved as safetensors")
@@ -80,7 +80,7 @@ class HuggingFaceModel(ImportedModel):
                         kinds = "F32, BF16 or F16"
                         raise InputError(f"{tensor} is of type {part.get_dtype()}, not {kinds}. Give a plain model")
                     if (plain := plain_name(tensor)) in found:
-                        raise InputError(f"{plain} is stored twice. Give a whole model directory")
+                        raise InputError(f"{plain} is stored twice. Give a complete model directory")
                     found[plain] = Stored(tuple(part.get_shape()), functools.partial(file.get_tensor, tensor))
                     places[plain] = name
             except (SafetensorError, OSError, ValueError) as error:

@@ -43,7 +43,7 @@ class NanoGPTCheckpoint(ImportedModel):
             }
             shape = {name: number(arguments.get(name), name, int, 1, 1 << 24) for name in SIZES}
             if shape["n_layer"] > len(self.tensors):  # before so many layers are built
-                raise InputError(f"there are no weights for {counted(shape['n_layer'], 'layer')}. Give a whole ckpt.pt")
+                raise InputError(f"there are no weights for {counted(shape['n_layer'], 'layer')}. Give another ckpt.pt")
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, EOFError,

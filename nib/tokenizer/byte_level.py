@@ -56,7 +56,7 @@ class HuggingFaceTokenizer(Tokenizer):
             }
         if end_of_text is not None and not 0 <= end_of_text < len(token_bytes):
             raise InputError(
-                f"tokenizer {name}: its end of text, {end_of_text}, is not one of its ids. Give a whole directory"
+                f"tokenizer {name}: its end of text, {end_of_text}, is not one of its ids. Give a complete directory"
             )
         if end_of_text is not None:
             token_bytes[end_of_text] = b""
@@ -70,7 +70,7 @@ class HuggingFaceTokenizer(Tokenizer):
         probe = _PROBE.replace(end, "") if end else _PROBE
         probe = "".join(c for c in probe if all(bytes([byte]) in known for byte in c.encode()))
         if not probe:
-            raise InputError(f"tokenizer {name} has no tokens of bytes. Give a whole tokenizer.json")
+            raise InputError(f"tokenizer {name} has no tokens of bytes. Give a complete tokenizer.json")
         self._encode_piece(probe)
 
     @property
@@ -168,7 +168,7 @@ def library_errors(name: str) -> Iterator[None]:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"tokenizer {name}: {reason}. Give a whole tokenizer.json") from None
+        raise InputError(f"tokenizer {name}: {reason}. Give a complete tokenizer.json") from None
 
 
 def _without_nfc(normalizer: Any) -> Any:

@@ -49,7 +49,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
         content = _gpt2_content(directory, settings)
     else:
-        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a whole model directory")
+        raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a complete model directory")
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
     if (directory / CHAT_TEMPLATE).is_file():
         config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
@@ -100,7 +100,7 @@ def read_text(path: Path) -> str:
     try:
         return plain_file(path, MAX_FILE_BYTES).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}. Give a whole model directory") from None
+        raise InputError(f"cannot read {path}: {error}. Give a complete model directory") from None
 
 
 def read_settings(path: Path, optional: bool = False) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def read_settings(path: Path, optional: bool = False) -> dict[str, Any]:
     try:
         return read_object(path, MAX_FILE_BYTES)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}. Give a whole model directory") from None
+        raise InputError(f"cannot read {path}: {error.strerror}. Give a complete model directory") from None
     except ValueError:
-        raise InputError(f"{path} is not a JSON object. Give a whole model directory") from None
+        raise InputError(f"{path} is not a JSON object. Give a complete model directory") from None
 
 
 def _text_of(value: Any) -> Any:
