@@ -35,7 +35,7 @@ class Settings:
     format: str = option("auto", "the format of the files; auto: by the file name's extension", choices=FORMATS)
     train_on: str = option("assistant", "which tokens of a chat are learned", choices=("assistant", "all"))
     chat_template: str = option("", "a file with the jinja template for chats; empty: the tokenizer's own")
-    show: int = option(0, "print so many chats, with the learned tokens in colour", at_least=0)
+    show: int = option(0, "print the first so many rows of chats, with the learned tokens in colour", at_least=0)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     glob: str = option("", "which files of a directory to read, '*.py' or 'docs/**/*.md'; empty: all but hidden ones")
     val_fraction: float = option(0.01, "share of the documents that is kept for validation", at_least=0, below=1)

@@ -59,9 +59,10 @@ def read_template(path: Path) -> str:
 
 
 def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
-    """Give a tokenizer a chat template, the special tokens in it, and its stop ids. The default is nib's own template.
+    """Give a tokenizer a chat template (by default its own, else PLAIN_TEMPLATE), its special tokens and its stop ids.
 
-    A Hugging Face tokenizer gets no new tokens, since its model has no embeddings for them. Raises InputError.
+    A Hugging Face tokenizer gets neither PLAIN_TEMPLATE nor new tokens: its model has no embeddings for them. Raises
+    InputError.
     """
     if not isinstance(tokenizer, HuggingFaceTokenizer):
         template = template or tokenizer.chat_template or PLAIN_TEMPLATE
@@ -260,8 +261,8 @@ class Chat:
                 after = after[: end.start()]  # end-of-text, which some templates put only after the last turn
             if not after.startswith(before) or not text.startswith(after):
                 raise InputError(
-                    f"the chat template changes the text before message {index + 1} when it adds this message, "
-                    "and has no {% generation %} block that marks it"
+                    f"the chat template renders message {index + 1}, or what is before it, differently when another "
+                    "message follows, and has no {% generation %} block that marks it"
                 )
             if not self.turn_end.search(after, len(before)):
                 raise InputError(f"the chat template ends message {index + 1} without a special token to learn")
