@@ -16,10 +16,10 @@ from model_helpers import GPT2, LLAMA, random_tokens, randomise
 from test_engine import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
 
-import sample as script
 from model import GPT, GPTConfig
 from nib.common.exits import RunError
 from nib.cpu.int8 import Int8Linear, quantize
+from nib.generation import terminal
 from nib.generation.cuda_graph import SHORTEST, CompiledRows, StaticCache, Step, static_length
 from nib.generation.engine import DRAWN, Rows, stream_text
 from nib.generation.request import Sample, SamplingSettings, make_samples
@@ -186,23 +186,27 @@ def test_a_graph_break_is_a_bug_and_a_machine_that_cannot_compile_one_line(count
 
 
 def test_sample_prints_the_compiled_text_and_ctrl_c_ends_it(counter, capsys, monkeypatch):
-    model, options = make_model(vocab_size=256), script.Options(max_new_tokens=40, temperature=1.0)
+    model, settings = make_model(vocab_size=256), make_settings(max_new_tokens=40, temperature=1.0)
+
+    def write(make_rows: Any) -> int:
+        return terminal.write(model, make_samples(["a prompt"], BYTES, settings), settings, make_rows=make_rows)
+
     shown = {}
-    for options.compile in (False, True):
-        assert script.write(make_samples(["a prompt"], BYTES, options), model, options) == 0
-        shown[options.compile] = capsys.readouterr().out
-    assert shown[True] == shown[False] and counter.frame_count == 1
-    show = script.Printer.show
+    for make_rows in (Rows, CompiledRows):
+        assert write(make_rows) == 0
+        shown[make_rows] = capsys.readouterr().out
+    assert shown[CompiledRows] == shown[Rows] and counter.frame_count == 1
+    show = terminal.Printer.show
 
     def interrupt(printer: Any, sample: Sample, text: str) -> None:
         if len(sample.tokens) == 20 and not sample.finish_reason:
             raise KeyboardInterrupt
         show(printer, sample, text)
 
-    monkeypatch.setattr(script.Printer, "show", interrupt)
-    assert script.write(make_samples(["a prompt"], BYTES, options), model, options) == script.INTERRUPTED
+    monkeypatch.setattr(terminal.Printer, "show", interrupt)
+    assert write(CompiledRows) == terminal.INTERRUPTED
     out = capsys.readouterr().out
-    assert len(out) > 20 and shown[True].startswith(out[:20])
+    assert len(out) > 20 and shown[CompiledRows].startswith(out[:20])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
