@@ -15,12 +15,13 @@ import torch
 from model_helpers import GPT2, LLAMA, random_tokens, randomise
 from test_engine import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from nib.common.exits import RunError
 from nib.cpu.int8 import Int8Linear, quantize
 from nib.generation import terminal
-from nib.generation.cuda_graph import SHORTEST, CompiledRows, StaticCache, Step, static_length
+from nib.generation.cuda_graph import SHORTEST, CompiledRows, Step, static_length
 from nib.generation.engine import DRAWN, Rows, stream_text
 from nib.generation.request import Sample, SamplingSettings, make_samples
 
@@ -40,6 +41,12 @@ def written(model: GPT, prompts: list[str], settings: SamplingSettings, make_row
     for _ in stream_text(model, samples, settings, make_rows):
         pass
     return samples
+
+
+def static_cache(model: GPT, rows: int) -> KVCache:
+    cache = model.make_cache(rows, 16)
+    cache.lengths = torch.zeros(rows, dtype=torch.int64, device=cache.memory.device)
+    return cache
 
 
 def same_text(model: GPT, prompts: list[str], settings: SamplingSettings) -> list[Sample]:
@@ -127,7 +134,7 @@ def test_a_process_compiles_more_shapes_than_torch_allows(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # by itself it is 8
     model = make_model(n_layer=1)
     for rows in range(1, 4):
-        cache = StaticCache(model.config, rows, 16, torch.device("cpu"), torch.float32)
+        cache = static_cache(model, rows)
         with torch.no_grad():
             Step(model, make_settings(temperature=0.0), cache, 257, dict(backend="eager"))
 
@@ -164,7 +171,7 @@ def test_the_speed_that_is_told_holds_the_time_in_which_a_step_ran_unwatched(cou
 def test_nothing_in_a_step_reads_a_value(filters):
     """On the meta device tensors have no values: whatever would wait for them raises."""
     model, options = make_model(position="rope", window=5).to("meta"), make_settings(**filters)
-    cache = StaticCache(model.config, 3, 16, torch.device("meta"), torch.float32)
+    cache = static_cache(model, 3)
     with torch.no_grad():
         Step(model, options, cache, 257, dict(backend="eager")).forward()
 
@@ -213,8 +220,11 @@ def test_sample_prints_the_compiled_text_and_ctrl_c_ends_it(counter, capsys, mon
 def test_the_real_compiler_writes_the_same_text(monkeypatch):
     """With all that a step can hold, on the CPU: ten seconds, most of them g++'s; less when torch has kept its work."""
     torch._dynamo.reset()
-    model = make_model(position="rope", n_kv_head=2, n_layer=1)
-    same_text(model, PROMPTS[:3], make_settings(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1))
+    model = make_model(position="rope", n_kv_head=2, n_layer=2)
+    settings = make_settings(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1)
+    _, code = run_and_get_code(lambda: same_text(model, PROMPTS[:3], settings))
+    shape = model.make_cache(len(PROMPTS[:3])).memory.shape
+    assert code and not any(f"empty_strided_cpu({tuple(shape)}" in each for each in code), "the cache is copied"
 
 
 # ---- training ------------------------------------------------------------------------------------------------------
