@@ -122,11 +122,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
             if settings.tokens:
                 raise InputError(f"{data} holds questions, and --tokens is for texts. Leave out --tokens")
             found = score_choices(model, tokenizer, questions, settings.batch_size)
-            results.append({
-                "model": name, "data": data, "questions": found.questions,
-                "accuracy": found.accuracy, "stderr": found.standard_error(found.accuracy),
-                "accuracy_norm": found.normalized, "stderr_norm": found.standard_error(found.normalized),
-            })  # fmt: skip
+            results.append({"model": name, "data": data, **found})
             continue
         options: dict[str, Any] = dict(
             context=context, batch=settings.batch_size, max_tokens=settings.max_tokens,

@@ -8,17 +8,7 @@ from typing import Any
 MESSAGES = "messages"  # the column of a chat, where there is none called text
 ROWS = ("chat", "preference")  # formats whose rows are learned in part
 # What such a row may have, and the names that ShareGPT's roles have elsewhere.
-CHAT_COLUMNS = (
-    MESSAGES,
-    "conversations",
-    "conversation",
-    "prompt",
-    "completion",
-    "system",
-    "tools",
-    "chosen",
-    "rejected",
-)
+CHAT_COLUMNS = (MESSAGES, *"conversations conversation prompt completion system tools chosen rejected".split())
 ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assistant"}
 
 
