@@ -115,9 +115,9 @@ class Chat:
         """The text that transformers renders. Raises InputError where the template fails."""
         return re.sub(f"[{OPEN}{CLOSE}]", "", self.template.render(messages, tools, add_generation_prompt))
 
-    def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
+    def prompt_ids(self, messages: Messages) -> list[int]:
         """The ids that a model goes on from as the assistant. Special tokens in messages stay text."""
-        return self._encode(self._guarded_render(messages, tools, True))[0].tolist()
+        return self._encode(self._guarded_render(messages, None, True))[0].tolist()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:

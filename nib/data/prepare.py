@@ -46,10 +46,10 @@ BPE_SAMPLE_BYTES = 50_000_000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def prepare_builtin(name: str, data_root: Path = Path("data")) -> dict[str, Any]:
-    """Prepare the built-in dataset `name` at `data_root/name` and return its meta data; see `prepare`."""
+def prepare_builtin(name: str) -> dict[str, Any]:
+    """Prepare the built-in dataset `name` at data/`name` and return its meta data; see `prepare`."""
     settings = {key: value for key, value in BUILTIN_DATASETS[name].items() if key != "source"}
-    return prepare([BUILTIN_DATASETS[name]["source"]], data_root / name, **settings)
+    return prepare([BUILTIN_DATASETS[name]["source"]], Path("data", name), **settings)
 
 
 def prepare(

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,19 +24,11 @@ EMPTY: Row = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of -1 do not count
 
 
-class Sequences(Protocol):
-    """The training sequences of a run, numbered from 0 without end. `size` of them are an epoch."""
-
-    size: int
-    mean_tokens: float  # of a sequence
-
-    def rows(self, sequences: NDArray[np.int64]) -> list[Row]: ...
-
-    def tokens(self, sequences: NDArray[np.int64]) -> int: ...
-
-
 class Windows:
-    """The windows of a text. Raises InputError when it is shorter than one."""
+    """The windows of a text, numbered from 0 without end; `size` of them are an epoch, of `mean_tokens` each.
+
+    Raises InputError when the text is shorter than one.
+    """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int) -> None:
         self.stream, self.order = stream, WindowOrder(stream.tokens, block_size, seed)
@@ -87,7 +78,7 @@ class Conversations:
 class Mixed:
     """The sequences of several datasets, each of which has its share of them at any time."""
 
-    def __init__(self, parts: list[Sequences], shares: list[Fraction]) -> None:
+    def __init__(self, parts: list[Windows | Conversations], shares: list[Fraction]) -> None:
         self.parts, self.shares = parts, shares
         self.size = sum(part.size for part in parts)
         self.mean_tokens = sum(float(share) * part.mean_tokens for share, part in zip(shares, parts, strict=True))
@@ -102,9 +93,12 @@ class Mixed:
         return sum(part.tokens(number[of == k]) for k, part in enumerate(self.parts))
 
 
+Sequences = Windows | Conversations | Mixed  # of a run
+
+
 def training_sequences(data: Dataset | Mixture, block_size: int, seed: int) -> Sequences:
     """Those of one dataset, or of several in their shares. Raises InputError for a training split too short."""
-    parts: list[Sequences] = []
+    parts: list[Windows | Conversations] = []
     for dataset in data.parts:
         if dataset.chat and not dataset.train.tokens:
             raise InputError(f"{dataset.directory} has no conversation to train on. Prepare more of them")
@@ -172,14 +166,6 @@ class BatchesAhead:
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
 
 
-class ValidationSequences(Protocol):
-    """What a pass over a split goes through, in batches. `size` is the number of sequences."""
-
-    size: int
-
-    def batch(self, first: int, count: int) -> Batch: ...
-
-
 @dataclass
 class ValidationWindows:
     """Windows side by side that cover the targets of a text, or its first `limit` tokens (0: all)."""
@@ -223,6 +209,9 @@ class ValidationConversations:
         """At least one row on every process, since sharded models need that."""
         rows = [self.conversations.row(number) for number in self.order[first : first + count]]
         return padded(rows or [EMPTY], max((len(inputs) for inputs, _ in rows), default=0))
+
+
+ValidationSequences = ValidationWindows | ValidationConversations  # of a split, all of it
 
 
 def validation_sequences(

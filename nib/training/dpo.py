@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nib.common.exits import InputError, RunError
-from nib.common.files import fsync, plain_file
+from nib.common.files import plain_file, write_whole
 from nib.data.dataset import Dataset
 from nib.data.pairs import PairBatch, Pairs
 from nib.formats.checkpoint import Checkpoint
@@ -110,10 +110,7 @@ class Preferences:
         self.checksum = hashlib.sha256(data).hexdigest()
         if run.cluster.first and not run.settings.eval_only:
             try:
-                aside = path.with_name(f".{path.name}.partial")
-                aside.write_bytes(data)
-                fsync(aside)
-                aside.replace(path)
+                write_whole(path, data)
             except OSError as error:
                 raise RunError(f"cannot write {path}: {error.strerror}. Make room, and run again") from None
 
@@ -138,14 +135,11 @@ class Preferences:
 
     def loss(self, run: Run, part: PairBatch) -> Tensor:
         """The mean over the pairs of a micro-batch."""
-        losses, rewards = self.of_pairs(run, run.ready, part, "train")
+        reference = torch.from_numpy(self.reference["train"][part.numbers].T.astype(np.float32))
+        _, policy = run.ready(run.to_device(part.inputs), run.to_device(part.targets))
+        losses, rewards = dpo_loss(policy.view(2, -1), run.to_device(reference), self.beta)
         self.sums = self.sums.to(rewards.device) + summed(rewards)
         return losses.mean()
-
-    def of_pairs(self, run: Run, model: Any, part: PairBatch, split: str) -> tuple[Tensor, Tensor]:
-        reference = torch.from_numpy(self.reference[split][part.numbers].T.astype(np.float32))
-        _, policy = model(run.to_device(part.inputs), run.to_device(part.targets))
-        return dpo_loss(policy.view(2, -1), run.to_device(reference), self.beta)
 
     def take(self) -> Tensor:
         sums, self.sums = self.sums, torch.zeros(len(MEASURED))
