@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
-from nib.common.options import option, parse
+from nib.common.options import DTYPES, option, parse
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -32,7 +32,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass
 class Settings:
-    dtype: str = option("auto", "of the weights; auto: as they are", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "of the weights; auto: as they are", choices=DTYPES)
     max_shard_size: str = option("5GB", "largest file of weights, in bytes, KB, MB or GB; more become several files")
     format: str = option(
         "hf",

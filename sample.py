@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
-from nib.common.options import option, parse
+from nib.common.options import ADAPTER, DEVICES, DTYPES, option, parse
 from nib.common.streams import write_result
 from nib.cpu.threads import choose_threads
 from nib.generation.request import Sample, SamplingSettings, TextStream, make_samples, read_messages, read_prompt
@@ -57,14 +57,9 @@ class Options(SamplingSettings):
         "with --top-logprobs",
         group="input and output",
     )  # fmt: skip
-    adapter: str = option(
-        "", "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA", group="system"
-    )
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
-    dtype: str = option(
-        "auto", "of the weights; auto takes 16 bits on a GPU",
-        choices=("auto", "float32", "bfloat16", "float16"), group="system",
-    )  # fmt: skip
+    adapter: str = option("", ADAPTER, group="system")
+    device: str = option("auto", DEVICES, group="system")
+    dtype: str = option("auto", "of the weights; auto takes 16 bits on a GPU", choices=DTYPES, group="system")
     quantize: str = option(
         "none", "int8: matrices of 8 bits and exact activations; a quarter of the memory, faster on a CPU",
         choices=("none", "int8"), group="system",

@@ -73,10 +73,8 @@ def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
 
 def said(side: dict[str, Any]) -> Iterator[str]:
     """The texts in what `nib.data.rows.learned_sides` gives."""
-    for content in [message["content"] for message in side.get("messages", [])] + [
-        side.get("prompt"),
-        side.get("text"),
-    ]:
+    of_messages = [message["content"] for message in side.get("messages", [])]
+    for content in [*of_messages, side.get("prompt"), side.get("text")]:
         for part in content if isinstance(content, list) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
