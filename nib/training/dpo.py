@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,6 @@ class PreferenceValidation:
 
     loss: float
     rewards: dict[str, float]
-    parts: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"validation loss {self.loss:.4f}, " + ", ".join(f"{key} {it:.4f}" for key, it in self.rewards.items())

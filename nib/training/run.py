@@ -8,7 +8,7 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ class Run:
     def count_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Count a step. How it came out is read a step later on a device that works ahead, unless it is asked for now.
 
-        Raises RunError as `read_steps` does.
+        Raises RunError after max_skipped_steps in a row, with all that was learned before them saved.
         """
         progress, settings = self.progress, self.settings
         progress.tokens += self.training.tokens(self.sequences(progress.step))
@@ -244,33 +244,36 @@ class Run:
         progress.seconds += time.perf_counter() - self.began
         sent = self.stop.number if self.stop else 0
         progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
-        self.read_steps(ahead)
+        if self.read_steps(ahead) and 0 < settings.max_skipped_steps <= progress.skipped_in_a_row:
+            self.give_up(progress.step - len(self.unread))
 
-    def read_steps(self, ahead: int = 0) -> None:
+    def read_steps(self, ahead: int = 0) -> bool:
         """See which steps, but the newest `ahead`, were done, and which skipped since their numbers were not finite.
 
-        Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
+        Returns whether there were any to see.
         """
-        progress, limit, report = self.progress, self.settings.max_skipped_steps, self.report
-        if len(self.unread) <= ahead:
-            return
+        found = len(self.unread) > ahead
         while len(self.unread) > ahead:
             step, copied = self.unread.popleft()
             self.loss, self.grad_norm = copied.read()
             if math.isfinite(self.loss + self.grad_norm):
-                progress.skipped_in_a_row = 0
-            else:
-                progress.skipped_in_a_row += 1
-                report.say(f"warning: step {step} is skipped: loss {self.loss:g}, gradient norm {self.grad_norm:g}")
-        if not limit or progress.skipped_in_a_row < limit:
-            return
+                self.progress.skipped_in_a_row = 0
+                continue
+            self.progress.skipped_in_a_row += 1
+            numbers = f"loss {self.loss:g}, gradient norm {self.grad_norm:g}"
+            self.report.say(f"warning: step {step} is skipped: {numbers}")
+        return found
+
+    def give_up(self, step: int) -> NoReturn:
+        """Save what was learned before the steps that were skipped, up to `step`, and raise RunError."""
         self.saver.keep = 0  # the older ones are what one may want to go back to
         if not unchanged(self):
             save(self)
         finish_saving(self)
         self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
+        in_a_row = counted(self.settings.max_skipped_steps, "step")
         raise RunError(
-            f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step {step}. "
+            f"loss or gradient was not finite in {in_a_row} in a row, the last of them step {step}. "
             f"{way_back(self.settings, self.progress)}"
         )
 
