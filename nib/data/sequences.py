@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from nib.data.dataset import Dataset, TokenStream
 from nib.data.mixture import Mixture
 from nib.data.order import WindowOrder, deal, shuffled
 
+T = TypeVar("T")
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets of one sequence, of the same length
 EMPTY: Row = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of -1 do not count
@@ -124,14 +126,22 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
 
 
 def micro_batches(rows: list[Row], size: int, block_size: int, widths: int = 0) -> list[Batch]:
-    """The rows in batches of `size`, those of like lengths together, right-padded to the longest of each.
+    """The rows in batches of `size`, right-padded; see `by_length`."""
+    return [padded(part, width) for part, width in by_length(rows, lambda row: len(row[0]), size, block_size, widths)]
 
-    With `widths` there are no more than so many different lengths: each is another shape to a compiler.
+
+def by_length(
+    items: list[T], length: Callable[[T], int], size: int, block_size: int, widths: int
+) -> Iterator[tuple[list[T], int]]:
+    """The items in parts of `size`, those of like lengths together, each with the width that its longest one takes.
+
+    With `widths` there are no more than so many different widths: each is another shape to a compiler.
     """
-    rows = sorted(rows, key=lambda row: -len(row[0]))  # stable: windows, all of one length, stay in their order
-    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    items = sorted(items, key=lambda item: -length(item))  # stable: windows, all of one length, stay in their order
     step = -(-block_size // widths) if widths else 1
-    return [padded(part, min(block_size, -(-len(part[0][0]) // step) * step)) for part in parts]
+    for first in range(0, len(items), size):
+        part = items[first : first + size]
+        yield part, min(block_size, -(-length(part[0]) // step) * step)
 
 
 def padded(rows: list[Row], width: int) -> Batch:

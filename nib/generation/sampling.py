@@ -1,7 +1,7 @@
 """From logits to the next token. Letters: B rows of the batch, V vocabulary, N candidates (V, or top_k).
 
-Twice: by numpy on a CPU, where an operation on so few numbers takes a fifth of torch's time and values may be looked
-at, and by torch on any device, where none of the operations waits for it.
+Two implementations: numpy on the CPU, where an operation on so few numbers takes a fifth of torch's time, and torch
+elsewhere, without synchronisation.
 """
 
 from __future__ import annotations
