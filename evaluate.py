@@ -152,15 +152,9 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
         values = [row[column] for column in columns]
         cells.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    left = [isinstance(rows[0][column], str) for column in columns]
-    padded = (
-        [
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ]
-        for line in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    sides = ["<" if isinstance(rows[0][column], str) else ">" for column in columns]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -62,20 +62,18 @@ class Saver:
     def save(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool) -> None:
         """Begin to write; the tensors must not change any more. Raises RunError when the write before this failed."""
         self.finish()
-        arguments = (weights, optimizer, state, best)
-        self.thread = threading.Thread(target=self._write, args=arguments, name=WRITER)
-        self.thread.start()
 
-    def _write(
-        self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool
-    ) -> None:
-        try:
-            place = write_checkpoint(self.checkpoints, weights, optimizer, state, self.tokenizer)
-            if best:
-                name_checkpoint(self.checkpoints, "best", place.name)
-            remove_old(self.checkpoints, self.keep, place.name)
-        except Exception as error:  # raised again in `finish`, in the thread that trains
-            self.error = error
+        def write() -> None:
+            try:
+                place = write_checkpoint(self.checkpoints, weights, optimizer, state, self.tokenizer)
+                if best:
+                    name_checkpoint(self.checkpoints, "best", place.name)
+                remove_old(self.checkpoints, self.keep, place.name)
+            except Exception as error:  # raised again in `finish`, in the thread that trains
+                self.error = error
+
+        self.thread = threading.Thread(target=write, name=WRITER)
+        self.thread.start()
 
     def wait(self) -> None:
         """Wait for the write under way, whether it fails or not."""
