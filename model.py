@@ -169,10 +169,8 @@ class KVCache:
         return keys, values
 
     def advance(self, new: int) -> None:
-        if isinstance(self.lengths, Tensor):
-            self.lengths.add_(new)
-        else:
-            self.lengths = [length + new for length in self.lengths]
+        lengths = self.lengths
+        self.lengths = lengths.add_(new) if isinstance(lengths, Tensor) else [length + new for length in lengths]
 
 
 class Attention(nn.Module):
