@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
-from nib.common.options import option, parse
+from nib.common.options import ADAPTER, DEVICES, DTYPES, option, parse
 from nib.common.streams import write_result
 from nib.cpu.threads import choose_threads
 
@@ -42,14 +42,12 @@ class Settings:
     stride: int = option(0, "tokens from one window to the next, up to context; 0: half of it", at_least=0)
     max_tokens: int = option(0, "stop after so many tokens of each data; 0: never", at_least=0)
     batch_size: int = option(8, "windows at once", at_least=1)
-    adapter: str = option("", "a low-rank adapter to add to the models: a directory of peft's, or a run of LoRA")
+    adapter: str = option("", ADAPTER)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     tokens: bool = option(False, "also print each token of the texts with its surprise in nats: -ln(its probability)")
     json: bool = option(False, "print a JSON object a line in place of the tables")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
-    dtype: str = option(
-        "auto", "of the weights; auto takes 16 bits on a GPU", choices=("auto", "float32", "bfloat16", "float16")
-    )
+    device: str = option("auto", DEVICES)
+    dtype: str = option("auto", "of the weights; auto takes 16 bits on a GPU", choices=DTYPES)
 
 
 def main() -> None:
@@ -122,11 +120,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
             if settings.tokens:
                 raise InputError(f"{data} holds questions, and --tokens is for texts. Leave out --tokens")
             found = score_choices(model, tokenizer, questions, settings.batch_size)
-            results.append({
-                "model": name, "data": data, "questions": found.questions,
-                "accuracy": found.accuracy, "stderr": found.standard_error(found.accuracy),
-                "accuracy_norm": found.normalized, "stderr_norm": found.standard_error(found.normalized),
-            })  # fmt: skip
+            results.append({"model": name, "data": data, **found})
             continue
         options: dict[str, Any] = dict(
             context=context, batch=settings.batch_size, max_tokens=settings.max_tokens,
@@ -158,15 +152,9 @@ def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
         values = [row[column] for column in columns]
         cells.append([f"{value:.4f}" if isinstance(value, float) else str(value) for value in values])
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
-    left = [isinstance(rows[0][column], str) for column in columns]
-    padded = (
-        [
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(line, widths, left, strict=True)
-        ]
-        for line in cells
-    )
-    return "\n".join("  ".join(line).rstrip() for line in padded)
+    sides = ["<" if isinstance(rows[0][column], str) else ">" for column in columns]
+    lines = ([f"{cell:{side}{width}}" for cell, side, width in zip(line, sides, widths, strict=True)] for line in cells)
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
-from nib.common.options import option, parse
+from nib.common.options import DTYPES, option, parse
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -32,7 +32,7 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass
 class Settings:
-    dtype: str = option("auto", "of the weights; auto: as stored", choices=("auto", "float32", "bfloat16", "float16"))
+    dtype: str = option("auto", "of the weights; auto: as stored", choices=DTYPES)
     max_shard_size: str = option("5GB", "largest weights file, in bytes, KB, MB or GB; larger models are split")
     format: str = option(
         "hf",
@@ -55,7 +55,7 @@ def main() -> None:
 
     from model import GPT, GPTConfig
     from nib.common.memory import memory_errors
-    from nib.formats.export import directory_bytes, export
+    from nib.formats.export import export
     from nib.formats.load import open_source, read_config, read_weights
 
     with memory_errors("Lower --max-shard-size, or use a machine with more"):
@@ -66,7 +66,8 @@ def main() -> None:
             same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
         weights = read_weights(source, lambda: GPT(config))
         name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
-    print(f"{source.directory} is in {out} as {name}, {directory_bytes(out) / 1e6:.1f} MB")
+    size = sum(path.stat().st_size for path in out.iterdir())
+    print(f"{source.directory} is in {out} as {name}, {size / 1e6:.1f} MB")
 
 
 def check_adapter(source: Source, settings: Settings) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, run_script
-from nib.common.options import Parsed, option, parse
+from nib.common.options import ADAPTER, DEVICES, Parsed, option, parse
 from nib.cpu.threads import choose_threads
 from nib.generation.request import SamplingSettings, read_prompt
 
@@ -39,9 +39,9 @@ class Options:
     prompt: str = option("", "the text to look at, or FILE:path to read it from a file")
     output: str = option("look.html", "the page to write")
     max_new_tokens: int = option(16, "most tokens to generate after the prompt, as sample.py does", at_least=0)
-    adapter: str = option("", "a LoRA adapter to merge into the model: a directory of peft's, or a LoRA run")
+    adapter: str = option("", ADAPTER)
     checkpoints: bool = option(False, "also show what the run's other checkpoints do with the same text")
-    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    device: str = option("auto", DEVICES)
 
 
 def main() -> None:

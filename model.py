@@ -132,6 +132,9 @@ class KVCache:
     `lengths` has one entry a row. Rows of different lengths are filled from one right-padded batch by setting `lengths`
     to the true ones afterwards: what lies beyond them is never attended to, and the next tokens overwrite it. When the
     cache is full, fill a new one with the newest tokens, since cached keys contain their positions.
+
+    For CUDA graphs `lengths` may be a tensor (B,): then all shapes are constant, every step attends to the whole buffer
+    under a mask, and a row that is full overwrites its last position.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, weight: Tensor) -> None:
@@ -140,10 +143,13 @@ class KVCache:
         shape = (2, config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
         # Zeros, not uninitialised memory: an attention weight of zero times a NaN left there would be NaN.
         self.memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self.lengths = [0] * batch_size
+        self.lengths: Any = [0] * batch_size
 
     def start(self, new: int) -> int | Tensor:
         """Prepare to append `new` positions. Returns where they begin: an int, or (B, 1) when the rows differ."""
+        if isinstance(self.lengths, Tensor):
+            self.end, self.ragged = self.max_length, True
+            return self.lengths.clamp(max=self.end - new)[:, None]
         end = max(self.lengths) + new
         if end > self.max_length:
             raise ValueError(f"the context is full: {end - new} + {new} positions exceed {self.max_length}. Pass fewer")
@@ -152,17 +158,19 @@ class KVCache:
 
     def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, K, T, D) at `positions`, (T,) or (B, T); return all keys and values, (B, K, S, D)."""
-        keys, values = self.memory[:, layer, :, :, : self.end].unbind(0)
-        for held, new in ((keys, k.detach()), (values, v.detach())):
-            if self.ragged:  # advanced indexing puts (B, T) in front
-                row = torch.arange(len(self.lengths), device=k.device)[:, None]
-                held[row, :, positions] = new.transpose(1, 2).to(held.dtype)
-            else:
-                held[:, :, self.end - new.shape[2] :] = new
+        new = torch.stack((k, v)).detach()  # (2, B, K, T, D)
+        if self.ragged:  # in one write to the whole buffer: torch.compile would copy it to write to a view
+            row = torch.arange(len(self.lengths), device=k.device)[:, None]
+            at = torch.full_like(row, layer)
+            self.memory[:, at, row, :, positions] = new.permute(1, 3, 0, 2, 4).to(self.memory.dtype)  # (B, T, 2, K, D)
+        else:
+            self.memory[:, layer, :, :, self.end - k.shape[2] : self.end] = new
+        keys, values = self.memory[:, layer, :, :, : self.end]
         return keys, values
 
     def advance(self, new: int) -> None:
-        self.lengths = [length + new for length in self.lengths]
+        lengths = self.lengths
+        self.lengths = lengths.add_(new) if isinstance(lengths, Tensor) else [length + new for length in lengths]
 
 
 class Attention(nn.Module):

@@ -1,7 +1,7 @@
 """Train a GPT: on a CPU, on one GPU, or on many by torchrun. `python train.py --help` lists the settings.
 
-`train` is the whole run, with its loop. The forward and backward pass and the update are in nib/training/step.py;
-the other methods that the loop calls are in nib/training/run.py.
+`train` is the whole run, with its loop. The forward and backward pass and the update are in nib/training/step.py,
+saving is in nib/training/saving.py, and the other methods that the loop calls are in nib/training/run.py.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ def train(parsed: Parsed[TrainSettings]) -> int:
         from nib.training.account import print_account
 
         return print_account(parsed, GPT, GPTConfig)
+    from nib.training.saving import save, save_due
     from nib.training.start import start
     from nib.training.step import optimizer_step
 
@@ -74,8 +75,8 @@ def train(parsed: Parsed[TrainSettings]) -> int:
             run.log(validation)
             if run.sample_due():
                 run.sample()
-            if run.save_due(validation):
-                run.save()
+            if save_due(run, validation):
+                save(run)
             if run.stopped_by:
                 break
         return run.end()

@@ -19,10 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from nib.common.exits import run_script
+from nib.cpu.threads import choose_threads
 from nib.data.questions import conversations
+from nib.generation.chat import open_chat
 from nib.generation.engine import stream_text
 from nib.generation.request import SamplingSettings, make_samples
-from sample import load_model, open_chat
+from sample import load_model
 
 TARGET = 0.95
 SEED = 7  # another than that of the corpus
@@ -35,6 +37,7 @@ def main() -> int:
     parser.add_argument("--shown", type=int, default=3, help="conversations to print")
     parser.add_argument("--check", action="store_true", help=f"exit 1 below {TARGET:.0%}")
     arguments = parser.parse_args()
+    choose_threads()
     model, tokenizer, origin = load_model([arguments.model] if arguments.model else [], "auto", "float32")
     print(origin, file=sys.stderr)
     asked = list(conversations(arguments.conversations, SEED, held_out=True))

@@ -24,7 +24,8 @@ from common import GPT2
 from model import GPT, GPTConfig
 from nib.tokenizer.load import make_tokenizer
 from nib.training.optimizer import make_optimizers
-from nib.training.state import Saver, optimizer_tensors, parameter_names, snapshot
+from nib.training.saving import Saver
+from nib.training.state import optimizer_tensors, parameter_names, snapshot
 
 
 def main() -> None:

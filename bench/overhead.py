@@ -25,7 +25,7 @@ START_SECONDS, SHARE = 5.0, 0.02
 def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
     """Train in this process with a clock around the parts; seconds by part."""
     import train
-    from nib.training import objective, run, step
+    from nib.training import objective, run, saving, step
 
     spent = dict.fromkeys(("step", "validation", "batch", "checkpoint", "metrics", "progress"), 0.0)
     ends: list[float] = []
@@ -44,7 +44,7 @@ def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
     step.optimizer_step = clocked("step", step.optimizer_step)
     run.Run.load_batch = clocked("batch", run.Run.load_batch)  # type: ignore[method-assign]
     objective.validate = clocked("validation", objective.validate)
-    run.Run.save = clocked("checkpoint", run.Run.save)  # type: ignore[method-assign]
+    saving.save = clocked("checkpoint", saving.save)
     run.Reporter.metrics = clocked("metrics", run.Reporter.metrics)  # type: ignore[method-assign]
     run.Reporter.progress = clocked("progress", run.Reporter.progress)  # type: ignore[method-assign]
     arguments = [config, f"--max_iters={steps}", f"--checkpoint_interval={max(1, steps // 4)}", f"--out_dir={out_dir}"]

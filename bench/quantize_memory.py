@@ -30,10 +30,10 @@ MEASURE = """
 import re, sys, torch
 if len(sys.argv) > 1:
     import sample
-    from nib.generation.request import make_samples
-    options = sample.Options(max_new_tokens=20)
+    from nib.generation.request import SamplingSettings
+    from nib.generation.engine import generate_text
     model, tokenizer, _ = sample.load_model(sys.argv[1:2], "cpu", "float32", *sys.argv[2:])
-    sample.write(make_samples(["a"], tokenizer, options), model, options)
+    generate_text(model, tokenizer, ["a"], SamplingSettings(max_new_tokens=20))
 status = open("/proc/self/status").read()
 print(*[int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")], file=sys.stderr)
 """

@@ -108,8 +108,9 @@ def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]
     from nib.formats.load import build, open_source, read_config
 
     known = {field.name for field in dataclasses.fields(LabSettings)}
-    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **pick(options, known))
     base, own = model.GPTConfig, {name: value for name, value in options.items() if name not in known}
+    others = {name: value for name, value in options.items() if name in known}
+    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **others)
     hints = get_type_hints(base)
     fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in own.items()]
     try:
@@ -129,7 +130,3 @@ def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]
     source = open_source(str(out))
     config = read_config(source, base)
     return values[-1], build(source, lambda: model.GPT(config))
-
-
-def pick(options: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name in names}

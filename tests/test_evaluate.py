@@ -225,7 +225,7 @@ def test_lm_evaluation_harness_finds_the_same_through_the_exported_directory(
 def test_of_an_ending_of_one_token_after_nothing_nothing_is_predicted() -> None:
     question = {"context": "", "endings": ["a", "b"], "label": 0}
     found = score_choices(random_model(vocab_size=3), CharTokenizer("abc"), [question], 8)
-    assert (found.questions, found.accuracy) == (1, 1), "both have probability 1, and the first is taken"
+    assert (found["questions"], found["accuracy"]) == (1, 1), "both have probability 1, and the first is taken"
 
 
 def test_the_token_that_begins_an_ending_is_the_endings() -> None:

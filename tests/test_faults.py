@@ -160,7 +160,7 @@ def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Pa
 import torch
 from pathlib import Path
 from nib.common.exits import RunError, script_errors
-from nib.training.state import Saver
+from nib.training.saving import Saver
 from nib.tokenizer.load import make_tokenizer
 with script_errors():
     saver = Saver(Path("run"), keep=1, tokenizer=make_tokenizer("byte"))

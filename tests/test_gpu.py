@@ -144,7 +144,7 @@ def test_a_float16_overflow_is_skipped_by_all_optimizers(
     for old, new in zip(before, after, strict=True):
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     state = json.loads(Path("out/run/checkpoints/step-00000003/state.json").read_text())
-    assert state["progress"]["skipped_steps"] == 1 and state["scaler"]["scale"] == 2**15
+    assert state["progress"]["skipped_in_a_row"] == 1 and state["scaler"]["scale"] == 2**15
 
 
 def written(model: GPT, prompts: list[str], make_rows: Any = Rows, **options: Any) -> list[str]:

@@ -22,6 +22,7 @@ from model import GPT, GPTConfig
 from nib.common import exits as errors
 from nib.data.chat import fit_tokenizer
 from nib.formats.checkpoint import write_checkpoint
+from nib.generation.chat import open_chat
 from nib.tokenizer.load import make_tokenizer
 from nib.tokenizer.tokenizer import CharTokenizer
 
@@ -239,7 +240,7 @@ def test_an_answer_ends_with_the_token_that_ends_a_turn_by_the_template(place, m
     monkeypatch.chdir(place)
     _, tokenizer, _ = sample.load_model(["odd/chat"], "cpu", "float32")
     tokenizer.stop_ids = frozenset()  # as in a model whose settings do not name it
-    sample.open_chat(tokenizer)
+    open_chat(tokenizer)
     assert tokenizer.special_tokens["<|end|>"] in tokenizer.stop_ids
 
 
@@ -390,7 +391,7 @@ def test_ctrl_c_gives_what_was_held_back_and_leads_back_to_the_prompt(run, monke
             yield samples[0], samples[0].append("\n abc".index(letter))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nib.generation.engine.stream_text", interrupted)
+    monkeypatch.setattr("nib.generation.terminal.stream_text", interrupted)
     code, out, _ = run("chars", "--prompt=h", "--stop=bcd", "--num-samples=2")
     assert (code, out) == (130, "--- sample 1 ---\nhabc\n--- sample 2 ---\nh\n")
     code, out, _ = run("chars", "--interactive", "--stop=bcd", stdin=b"a\nb\n")

@@ -211,7 +211,7 @@ def test_resuming_with_other_settings_is_refused_and_names_both_values() -> None
 
 
 def test_two_runs_cannot_share_a_directory() -> None:
-    from nib.training.state import lock_run
+    from nib.training.saving import lock_run
 
     with lock_run(Path("out/run")), pytest.raises(InputError, match="another run is writing to"):
         train()

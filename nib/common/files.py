@@ -58,6 +58,14 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Make a file hold `data`, in one step and on the disk."""
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(data)
+    fsync(aside)
+    aside.replace(path)
+
+
 def fsync_files(directory: Path) -> None:
     """Wait until a directory's files and their names are on the disk."""
     for path in (*directory.iterdir(), directory):

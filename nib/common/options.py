@@ -27,6 +27,11 @@ TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 LARGEST = {int: 2**63, float: 2**1023}  # what 64 bits hold; Python's int is unbounded
 LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
+# What several scripts take.
+DEVICES = "auto, cpu, cuda, cuda:N or mps"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ADAPTER = "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA"
+
 
 def option(
     default: Any, help: str, *, choices: tuple[str, ...] = (), at_least: float | None = None,

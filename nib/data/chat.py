@@ -74,10 +74,8 @@ def fit_tokenizer(tokenizer: Tokenizer, template: str = "") -> None:
 
 def said(side: dict[str, Any]) -> Iterator[str]:
     """The texts in a side, which `nib.data.rows.learned_sides` returns."""
-    for content in [message["content"] for message in side.get("messages", [])] + [
-        side.get("prompt"),
-        side.get("text"),
-    ]:
+    of_messages = [message["content"] for message in side.get("messages", [])]
+    for content in [*of_messages, side.get("prompt"), side.get("text")]:
         for part in content if isinstance(content, list) else [content]:
             text = part.get("text") if isinstance(part, dict) else part
             if isinstance(text, str):
@@ -116,9 +114,9 @@ class Chat:
         """The text that transformers renders. Raises InputError if the template fails."""
         return re.sub(f"[{OPEN}{CLOSE}]", "", self.template.render(messages, tools, add_generation_prompt))
 
-    def prompt_ids(self, messages: Messages, tools: Any = None) -> list[int]:
+    def prompt_ids(self, messages: Messages) -> list[int]:
         """The ids of a prompt for the assistant's next message. Special tokens in messages stay text."""
-        return self._encode(self._guarded_render(messages, tools, True))[0].tolist()
+        return self._encode(self._guarded_render(messages, None, True))[0].tolist()
 
     @functools.cached_property
     def stop_ids(self) -> frozenset[int]:

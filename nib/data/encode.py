@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from nib.data.documents import Part
 from nib.data.rows import MESSAGES, learned_sides, row_text
 from nib.data.shards import FIRST, LEARNED
 from nib.data.template import TemplateFault
-from nib.data.workers import map_in_order
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
 
@@ -204,13 +203,3 @@ def batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def encode_all(
-    parts: Iterable[Part], settings: EncoderSettings, workers: int
-) -> Generator[tuple[list[Part], tuple[list[Encoded], np.ndarray]], None, None]:
-    """Encode batches of `parts` in `workers` processes (1: in this one), in order, a bounded number at a time.
-
-    Raises the InputError of the first bad part, or RunError if a worker dies.
-    """
-    return map_in_order(Encoder, settings, batches(parts), workers)

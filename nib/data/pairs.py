@@ -12,7 +12,7 @@ from torch import Tensor
 from nib.common.exits import InputError
 from nib.data.dataset import TokenStream
 from nib.data.order import shuffled
-from nib.data.sequences import Conversations, padded
+from nib.data.sequences import Conversations, by_length, padded
 
 
 class PairBatch(NamedTuple):
@@ -45,16 +45,12 @@ class Pairs:
         return int(self.lengths[self.index(sequences)].sum())
 
     def batches(self, numbers: NDArray[np.int64], size: int, block_size: int, widths: int = 0) -> list[PairBatch]:
-        """Pairs in batches of `size`, those of similar lengths together; `widths` as in `micro_batches`."""
-        rows = {int(n): [self.conversations.row(2 * int(n) + side) for side in (0, 1)] for n in set(numbers.tolist())}
-        width = {n: max(len(inputs) for inputs, _ in pair) for n, pair in rows.items()}
-        ordered = sorted(numbers.tolist(), key=lambda n: -width[n])
-        step = -(-block_size // widths) if widths else 1
+        """Pairs in batches of `size`, those of similar lengths together; `widths` as in `by_length`."""
+        rows = {n: [self.conversations.row(2 * n + side) for side in (0, 1)] for n in set(numbers.tolist())}
+        longest = {n: max(len(inputs) for inputs, _ in pair) for n, pair in rows.items()}
         found = []
-        for first in range(0, len(ordered), size):
-            part = ordered[first : first + size]
-            sides = [rows[n][side] for side in (0, 1) for n in part]
-            batch = padded(sides, min(block_size, -(-width[part[0]] // step) * step))
+        for part, width in by_length(numbers.tolist(), longest.__getitem__, size, block_size, widths):
+            batch = padded([rows[n][side] for side in (0, 1) for n in part], width)
             found.append(PairBatch(*batch, np.array(part, dtype=np.int64)))
         return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -21,11 +22,11 @@ from nib.common.wording import counted, printable, way_out
 from nib.data.chat import fit_tokenizer, said, shown
 from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
 from nib.data.download import url_path
-from nib.data.encode import EncoderSettings, encode_all, part_text
+from nib.data.encode import Encoder, EncoderSettings, batches, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
 from nib.data.rows import ROWS
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
-from nib.data.workers import Worker
+from nib.data.workers import Worker, map_in_order
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -45,10 +46,10 @@ BPE_SAMPLE_BYTES = 50_000_000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
-def prepare_builtin(name: str, data_root: Path = Path("data")) -> dict[str, Any]:
-    """Prepare the built-in dataset `name` in `data_root/name`, and return the content of its meta.json."""
+def prepare_builtin(name: str) -> dict[str, Any]:
+    """Prepare the built-in dataset `name` in data/`name`, and return the content of its meta.json."""
     settings = {key: value for key, value in BUILTIN_DATASETS[name].items() if key != "source"}
-    return prepare([BUILTIN_DATASETS[name]["source"]], data_root / name, **settings)
+    return prepare([BUILTIN_DATASETS[name]["source"]], Path("data", name), **settings)
 
 
 def prepare(
@@ -94,8 +95,9 @@ def prepare(
             # Pairs of plain texts need no template and none of its special tokens.
             if kind == "chat" or (kind and (chat_template or fitted.chat_template)):
                 fit_tokenizer(fitted, chat_template)
-            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, _dtype(fitted), kind, train_on)
-            writer = SplitWriter(staging, np.dtype(settings.dtype).newbyteorder("<"), val_fraction, bool(kind))
+            dtype = "uint16" if fitted.vocab_size <= 1 << 16 else "uint32"
+            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, dtype, kind, train_on)
+            writer = SplitWriter(staging, np.dtype(dtype).newbyteorder("<"), val_fraction, bool(kind))
             try:
                 if ready:
                     copy_tokens(Path(sources[0]), fitted, writer)
@@ -103,7 +105,10 @@ def prepare(
                     _encode(found, settings, workers, writer, fitted, show)
                     writer.settle(fitted)
                 if writer.tokens["train"] == 0:
-                    raise InputError(_nothing_to_train_on(writer, sources))
+                    wrong = f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
+                    if writer.tokens["val"]:
+                        wrong = f"--val-fraction={val_fraction} leaves nothing to train on. Lower it or give more text"
+                    raise InputError(wrong)
                 sha256 = writer.write_shards(shard_tokens)
             finally:
                 writer.close()
@@ -112,7 +117,7 @@ def prepare(
                 "source": sources,
                 "tokenizer": fitted.name,
                 "vocab_size": fitted.vocab_size,
-                "dtype": settings.dtype,
+                "dtype": dtype,
                 "tokens": writer.tokens,
                 "bytes": writer.bytes,
                 "documents": writer.documents,
@@ -142,10 +147,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _dtype(tokenizer: Tokenizer) -> str:
-    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-
-
 def check_tokenizer_name(name: str) -> None:
     """Raise InputError for bpe:N with a bad N; other names are looked up when they are needed."""
     if name.startswith("bpe:"):
@@ -164,22 +165,17 @@ def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, d
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
     # In its own process: training does not return its memory to the system, and would delay Ctrl-C.
-    with contextlib.closing(Worker(_BpeTraining, sources, field, invalid, kind)) as worker:
-        tokenizer = load_tokenizer(worker(size, directory))
+    with contextlib.closing(Worker(functools.partial, _train_bpe)) as worker:
+        tokenizer = load_tokenizer(worker(sources, field, invalid, kind, size, directory))
     if tokenizer.vocab_size < size:
         _say(f"the corpus has words for only {tokenizer.vocab_size} tokens, so the tokenizer is {tokenizer.name}")
     return tokenizer
 
 
-class _BpeTraining:
-    """Trains a tokenizer on the sources and saves it."""
-
-    def __init__(self, sources: list[Source], field: str, invalid: str, kind: str) -> None:
-        self.sources, self.field, self.invalid, self.kind = sources, field, invalid, kind
-
-    def __call__(self, size: int, directory: Path) -> Path:
-        parts = _sample(read_parts(self.sources, self.field, self.kind), self.sources)
-        return train_bpe(_texts(parts, self.field, self.invalid, self.kind), size).save(directory)
+def _train_bpe(sources: list[Source], field: str, invalid: str, kind: str, size: int, directory: Path) -> Path:
+    """Train a tokenizer on the sources and save it."""
+    parts = _sample(read_parts(sources, field, kind), sources)
+    return train_bpe(_texts(parts, field, invalid, kind), size).save(directory)
 
 
 def _texts(parts: Iterable[Part], field: str, invalid: str, kind: str) -> Iterator[str]:
@@ -208,11 +204,12 @@ def _encode(
 ) -> None:
     """Encode all documents into `writer`, in order, and print the first rows."""
     left_out = 0
-    encoded = encode_all(read_parts(sources, settings.field, settings.kind), settings, workers)
+    parts = batches(read_parts(sources, settings.field, settings.kind))
+    encoded = map_in_order(Encoder, settings, parts, workers)
     with contextlib.closing(encoded), _Progress(sources) as progress:
-        for parts, (results, tokens) in encoded:
+        for batch, (results, tokens) in encoded:
             position = 0
-            for part, result in zip(parts, results, strict=True):
+            for part, result in zip(batch, results, strict=True):
                 if part.first:
                     writer.begin(result.content_hash)
                 if result.invalid:
@@ -230,15 +227,9 @@ def _encode(
                 position += result.tokens
                 if part.last:
                     writer.end()
-            progress.update(sum(len(part.data) for part in parts), len(tokens))
+            progress.update(sum(len(part.data) for part in batch), len(tokens))
     if left_out:
         _say(f"left out {counted(left_out, 'document')} without valid text")
-
-
-def _nothing_to_train_on(writer: SplitWriter, sources: list[str]) -> str:
-    if writer.tokens["val"]:
-        return f"--val-fraction={writer.val_fraction} leaves nothing to train on. Lower it or give more text"
-    return f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
 
 
 class _Progress:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,24 +20,17 @@ from nib.data.dataset import Dataset, TokenStream
 from nib.data.mixture import Mixture
 from nib.data.order import WindowOrder, deal, shuffled
 
+T = TypeVar("T")
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets of one sequence, of the same length
 EMPTY: Row = (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of -1 do not count
 
 
-class Sequences(Protocol):
-    """The training sequences of a run, numbered from 0 without end. An epoch has `size` of them."""
-
-    size: int
-    mean_tokens: float  # of a sequence
-
-    def rows(self, sequences: NDArray[np.int64]) -> list[Row]: ...
-
-    def tokens(self, sequences: NDArray[np.int64]) -> int: ...
-
-
 class Windows:
-    """The windows of a text. Raises InputError if it is shorter than one."""
+    """The windows of a text, numbered from 0 without end. An epoch has `size` of them, of `mean_tokens` each.
+
+    Raises InputError if the text is shorter than one.
+    """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int) -> None:
         self.stream, self.order = stream, WindowOrder(stream.tokens, block_size, seed)
@@ -87,7 +80,7 @@ class Conversations:
 class Mixed:
     """The sequences of several datasets, mixed so that each has its share of the sequences at any time."""
 
-    def __init__(self, parts: list[Sequences], shares: list[Fraction]) -> None:
+    def __init__(self, parts: list[Windows | Conversations], shares: list[Fraction]) -> None:
         self.parts, self.shares = parts, shares
         self.size = sum(part.size for part in parts)
         self.mean_tokens = sum(float(share) * part.mean_tokens for share, part in zip(shares, parts, strict=True))
@@ -102,9 +95,12 @@ class Mixed:
         return sum(part.tokens(number[of == k]) for k, part in enumerate(self.parts))
 
 
+Sequences = Windows | Conversations | Mixed  # of a run
+
+
 def training_sequences(data: Dataset | Mixture, block_size: int, seed: int) -> Sequences:
     """The training sequences of a dataset or mixture. Raises InputError if a training split is too short."""
-    parts: list[Sequences] = []
+    parts: list[Windows | Conversations] = []
     for dataset in data.parts:
         if dataset.chat and not dataset.train.tokens:
             raise InputError(f"{dataset.directory} has no conversation to train on. Prepare more of them")
@@ -130,14 +126,22 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
 
 
 def micro_batches(rows: list[Row], size: int, block_size: int, widths: int = 0) -> list[Batch]:
-    """The rows in batches of `size`, those of similar lengths together, right-padded to the longest row of each.
+    """The rows in batches of `size`, right-padded; see `by_length`."""
+    return [padded(part, width) for part, width in by_length(rows, lambda row: len(row[0]), size, block_size, widths)]
 
-    With `widths` there are at most so many different lengths, since torch.compile compiles each shape anew.
+
+def by_length(
+    items: list[T], length: Callable[[T], int], size: int, block_size: int, widths: int
+) -> Iterator[tuple[list[T], int]]:
+    """The items in parts of `size`, those of similar lengths together, each with the width that its longest one needs.
+
+    With `widths` there are at most so many different widths, since torch.compile compiles each shape anew.
     """
-    rows = sorted(rows, key=lambda row: -len(row[0]))  # stable: windows, all of one length, keep their order
-    parts = [rows[first : first + size] for first in range(0, len(rows), size)]
+    items = sorted(items, key=lambda item: -length(item))  # stable: windows, all of one length, keep their order
     step = -(-block_size // widths) if widths else 1
-    return [padded(part, min(block_size, -(-len(part[0][0]) // step) * step)) for part in parts]
+    for first in range(0, len(items), size):
+        part = items[first : first + size]
+        yield part, min(block_size, -(-length(part[0]) // step) * step)
 
 
 def padded(rows: list[Row], width: int) -> Batch:
@@ -170,14 +174,6 @@ class BatchesAhead:
             return batch
         torch.cuda.set_device(self.device)  # a new thread uses device 0, and pinning would initialise it
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
-
-
-class ValidationSequences(Protocol):
-    """The sequences of a validation pass, in batches. `size` is their number."""
-
-    size: int
-
-    def batch(self, first: int, count: int) -> Batch: ...
 
 
 @dataclass
@@ -223,6 +219,9 @@ class ValidationConversations:
         """The rows `first` to first + count - 1; an empty row if there is none, since sharded models need a pass."""
         rows = [self.conversations.row(number) for number in self.order[first : first + count]]
         return padded(rows or [EMPTY], max((len(inputs) for inputs, _ in rows), default=0))
+
+
+ValidationSequences = ValidationWindows | ValidationConversations  # of a split, all of it
 
 
 def validation_sequences(

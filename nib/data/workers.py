@@ -9,10 +9,10 @@ from __future__ import annotations
 import collections
 import os
 import pickle
-import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -102,11 +102,23 @@ def map_in_order(
         for item in items:
             yield item, function(item)
         return
-    pool = _Pool(make, setting, count)
+    workers: list[Worker] = []
+    mine, closed = threading.local(), threading.Event()
+
+    def call(item: object) -> object:
+        """In a thread that keeps one worker busy: a request, its answer, the next request."""
+        if not hasattr(mine, "worker"):
+            mine.worker = Worker(make, setting)
+            workers.append(mine.worker)
+            if closed.is_set():  # while it was started
+                mine.worker.kill()
+        return mine.worker(item)
+
+    threads = ThreadPoolExecutor(count)
     pending: collections.deque[tuple[Any, Future]] = collections.deque()
     try:
         for item in items:
-            pending.append((item, pool.submit(item)))
+            pending.append((item, threads.submit(call, item)))
             if len(pending) > 2 * count:
                 done, future = pending.popleft()
                 yield done, future.result()
@@ -114,38 +126,9 @@ def map_in_order(
             done, future = pending.popleft()
             yield done, future.result()
     finally:
-        pool.close()
-
-
-class _Pool:
-    """Threads that each keep one worker busy: a request, its answer, the next request."""
-
-    def __init__(self, make: Callable[[Any], Callable], setting: object, count: int) -> None:
-        self.make, self.setting = make, setting
-        self.threads = ThreadPoolExecutor(count)
-        self.idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self.workers: list[Worker] = []
-        self.closed = False
-
-    def submit(self, item: object) -> Future:
-        return self.threads.submit(self._call, item)
-
-    def _call(self, item: object) -> object:
-        try:
-            worker = self.idle.get_nowait()
-        except queue.Empty:  # never more than `count`: there are no more requests under way than threads
-            worker = Worker(self.make, self.setting)
-            self.workers.append(worker)
-            if self.closed:  # while it was started
-                worker.kill()
-        answer = worker(item)
-        self.idle.put(worker)
-        return answer
-
-    def close(self) -> None:
-        self.closed = True
-        for worker in self.workers:
+        closed.set()
+        for worker in workers:
             worker.kill()
-        self.threads.shutdown(cancel_futures=True)
-        for worker in self.workers:
+        threads.shutdown(cancel_futures=True)
+        for worker in workers:
             worker.close()

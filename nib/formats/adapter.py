@@ -35,9 +35,6 @@ class Pair:
     B: Tensor
     scale: float
 
-    def delta(self) -> Tensor:
-        return self.B.float() @ self.A.float() * self.scale
-
 
 Pairs = dict[str, Pair]  # by slice, such as blocks.0.attention.qkv.q
 
@@ -134,6 +131,6 @@ class AdaptedModel:
                 whole = weights[f"{module}.weight"].to(torch.float32, copy=True)
                 for target, rows in zip(sizes, whole.split(list(sizes.values())), strict=True):
                     if pair := pairs.get(f"{module}.{target}"):
-                        rows += pair.delta()
+                        rows += pair.B.float() @ pair.A.float() * pair.scale
                 weights[f"{module}.weight"] = whole
         return weights

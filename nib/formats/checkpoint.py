@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nib.common.exits import InputError
-from nib.common.files import file_sha256, fsync, new_directory, plain_file, read_object
+from nib.common.files import file_sha256, new_directory, plain_file, read_object, write_whole
 from nib.common.wording import printable
 from nib.tokenizer.load import load_tokenizer
 from nib.tokenizer.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -143,10 +143,7 @@ def name_restored(checkpoints: Path, name: str, best: bool) -> None:
 
 def name_checkpoint(checkpoints: Path, label: str, name: str) -> None:
     """Write `name` into checkpoints/`label`, atomically."""
-    aside = checkpoints / f".{label}.partial"
-    aside.write_text(name + "\n")
-    fsync(aside)
-    aside.replace(checkpoints / label)
+    write_whole(checkpoints / label, f"{name}\n".encode())
 
 
 def named_checkpoint(checkpoints: Path, label: str) -> str:

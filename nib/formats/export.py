@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -177,7 +176,3 @@ def last_validation(checkpoint: Path, step: int) -> dict[str, Any]:
         return known[-1] if known else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
-
-
-def directory_bytes(directory: Path) -> int:
-    return sum(entry.stat().st_size for entry in os.scandir(directory))

@@ -9,10 +9,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nib.common.exits import InputError
+from nib.data.chat import Chat
 from nib.generation.engine import LanguageModel, Rows
 from nib.generation.request import Sample, SamplingSettings
+from nib.tokenizer.tokenizer import Tokenizer
 
 Message = dict[str, Any]
+Encode = Callable[[list[Message]], list[int]]
+
+
+def open_chat(tokenizer: Tokenizer) -> Encode:
+    """Messages to the ids of a prompt by the tokenizer's chat template, whose stop tokens end texts from now on.
+
+    Raises InputError where there is none.
+    """
+    chat = Chat(tokenizer)
+    tokenizer.stop_ids |= chat.stop_ids
+
+    def encode(messages: list[Message]) -> list[int]:
+        try:
+            return chat.prompt_ids(messages)
+        except InputError as error:
+            raise InputError(f"{error}. Give other messages, or leave out --system") from None
+
+    return encode
 
 
 class Conversation:
@@ -21,7 +42,7 @@ class Conversation:
     `encode` turns messages into the ids of a prompt for the assistant's next message.
     """
 
-    def __init__(self, encode: Callable[[list[Message]], list[int]], block_size: int, room: int, system: str) -> None:
+    def __init__(self, encode: Encode, block_size: int, room: int, system: str) -> None:
         """Keeps `room` tokens of the context free for an answer, but at most a quarter of it."""
         self.encode, self.block_size, self.most = encode, block_size, block_size - min(room, block_size // 4)
         self.system: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -30,51 +30,6 @@ def static_length(room: int, block_size: int) -> int:
     return min(block_size, max(SHORTEST, 1 << (room - 1).bit_length()))
 
 
-class StaticCache:
-    """Takes model.KVCache's place in the model: all shapes are constant, and the rows' lengths lie on the device.
-
-    Every step attends to all of it under a mask. It is filled by `put_rows` and then grows by one token a step.
-    """
-
-    def __init__(self, config: Any, batch_size: int, length: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch_size, config.n_kv_head, length, config.head_size)
-
-        def make() -> list[Tensor]:
-            # One tensor a layer, so that no two inputs of the compiled step, which writes to them, share memory.
-            # Zeros: a weight of zero times a NaN that happened to lie there would be NaN.
-            return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-
-        self.keys, self.values = make(), make()  # (B, K, S, D) of each layer
-        self.end = length  # of what is attended to
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,)
-
-    def put_rows(self, rows: list[int], source: Any) -> None:
-        """Replace these rows, one each, by the rows of a KVCache, which are no longer than this one."""
-        index, end = torch.tensor(rows, device=self.lengths.device), max(source.lengths)
-        for layers, memory in zip((self.keys, self.values), source.memory, strict=True):
-            for layer, filled in zip(layers, memory, strict=True):
-                layer[index, :, :end] = filled[:, :, :end]
-        self.lengths[index] = torch.tensor(source.lengths, device=self.lengths.device)
-
-    def start(self, new: int) -> Tensor:
-        """Where the rows' new positions begin, (B, 1).
-
-        A row that is full overwrites its last position: it is finished, or else filled anew before its next step.
-        """
-        return self.lengths.clamp(max=self.end - new)[:, None]
-
-    def update(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, K, T, D) at `positions` (B, T); return all keys and values, (B, K, S, D)."""
-        keys, values = self.keys[layer], self.values[layer]
-        row = torch.arange(len(self.lengths), device=k.device)[:, None]
-        keys[row, :, positions] = k.transpose(1, 2)  # advanced indexing puts (B, T) in front
-        values[row, :, positions] = v.transpose(1, 2)
-        return keys, values
-
-    def advance(self, new: int) -> None:
-        self.lengths.add_(new)
-
-
 class Step:
     """Shows the model each row's newest token and puts the next one in its place, all at fixed addresses.
 
@@ -82,7 +37,7 @@ class Step:
     """
 
     def __init__(
-        self, model: LanguageModel, settings: SamplingSettings, cache: StaticCache, vocab_size: int,
+        self, model: LanguageModel, settings: SamplingSettings, cache: Any, vocab_size: int,
         compiling: dict[str, Any],
     ) -> None:  # fmt: skip
         self.model, self.settings, self.cache, self.vocab_size = model, settings, cache, vocab_size
@@ -149,12 +104,11 @@ class CompiledRows(Rows):
     def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
         super().__init__(model, samples, settings)
         self.unread: deque[Copied] = deque()  # tokens on their way to the host
-        length = static_length(self.cache.max_length, self.block_size)
-        weight = next(iter(model.parameters()))
-        cache = StaticCache(model.config, len(samples), length, self.device, weight.dtype)
-        self.step = Step(model, settings, cache, self.vocab_size, self.compiling)
-        cache.put_rows(list(range(len(samples))), self.cache)
-        self.cache = cache
+        filled, count = self.cache, len(samples)
+        self.cache = self.new_cache(count, static_length(filled.max_length, self.block_size))
+        self.cache.lengths = torch.zeros(count, dtype=torch.int64, device=self.device)
+        self.step = Step(model, settings, self.cache, self.vocab_size, self.compiling)
+        self.put_rows(list(range(count)), filled)
         if self.step.seen is not None and self.seen is not None:
             self.step.seen.copy_(self.seen)
         self.draw()
@@ -193,9 +147,6 @@ class CompiledRows(Rows):
 
     def keep(self, rows: list[int]) -> None:
         """All rows stay."""
-
-    def put_rows(self, rows: list[int], filled: Any) -> None:
-        self.cache.put_rows(rows, filled)
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -2,9 +2,9 @@
 
 When the context is full: the model sees at most block_size tokens of a row. A longer prompt is seen from its last
 block_size tokens on. When a token comes to a row that shows block_size of them already, the row goes on with its
-newest block_size - block_size // 2, the new one included, at positions from 0 on. That costs one refill of half a
-context every half context, thus about one more token's work a token; moving the window at every token would
-cost a refill at every token. With and without a cache, and for every kind of position, the model sees the same.
+newest block_size - block_size // 2, the new one included, at positions from 0 on. Refilling costs about one extra token
+of work per generated token; moving the window at every token would refill at every token. With and without a cache, and
+for every kind of position, the model sees the same.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,25 @@ def read_prompt(source: str) -> str:
         raise InputError(f"cannot read the prompt from {name}: {error.strerror}. Give a readable text file") from None
     except UnicodeDecodeError as error:
         raise InputError(f"the prompt in {name} is not UTF-8 at byte {error.start}. Give a text file") from None
+
+
+def read_messages(prompt: str, system: str) -> list[dict[str, Any]]:
+    """The messages of a chat's prompt, which is their JSON or a question. Raises InputError."""
+    messages: Any = [{"role": "user", "content": prompt}]
+    if prompt.lstrip().startswith(("[", "{")):
+        try:
+            messages = json.loads(prompt)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"--prompt begins as JSON does and is none: {error}. Correct it") from None
+        messages = messages.get("messages") if isinstance(messages, dict) else messages
+    whole = isinstance(messages, list) and messages
+    if not whole or not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
+        raise InputError('--prompt is not a list of messages. Write [{"role": "user", "content": "..."}]')
+    if messages[-1]["role"] == "assistant":
+        raise InputError("the last message of --prompt is the assistant's. Give one that it can answer")
+    if system and messages[0]["role"] == "system":
+        raise InputError("--prompt has a system message. Leave out --system")
+    return [{"role": "system", "content": system}] * bool(system) + messages
 
 
 def start_tokens(tokenizer: Tokenizer, known: int) -> list[int]:

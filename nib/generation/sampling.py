@@ -1,7 +1,7 @@
 """From logits to the next token. Letters: B rows of the batch, V vocabulary, N candidates (V, or top_k).
 
-Two implementations: numpy on the CPU (a fifth of torch's time for so few numbers, and it may look at values), and
-torch on any device (without synchronisation).
+Two implementations: numpy on the CPU, where an operation on so few numbers takes a fifth of torch's time, and torch
+elsewhere, without synchronisation.
 """
 
 from __future__ import annotations

@@ -48,6 +48,13 @@ class TextScore:
     def bits_per_byte(self) -> float:
         return self.nats / math.log(2) / max(1, self.bytes)
 
+    def count(self, ids: list[int], log_probs: list[float], each: Callable[[int, float], None] | None) -> None:
+        """Add the surprise of predicted ids to the sum, and call `each` with every one of them and its surprise."""
+        self.nats -= math.fsum(log_probs)
+        for id, log_prob in zip(ids, log_probs, strict=True):
+            if each:
+                each(id, -log_prob)
+
 
 @dataclass
 class Window:
@@ -130,10 +137,7 @@ def score_texts(
 
     for group in in_groups(all_windows(), batch):
         for window, log_probs in zip(group, token_log_probs(model, group), strict=True):
-            score.nats -= math.fsum(log_probs)
-            for id, log_prob in zip(window.ids[window.first :], log_probs, strict=True):
-                if each:
-                    each(id, -log_prob)
+            score.count(window.ids[window.first :], log_probs, each)
     return score
 
 
@@ -159,10 +163,7 @@ def score_conversations(
             score.texts += 1
             score.tokens += len(learned)
             score.bytes += int(lengths[learned].sum())
-            score.nats -= math.fsum(log_probs)
-            for id, log_prob in zip(learned, log_probs, strict=True):
-                if each:
-                    each(id, -log_prob)
+            score.count(learned, log_probs, each)
     return score
 
 
@@ -192,18 +193,6 @@ def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list
             if ids := tokenizer.encode("".join(pieces)):
                 yield ids
             pieces = []
-
-
-@dataclass
-class ChoiceScore:
-    """How often the right ending was the most probable one: as it is, and with its log-probability per character."""
-
-    questions: int
-    accuracy: float
-    normalized: float
-
-    def standard_error(self, share: float) -> float:
-        return math.sqrt(share * (1 - share) / max(1, self.questions - 1))
 
 
 def read_choices(path: Path) -> list[dict[str, Any]] | None:
@@ -239,22 +228,16 @@ def as_question(row: Any) -> dict[str, Any] | None:
         label = int(label)
     if not isinstance(context, str) or not isinstance(endings, list) or type(label) is not int:
         return None
-    if (
-        len(endings) < 2
-        or not all(isinstance(each, str) and each for each in endings)
-        or label not in range(len(endings))
-    ):
-        return None
-    return {"context": context, "endings": endings, "label": label}
+    texts = len(endings) > 1 and all(isinstance(each, str) and each for each in endings)
+    return {"context": context, "endings": endings, "label": label} if texts and 0 <= label < len(endings) else None
 
 
-def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, Any]], batch: int) -> ChoiceScore:
-    """Choose the most probable ending of each question, an ending being joined to its context by a space.
+def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, Any]], batch: int) -> dict[str, float]:
+    """How often the right ending of a question is the most probable one, with the standard error of that share.
 
-    Normalised by characters, as HellaSwag is reported (arXiv 1905.07830) and lm-evaluation-harness does.
+    As it is, and as `accuracy_norm` with its log-probability per character, as HellaSwag is reported (arXiv 1905.07830)
+    and lm-evaluation-harness does. An ending is joined to its context by a space.
     """
-
-    config = model.config
 
     def endings() -> Iterator[Window]:
         for question in questions:
@@ -263,16 +246,20 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
                 tokenizer.check_ids(window.ids, config.vocab_size, "a question")
                 yield window
 
-    found = [math.fsum(each) for group in in_groups(endings(), batch) for each in token_log_probs(model, group)]
-    plain = normalized = first = 0
+    config = model.config
+    sums = iter(math.fsum(each) for group in in_groups(endings(), batch) for each in token_log_probs(model, group))
+    plain, normalized = [], []
     for question in questions:
-        count = len(question["endings"])
-        values = found[first : first + count]
+        values = [next(sums) for _ in question["endings"]]
         per_character = [value / len(ending) for value, ending in zip(values, question["endings"], strict=True)]
-        plain += values.index(max(values)) == question["label"]
-        normalized += per_character.index(max(per_character)) == question["label"]
-        first += count
-    return ChoiceScore(len(questions), plain / len(questions), normalized / len(questions))
+        plain.append(values.index(max(values)) == question["label"])
+        normalized.append(per_character.index(max(per_character)) == question["label"])
+    found: dict[str, float] = {"questions": len(questions)}
+    for name, right in (("", plain), ("_norm", normalized)):
+        share = sum(right) / len(right)
+        error = math.sqrt(share * (1 - share) / max(1, len(right) - 1))
+        found |= {f"accuracy{name}": share, f"stderr{name}": error}
+    return found
 
 
 def ending_window(tokenizer: Tokenizer, context: str, ending: str, block_size: int, known: int) -> Window:

@@ -7,7 +7,7 @@ import binascii
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,9 @@ from nib.common.files import plain_file
 from nib.common.hub import TOKENIZER_FILES, download, is_hub_name
 from nib.common.wording import way_out
 from nib.tokenizer.tokenizer import (
-    END_OF_TEXT,
     FORMAT,
     MAX_FILE_BYTES,
     MAX_VOCAB,
-    SPLIT_PATTERN,
     TOKENIZER_FILE,
     BpeTokenizer,
     ByteTokenizer,
@@ -56,7 +54,7 @@ def make_tokenizer(name: str) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load a `nib_tokenizer.json`, a directory that holds one (data, checkpoint or run), or a `.tiktoken` rank file.
+    """Load a `nib_tokenizer.json`, by its own path or from a directory that holds one (data, checkpoint or run).
 
     A Hugging Face directory gives its tokenizer. No code in a file is run.
     Raises InputError for a file that is missing, truncated, or not what `save` writes.
@@ -77,8 +75,6 @@ def load_tokenizer(path: Path) -> Tokenizer:
         how = way_out(error, f"Give a {TOKENIZER_FILE}")
         raise InputError(f"cannot read tokenizer {path}: {error.strerror}. {how}") from None
     try:
-        if path.suffix == ".tiktoken":
-            return _from_rank_file(path.stem, data)
         return _from_content(json.loads(data))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
@@ -110,7 +106,7 @@ def _from_content(content: Any) -> Tokenizer:
         )
         _check(len(set(special.values())) == len(special), "two special tokens share one id")
         _check(tokens[-1] is not None or len(tokens) - 1 in special.values(), "its last id stands for nothing")
-        tokenizer = BpeTokenizer(name, pattern, dict(_ranks(enumerate(tokens))), special)
+        tokenizer = BpeTokenizer(name, pattern, dict(_ranks(tokens)), special)
     elif kind == "huggingface":
         from nib.tokenizer.byte_level import HuggingFaceTokenizer
 
@@ -136,9 +132,9 @@ def _from_content(content: Any) -> Tokenizer:
     return tokenizer
 
 
-def _ranks(tokens: Iterable[tuple[int, Any]]) -> Iterator[tuple[bytes, int]]:
+def _ranks(tokens: list[Any]) -> Iterator[tuple[bytes, int]]:
     seen = set()
-    for rank, encoded in tokens:
+    for rank, encoded in enumerate(tokens):
         if encoded is None:
             continue
         try:
@@ -148,15 +144,6 @@ def _ranks(tokens: Iterable[tuple[int, Any]]) -> Iterator[tuple[bytes, int]]:
         _check(len(token) > 0 and token not in seen, f"token {rank} is empty or a duplicate")
         seen.add(token)
         yield token, rank
-
-
-def _from_rank_file(name: str, data: bytes) -> Tokenizer:
-    """A rank file as tiktoken publishes it: base64 and rank on each line. Split like cl100k; end-of-text is last."""
-    lines = [line.split() for line in data.splitlines() if line.strip()]
-    _check(all(len(line) == 2 for line in lines), "a line is not TOKEN RANK")
-    ranks = dict(_ranks((int(rank), token) for token, rank in lines))
-    _check(0 < len(ranks) <= MAX_VOCAB and all(0 <= rank < MAX_VOCAB for rank in ranks.values()), "a rank is too large")
-    return BpeTokenizer(name, SPLIT_PATTERN, ranks, {END_OF_TEXT: max(ranks.values()) + 1})
 
 
 def _check(holds: bool, otherwise: str) -> None:

@@ -33,7 +33,7 @@ from nib.data.prepare import BUILTIN_DATASETS
 from nib.data.sequences import training_sequences
 from nib.training.cost import flops_by_part, num_parameters, parameters_by_part
 from nib.training.distributed import Cluster, own_place
-from nib.training.lora import MARK, with_adapter
+from nib.training.lora import MARK, add_adapter
 from nib.training.objective import LanguageModelling, settle_objective
 from nib.training.optimizer import Muon, make_optimizers
 from nib.training.placement import large_enough, micro_batch_sizes, set_limits
@@ -71,7 +71,10 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     settings.complete(parsed.given)
 
     def make() -> Any:
-        return with_adapter(GPT(config), settings)
+        model = GPT(config)
+        if settings.lora_rank:
+            add_adapter(model, settings)
+        return model
 
     cluster = Cluster(0, 1, device := pick_device(settings.device))
     with torch.device("meta"):

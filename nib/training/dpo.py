@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from nib.common.exits import InputError, RunError
-from nib.common.files import fsync, plain_file
+from nib.common.files import plain_file, write_whole
 from nib.data.dataset import Dataset
 from nib.data.pairs import PairBatch, Pairs
 from nib.formats.checkpoint import Checkpoint
@@ -63,7 +63,6 @@ class PreferenceValidation:
 
     loss: float
     rewards: dict[str, float]
-    parts: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"validation loss {self.loss:.4f}, " + ", ".join(f"{key} {it:.4f}" for key, it in self.rewards.items())
@@ -110,10 +109,7 @@ class Preferences:
         self.checksum = hashlib.sha256(data).hexdigest()
         if run.cluster.first and not run.settings.eval_only:
             try:
-                aside = path.with_name(f".{path.name}.partial")
-                aside.write_bytes(data)
-                fsync(aside)
-                aside.replace(path)
+                write_whole(path, data)
             except OSError as error:
                 raise RunError(f"cannot write {path}: {error.strerror}. Make room, and run again") from None
 
@@ -138,14 +134,11 @@ class Preferences:
 
     def loss(self, run: Run, part: PairBatch) -> Tensor:
         """The mean over the pairs of a micro-batch."""
-        losses, rewards = self.of_pairs(run, run.ready, part, "train")
+        reference = torch.from_numpy(self.reference["train"][part.numbers].T.astype(np.float32))
+        _, policy = run.ready(run.to_device(part.inputs), run.to_device(part.targets))
+        losses, rewards = dpo_loss(policy.view(2, -1), run.to_device(reference), self.beta)
         self.sums = self.sums.to(rewards.device) + summed(rewards)
         return losses.mean()
-
-    def of_pairs(self, run: Run, model: Any, part: PairBatch, split: str) -> tuple[Tensor, Tensor]:
-        reference = torch.from_numpy(self.reference[split][part.numbers].T.astype(np.float32))
-        _, policy = model(run.to_device(part.inputs), run.to_device(part.targets))
-        return dpo_loss(policy.view(2, -1), run.to_device(reference), self.beta)
 
     def take(self) -> Tensor:
         sums, self.sums = self.sums, torch.zeros(len(MEASURED))

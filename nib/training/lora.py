@@ -70,12 +70,13 @@ def read_targets(text: str) -> set[str]:
     return targets
 
 
-def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: float, seed: int) -> None:
-    """Freeze the model, and add a Pair to each target slice of the linear layers of its blocks.
+def add_adapter(model: Any, settings: TrainSettings) -> None:
+    """Freeze the model, and add a Pair to each slice of the linear layers of its blocks that lora_targets names.
 
     Raises InputError for a target that the model lacks, and for a rank larger than a side of a matrix.
     """
-    generator, wanted = torch.Generator().manual_seed(seed), read_targets(targets)
+    generator, wanted = torch.Generator().manual_seed(settings.seed), read_targets(settings.lora_targets)
+    rank = settings.lora_rank
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     layers = adapted_layers(shapes, vars(model.config))
     has = {target for sizes in layers.values() for target in sizes}
@@ -92,18 +93,8 @@ def add_adapter(model: Any, *, rank: int, alpha: float, targets: str, dropout: f
         most = min(base.in_features, *(sizes[target] for target in own))
         if rank > most:
             raise InputError(f"lora_rank {rank} is too large for {module}, at most {most}. Lower it")
-        adapted = LoraLinear(base, sizes, own, rank, alpha / rank, dropout, generator)
+        adapted = LoraLinear(base, sizes, own, rank, settings.lora_alpha / rank, settings.lora_dropout, generator)
         model.set_submodule(module, adapted)
-
-
-def with_adapter(model: Any, settings: TrainSettings) -> Any:
-    """The model, with an adapter if the settings have lora_rank. Raises InputError."""
-    if settings.lora_rank:
-        add_adapter(
-            model, rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_targets,
-            dropout=settings.lora_dropout, seed=settings.seed,
-        )  # fmt: skip
-    return model
 
 
 def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -127,7 +118,7 @@ def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: 
         "base": settings.init_from, "base_directory": str(base.directory.resolve()),
         "base_sha256": weights_checksum(model.state_dict()),
     }  # fmt: skip
-    with_adapter(model, settings)
+    add_adapter(model, settings)
     if checkpoint is not None:
         before = checkpoint.state.get("adapter", {}).get("base_sha256")
         if before != about["base_sha256"]:

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nib.common.exits import RunError
+from nib.common.files import write_whole
 from nib.common.wording import amount, typed
 from nib.formats.checkpoint import list_checkpoints, named_checkpoint
 from nib.training.settings import TrainSettings
@@ -59,10 +60,8 @@ class Reporter:
     def write(self, name: str, text: str) -> None:
         """Write `text` to a file, atomically."""
         if self.active:
-            aside = self.out_dir / f".{name}.partial"
             with self.writing(name):
-                aside.write_text(text, encoding="utf-8")
-                aside.replace(self.out_dir / name)
+                write_whole(self.out_dir / name, text.encode("utf-8"))
 
     def say(self, text: str) -> None:
         """Print a line, and append it to log.txt."""

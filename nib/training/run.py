@@ -1,15 +1,14 @@
-"""A training run: what it is made of, and what its loop does besides the optimizer step."""
+"""A training run: what it is made of, and what its loop does besides the optimizer step and saving."""
 
 from __future__ import annotations
 
 import json
 import math
-import platform
 import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -27,14 +26,14 @@ from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
-from nib.training.lora import MARK
 from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place
 from nib.training.report import Reporter, command_line, way_back
+from nib.training.saving import Saver, finish_saving, lock_run, save, unchanged
 from nib.training.schedule import finished, rate_factor
 from nib.training.settings import TrainSettings, as_dict
-from nib.training.state import Progress, Saver, lock_run, restore, snapshot
+from nib.training.state import Progress, restore
 from nib.training.validation import Validation
 
 if TYPE_CHECKING:
@@ -164,7 +163,7 @@ class Run:
         """
         progress, report = self.progress, self.report
         if self.saved_step != progress.step:
-            self.save()
+            save(self)
         self.saver.finish()
         report.close()
         saved = self.saved_step == progress.step
@@ -190,6 +189,10 @@ class Run:
 
     def finished(self) -> bool:
         return finished(self.progress.step, self.steps, self.progress.seconds, self.settings.max_seconds)
+
+    def due(self, interval: int) -> bool:
+        """Whether something comes after this step that does so every `interval` steps, or never with 0."""
+        return bool(interval) and self.progress.step % interval == 0
 
     def begin_step(self) -> None:
         self.began, self.best = time.perf_counter(), False
@@ -227,53 +230,55 @@ class Run:
     def count_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Count a step. How it came out is read a step later on a device that works ahead, unless it is asked for now.
 
-        Raises RunError as `read_steps` does.
+        Raises RunError after max_skipped_steps in a row, with all that was learned before them saved.
         """
         progress, settings = self.progress, self.settings
         progress.tokens += self.training.tokens(self.sequences(progress.step))
         progress.step += 1
         self.unread.append((progress.step, Copied(torch.stack((loss, grad_norm)))))
         intervals = (settings.log_interval, settings.sample_interval, settings.checkpoint_interval)
-        asked = self.finished() or self.validation_due() or any(due(progress.step, each) for each in intervals)
+        asked = self.finished() or self.validation_due() or any(self.due(each) for each in intervals)
         ahead = int(self.queued and not asked)
         if len(self.unread) > ahead:
             self.unread[-1 - ahead][1].read()  # so that the device's time is counted
         progress.seconds += time.perf_counter() - self.began
         sent = self.stop.number if self.stop else 0
         progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
-        self.read_steps(ahead)
+        if self.read_steps(ahead) and 0 < settings.max_skipped_steps <= progress.skipped_in_a_row:
+            self.give_up(progress.step - len(self.unread))
 
-    def read_steps(self, ahead: int = 0) -> None:
+    def read_steps(self, ahead: int = 0) -> bool:
         """See which steps, but the newest `ahead`, were done, and which skipped since their numbers were not finite.
 
-        Raises RunError after max_skipped_steps of these in a row, with all that was learned before them saved.
+        Returns whether there were any to see.
         """
-        progress, limit, report = self.progress, self.settings.max_skipped_steps, self.report
-        if len(self.unread) <= ahead:
-            return
+        found = len(self.unread) > ahead
         while len(self.unread) > ahead:
             step, copied = self.unread.popleft()
             self.loss, self.grad_norm = copied.read()
             if math.isfinite(self.loss + self.grad_norm):
-                progress.skipped_in_a_row = 0
-            else:
-                progress.skipped_steps += 1
-                progress.skipped_in_a_row += 1
-                report.say(f"warning: step {step} is skipped: loss {self.loss:g}, gradient norm {self.grad_norm:g}")
-        if not limit or progress.skipped_in_a_row < limit:
-            return
+                self.progress.skipped_in_a_row = 0
+                continue
+            self.progress.skipped_in_a_row += 1
+            numbers = f"loss {self.loss:g}, gradient norm {self.grad_norm:g}"
+            self.report.say(f"warning: step {step} is skipped: {numbers}")
+        return found
+
+    def give_up(self, step: int) -> NoReturn:
+        """Save what was learned before the steps that were skipped, up to `step`, and raise RunError."""
         self.saver.keep = 0  # the older ones are what one may want to go back to
-        if not self.unchanged():
-            self.save()
-        self.finish_saving()
+        if not unchanged(self):
+            save(self)
+        finish_saving(self)
         self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
+        in_a_row = counted(self.settings.max_skipped_steps, "step")
         raise RunError(
-            f"loss or gradient was not finite in {counted(limit, 'step')} in a row, the last of them step {step}. "
+            f"loss or gradient was not finite in {in_a_row} in a row, the last of them step {step}. "
             f"{way_back(self.settings, self.progress)}"
         )
 
     def validation_due(self) -> bool:
-        due_now = self.finished() or due(self.progress.step, self.settings.eval_interval)
+        due_now = self.finished() or self.due(self.settings.eval_interval)
         return due_now and bool(self.validation)
 
     def validate(self) -> Validation | PreferenceValidation:
@@ -289,7 +294,7 @@ class Run:
         )  # fmt: skip
         if validation:
             self.report.say(f"step {progress.step}: {validation}")
-        if not (validation or self.finished() or due(progress.step, settings.log_interval)):
+        if not (validation or self.finished() or self.due(settings.log_interval)):
             return
         seconds = max(1e-9, progress.seconds - self.logged_seconds)
         rate = self.tokens_per_second = (progress.tokens - self.logged_tokens) / seconds
@@ -305,76 +310,10 @@ class Run:
         )  # fmt: skip
 
     def sample_due(self) -> bool:
-        return due(self.progress.step, self.settings.sample_interval)
+        return self.due(self.settings.sample_interval)
 
     def sample(self) -> None:
         """Print a short text from the model as it is, drawn without touching the random numbers of training."""
         settings = SamplingSettings(max_new_tokens=120, seed=self.settings.seed)
         (sample,) = generate_text(self.model, self.dataset.tokenizer, [""], settings)
         self.report.sample(self.progress.step, sample.text)
-
-    def save_due(self, validation: Validation | PreferenceValidation | None) -> bool:
-        """Whether it is time to save: after the best validation so far, by the steps, or by the first process's clock.
-
-        Not while all steps are skipped: the same weights again and again would push out older ones.
-        """
-        self.best = validation is not None and validation.loss < self.progress.best_val_loss
-        if validation:
-            self.progress.best_val_loss = min(validation.loss, self.progress.best_val_loss)
-        limit = self.settings.checkpoint_seconds
-        due_now = due(self.progress.step, self.settings.checkpoint_interval) or bool(
-            limit and self.cluster.from_first(time.monotonic() - self.saved_at >= limit)
-        )
-        return self.best or (due_now and not self.unchanged())
-
-    # ---- checkpoints
-
-    def save(self) -> None:
-        """Copy the state and write it in the background; when the write before this one failed, say so and go on.
-
-        Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
-        """
-        self.read_steps()
-        trained = MARK if self.adapter else ""
-        weights, optimizer = snapshot(self.model, self.optimizers, keep=self.cluster.first, part=trained)
-        finite = all(tensor.isfinite().all() for tensor in weights.values())
-        if self.cluster.total([float(not finite)]) != [0.0]:  # only the first process has the weights
-            self.report.say(f"warning: step {self.progress.step} is not saved: its numbers are not finite")
-            return
-        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
-        if not self.cluster.first:
-            return
-        state = {
-            "model_config": asdict(self.model.config),
-            "progress": asdict(self.progress),
-            "step": self.progress.step,
-            "best": self.best,
-            "settings": as_dict(self.settings),
-            "corpus": self.dataset.fingerprint(),
-            **self.objective.state(),
-            **({"adapter": self.adapter} if self.adapter else {}),
-            "scaler": self.precision.scaler.state_dict(),
-            "processes": self.cluster.world,
-            "micro_batch_size": self.micro_batch_size,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        self.finish_saving()
-        self.saver.save(weights, optimizer, state, self.best)
-
-    def finish_saving(self) -> None:
-        """Wait for the write under way; where it failed, say so."""
-        try:
-            self.saver.finish()
-        except RunError as error:
-            self.report.say(f"warning: {error}")
-
-    def unchanged(self) -> bool:
-        """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
-        self.read_steps()
-        return self.progress.step - self.progress.skipped_in_a_row <= self.saved_step
-
-
-def due(step: int, interval: int) -> bool:
-    return bool(interval) and step % interval == 0

@@ -147,7 +147,7 @@ def test_the_standard_library_needs_nothing(tmp_path: Path) -> None:
 def test_a_small_corpus_says_that_its_vocabulary_is_smaller(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("abc abc abc abc")
     done = run(tmp_path, "t.txt", "--tokenizer=bpe:8192")
-    assert b"260 tokens only" in done.stdout and Data(tmp_path / "data" / "t").meta["vocab_size"] == 260
+    assert b"words for only 260 tokens" in done.stdout and Data(tmp_path / "data" / "t").meta["vocab_size"] == 260
 
 
 def test_the_bpe_sample_is_spread_over_the_corpus() -> None:

@@ -25,7 +25,8 @@ from nib.formats.checkpoint import (
     write_checkpoint,
 )
 from nib.tokenizer.load import make_tokenizer
-from nib.training.state import Saver, load_optimizer_tensors
+from nib.training.saving import Saver
+from nib.training.state import load_optimizer_tensors
 
 WEIGHTS = {"wte.weight": torch.arange(12.0).view(3, 4), "norm.weight": torch.ones(4)}
 STATE = {"step": 7, "model_config": {"n_layer": 1}, "settings": {}}

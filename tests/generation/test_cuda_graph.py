@@ -15,12 +15,13 @@ import torch
 from model_helpers import GPT2, LLAMA, random_tokens, randomise
 from test_engine import BYTES, PROMPTS, make_model, make_settings
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 
-import sample as script
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, KVCache
 from nib.common.exits import RunError
 from nib.cpu.int8 import Int8Linear, quantize
-from nib.generation.cuda_graph import SHORTEST, CompiledRows, StaticCache, Step, static_length
+from nib.generation import terminal
+from nib.generation.cuda_graph import SHORTEST, CompiledRows, Step, static_length
 from nib.generation.engine import DRAWN, Rows, stream_text
 from nib.generation.request import Sample, SamplingSettings, make_samples
 
@@ -40,6 +41,12 @@ def written(model: GPT, prompts: list[str], settings: SamplingSettings, make_row
     for _ in stream_text(model, samples, settings, make_rows):
         pass
     return samples
+
+
+def static_cache(model: GPT, rows: int) -> KVCache:
+    cache = model.make_cache(rows, 16)
+    cache.lengths = torch.zeros(rows, dtype=torch.int64, device=cache.memory.device)
+    return cache
 
 
 def same_text(model: GPT, prompts: list[str], settings: SamplingSettings) -> list[Sample]:
@@ -127,7 +134,7 @@ def test_a_process_compiles_more_shapes_than_torch_allows(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # by itself it is 8
     model = make_model(n_layer=1)
     for rows in range(1, 4):
-        cache = StaticCache(model.config, rows, 16, torch.device("cpu"), torch.float32)
+        cache = static_cache(model, rows)
         with torch.no_grad():
             Step(model, make_settings(temperature=0.0), cache, 257, dict(backend="eager"))
 
@@ -164,7 +171,7 @@ def test_the_speed_that_is_told_holds_the_time_in_which_a_step_ran_unwatched(cou
 def test_nothing_in_a_step_reads_a_value(filters):
     """On the meta device tensors have no values: whatever would wait for them raises."""
     model, options = make_model(position="rope", window=5).to("meta"), make_settings(**filters)
-    cache = StaticCache(model.config, 3, 16, torch.device("meta"), torch.float32)
+    cache = static_cache(model, 3)
     with torch.no_grad():
         Step(model, options, cache, 257, dict(backend="eager")).forward()
 
@@ -186,31 +193,38 @@ def test_a_graph_break_is_a_bug_and_a_machine_that_cannot_compile_one_line(count
 
 
 def test_sample_prints_the_compiled_text_and_ctrl_c_ends_it(counter, capsys, monkeypatch):
-    model, options = make_model(vocab_size=256), script.Options(max_new_tokens=40, temperature=1.0)
+    model, settings = make_model(vocab_size=256), make_settings(max_new_tokens=40, temperature=1.0)
+
+    def write(make_rows: Any) -> int:
+        return terminal.write(model, make_samples(["a prompt"], BYTES, settings), settings, make_rows=make_rows)
+
     shown = {}
-    for options.compile in (False, True):
-        assert script.write(make_samples(["a prompt"], BYTES, options), model, options) == 0
-        shown[options.compile] = capsys.readouterr().out
-    assert shown[True] == shown[False] and counter.frame_count == 1
-    show = script.Printer.show
+    for make_rows in (Rows, CompiledRows):
+        assert write(make_rows) == 0
+        shown[make_rows] = capsys.readouterr().out
+    assert shown[CompiledRows] == shown[Rows] and counter.frame_count == 1
+    show = terminal.Printer.show
 
     def interrupt(printer: Any, sample: Sample, text: str) -> None:
         if len(sample.tokens) == 20 and not sample.finish_reason:
             raise KeyboardInterrupt
         show(printer, sample, text)
 
-    monkeypatch.setattr(script.Printer, "show", interrupt)
-    assert script.write(make_samples(["a prompt"], BYTES, options), model, options) == script.INTERRUPTED
+    monkeypatch.setattr(terminal.Printer, "show", interrupt)
+    assert write(CompiledRows) == terminal.INTERRUPTED
     out = capsys.readouterr().out
-    assert len(out) > 20 and shown[True].startswith(out[:20])
+    assert len(out) > 20 and shown[CompiledRows].startswith(out[:20])
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 def test_the_real_compiler_writes_the_same_text(monkeypatch):
     """With all that a step can hold, on the CPU: ten seconds, most of them g++'s; less when torch has kept its work."""
     torch._dynamo.reset()
-    model = make_model(position="rope", n_kv_head=2, n_layer=1)
-    same_text(model, PROMPTS[:3], make_settings(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1))
+    model = make_model(position="rope", n_kv_head=2, n_layer=2)
+    settings = make_settings(top_k=50, top_p=0.95, min_p=0.001, repetition_penalty=1.1)
+    _, code = run_and_get_code(lambda: same_text(model, PROMPTS[:3], settings))
+    shape = model.make_cache(len(PROMPTS[:3])).memory.shape
+    assert code and not any(f"empty_strided_cpu({tuple(shape)}" in each for each in code), "the cache is copied"
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

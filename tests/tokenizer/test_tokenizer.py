@@ -332,20 +332,6 @@ def test_a_file_that_is_not_there_or_too_large(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_a_rank_file_of_tiktoken(tokenizers: dict[str, Tokenizer], tmp_path: Path) -> None:
-    ranks = tokenizers["bpe:400"].token_bytes[:-1]
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]
-    path = tmp_path / "mine.tiktoken"
-    path.write_text("\n".join(lines) + "\n")
-    loaded = make_tokenizer(str(path))
-    assert loaded.encode(TORTURE) == tokenizers["bpe:400"].encode(TORTURE)
-    assert (loaded.name, loaded.vocab_size, loaded.end_of_text) == ("mine", 400, 399)
-    for bad in ("garbage", "YQ==", "YQ== x", "YQ== -1", "YQ== 99999999999999", "YQ== 1\nYQ== 2", ""):
-        path.write_text(bad)
-        with pytest.raises(InputError, match="mine"):
-            load_tokenizer(path)
-
-
 def test_arrays_and_lists_agree(tokenizers: dict[str, Tokenizer]) -> None:
     for tokenizer in tokenizers.values():
         array = tokenizer.encode_array(TORTURE)

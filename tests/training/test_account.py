@@ -22,8 +22,8 @@ from nib.formats.checkpoint import list_checkpoints
 from nib.training.account import LiveBytes, lines, memory_of_step
 from nib.training.cost import flops_by_part, num_parameters, parameters_by_part
 from nib.training.distributed import Cluster
+from nib.training.saving import lock_run
 from nib.training.settings import TrainSettings
-from nib.training.state import lock_run
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 SHAPES: dict[str, dict[str, Any]] = {

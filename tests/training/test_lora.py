@@ -22,6 +22,7 @@ from nib.formats.checkpoint import open_checkpoint
 from nib.formats.load import build, open_source, read_config
 from nib.training.lora import add_adapter
 from nib.training.optimizer import Muon, make_optimizers
+from nib.training.settings import TrainSettings
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 LORA = ("--init_from=out/base", "--lora_rank=4", "--schedule=constant", "--warmup_iters=0", "--learning_rate=1e-2")
@@ -47,7 +48,7 @@ def logits(model: GPT) -> torch.Tensor:
 def test_a_new_adapter_changes_no_bit_and_muon_does_not_touch_it(base: Path) -> None:
     model, optimizer = opened("out/base"), dict(learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0)
     before = logits(model)
-    add_adapter(model, rank=2, alpha=4.0, targets="q,v,up", dropout=0.0, seed=0)
+    add_adapter(model, TrainSettings(lora_rank=2, lora_alpha=4.0, lora_targets="q,v,up"))
     assert torch.equal(logits(model), before)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     slices = [f"{layer}.lora_{side}" for layer in ("attention.qkv.q", "attention.qkv.v", "mlp.up.up") for side in "AB"]

@@ -64,6 +64,10 @@ def state_of(run: str) -> dict[str, Any]:
     return found
 
 
+def skipped(run: str) -> int:
+    return Path(run, "log.txt").read_text().count("is skipped: ")
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_an_infinite_gradient_skips_every_optimizer(
@@ -75,7 +79,7 @@ def test_an_infinite_gradient_skips_every_optimizer(
     before, scale = [tensors("out/run", file) for file in FILES], state_of("out/run")["scaler"]
     spoil_gradients(monkeypatch, {3})
     train(*settings, "--max_iters=3")
-    assert state_of("out/run")["progress"]["skipped_steps"] == 1 and losses()[-1] > 0
+    assert skipped("out/run") == 1 and losses()[-1] > 0
     for old, new in zip(before, [tensors("out/run", file) for file in FILES], strict=True):
         assert old.keys() == new.keys() and all(torch.equal(old[name], new[name]) for name in old)
     if dtype == "float16":
@@ -237,5 +241,5 @@ def test_a_gradient_that_is_not_finite_on_one_process_skips_the_step_on_all(tmp_
     assert said[0].count("warning: step 2 is skipped") == len(runs), said
     for run in runs:
         assert [line["grad_norm"] is None for line in metrics(f"out/{run}")] == [False, True, False]
-        assert state_of(f"out/{run}")["progress"]["skipped_steps"] == 1
+        assert skipped(f"out/{run}") == 1
         assert all(value.isfinite().all() for file in FILES for value in tensors(f"out/{run}", file).values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_not_finite import spoil_gradients, spoil_loss, state_of
+from test_not_finite import skipped, spoil_gradients, spoil_loss, state_of
 from test_optimizer import give_gradients, make_model, optimizers_of
 from test_train import in_corpus, metrics, tensors, train
 
@@ -50,7 +50,7 @@ def test_a_queued_run_is_the_run_bit_for_bit(
         found.append((sorted(said), lines, progress, state_of(f"out/{out}")["scaler"], files))
     *plain, weights = found[0]
     *queued, others = found[1]
-    assert queued == plain and plain[2]["skipped_steps"] == 3
+    assert queued == plain and skipped("out/plain") == 3
     for ours, theirs in zip(weights, others, strict=True):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -60,11 +60,10 @@ def test_a_queued_run_ends_after_too_many_skipped_steps(monkeypatch: pytest.Monk
     queue(monkeypatch)
     spoil_loss(monkeypatch, {3, 4, 5})
     with pytest.raises(
-        RunError, match=r"not finite in 2 steps in a row, the last of them step 5\. The newest checkpoint"
+        RunError, match=r"not finite in 2 steps in a row, the last of them step 4\. The newest checkpoint"
     ):
         train("--max_iters=12", "--max_skipped_steps=2", "--log_interval=50", "--out_dir=out/lost")
-    progress = state_of("out/lost")["progress"]
-    assert (progress["step"], progress["skipped_steps"]) == (5, 3)
+    assert (state_of("out/lost")["step"], skipped("out/lost")) == (5, 3)
 
 
 def test_a_skipped_step_of_muon_changes_nothing_where_the_device_decides() -> None:

@@ -18,9 +18,9 @@ from nib.common.exits import RunError
 from nib.common.signals import STOP_SIGNALS
 from nib.formats.checkpoint import list_checkpoints
 from nib.tokenizer.tokenizer import ByteTokenizer
-from nib.training import state, step
+from nib.training import saving, step
 from nib.training.report import Reporter
-from nib.training.state import Saver
+from nib.training.saving import Saver
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 
@@ -46,7 +46,7 @@ def test_a_run_that_failed_holds_nothing_of_the_process(monkeypatch: pytest.Monk
 
 def test_the_lock_is_held_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever takes the directory removes half a checkpoint."""
-    real, taken = state.write_checkpoint, []
+    real, taken = saving.write_checkpoint, []
 
     def write(checkpoints: Path, *rest: Any) -> Path:
         time.sleep(1)
@@ -58,7 +58,7 @@ def test_the_lock_is_held_while_a_checkpoint_is_written(monkeypatch: pytest.Monk
         if known["step"] == 2:
             raise ValueError("my bug")
 
-    monkeypatch.setattr(state, "write_checkpoint", write)
+    monkeypatch.setattr(saving, "write_checkpoint", write)
     monkeypatch.setattr(Reporter, "metrics", fail)
     with pytest.raises(ValueError, match="my bug"):
         train("--max_iters=3", "--checkpoint_interval=1", "--log_interval=1")
@@ -71,7 +71,7 @@ def test_a_checkpoint_that_cannot_be_written_says_what_there_is_before_it(
     def refuse(*_: object) -> None:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-    monkeypatch.setattr(state, "write_checkpoint", refuse)
+    monkeypatch.setattr(saving, "write_checkpoint", refuse)
     saver = Saver(tmp_path, 2, ByteTokenizer())
     (tmp_path / "checkpoints").mkdir()
     for latest, said in (("", "there is no checkpoint before it"), ("step-00000004", "before it, step-00000004, is")):
@@ -79,3 +79,17 @@ def test_a_checkpoint_that_cannot_be_written_says_what_there_is_before_it(
         saver.save({}, {}, {}, False)
         with pytest.raises(RunError, match=said):
             saver.finish()
+
+
+def test_a_checkpoint_that_counts_more_than_ours_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of before had progress["skipped_steps"]."""
+    real = saving.write_checkpoint
+
+    def write(checkpoints: Path, weights: Any, optimizer: Any, state: dict[str, Any], *rest: Any) -> Path:
+        state["progress"]["skipped_steps"] = 3
+        return real(checkpoints, weights, optimizer, state, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "write_checkpoint", write)
+        train("--max_iters=1")
+    assert train("--max_iters=2") == 0
