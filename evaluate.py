@@ -1,6 +1,6 @@
 """How well models predict texts: loss, perplexity and bits per byte, side by side; and multiple-choice questions.
 
-python evaluate.py small                                     on the validation split it was trained beside
+python evaluate.py small                                     on the validation split of its dataset
 python evaluate.py small gpt2 --data notes.txt --data stdlib
 python evaluate.py out/small --data questions.jsonl --json
 python evaluate.py small --data notes.txt --tokens           each token with its surprise
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from nib.formats.load import Source
 
 USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--tokens] [--option=value]..."
-ABOUT = """Scores models on whole texts: each text by itself, each of its tokens once. --data is a prepared dataset,
-whose validation split is taken, or a file of text, JSONL or Parquet; JSONL of {"context", "endings", "label"} is a task
-of multiple choice."""
+ABOUT = """Scores models on whole texts: each text separately, each of its tokens once. --data is a prepared dataset,
+whose validation split is used, or a file of text, JSONL or Parquet. JSONL with {"context", "endings", "label"} is a
+multiple-choice task."""
 TEXT_COLUMNS = "model data texts tokens loss perplexity bits_per_byte context stride".split()
 CHOICE_COLUMNS = "model data questions accuracy stderr accuracy_norm stderr_norm".split()
 
@@ -45,14 +45,14 @@ class Settings:
     adapter: str = option("", ADAPTER)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     tokens: bool = option(False, "also print each token of the texts with its surprise in nats: -ln(its probability)")
-    json: bool = option(False, "print a JSON object a line in place of the tables")
+    json: bool = option(False, "print one JSON object per line instead of tables")
     device: str = option("auto", DEVICES)
     dtype: str = option("auto", "of the weights; auto takes 16 bits on a GPU", choices=DTYPES)
 
 
 def main() -> None:
     parsed = parse(Settings, sys.argv[1:], usage=USAGE, about=ABOUT)
-    write_result("", end="")  # says now that standard output is closed
+    write_result("", end="")  # fail now if standard output is closed
     settings = parsed.settings
     if settings.context and settings.stride > settings.context:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:
-    """One result for each data. Raises InputError."""
+    """One result for each --data. Raises InputError."""
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.data.mixture import read_names
@@ -146,7 +146,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
 
 
 def table(rows: list[dict[str, Any]], columns: list[str]) -> str:
-    """Aligned columns: texts to the left, numbers to the right."""
+    """Rows as aligned columns: texts left-aligned, numbers right-aligned."""
     cells = [list(columns)]
     for row in rows:
         values = [row[column] for column in columns]

@@ -26,37 +26,37 @@ class GPTConfig:
     """
 
     vocab_size: int = 50257
-    block_size: int = 256  # tokens in a sequence: the context, the most positions the model sees at once
+    block_size: int = 256  # context length: the most tokens that the model sees at once
     n_layer: int = 6  # blocks
     n_head: int = 6  # attention heads
     n_kv_head: int = 0  # key/value heads, each shared by n_head / n_kv_head heads (arXiv 2305.13245); 0: n_head
     n_embd: int = 384  # width: channels of the residual stream
     head_size: int = 0  # channels of a head; 0: n_embd / n_head
-    mlp_hidden: int = 0  # width of the feed-forward layer; 0: 4 n_embd, with swiglu 8/3 of it, in multiples of 64
-    dropout: float = 0.0  # share of activations dropped while training
+    mlp_hidden: int = 0  # width of the feed-forward layer; 0: 4 n_embd, for swiglu 8/3 n_embd in multiples of 64
+    dropout: float = 0.0  # probability of dropout in training
     bias: bool = False  # biases in linear layers and LayerNorm
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"  # normalisation
-    norm_eps: float = 1e-5  # added to the variance before its root is taken
-    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"  # how the model knows positions
+    norm_eps: float = 1e-5  # added to the variance for numerical stability
+    position: Literal["learned", "sinusoidal", "rope", "none"] = "rope"  # position encoding
     rope_base: float = 10000.0  # base of the rotary frequencies
     rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"  # slower rotation, longer context
     rope_factor: float = 1.0  # how many times longer rope_scaling makes the context
-    rope_original: int = 0  # the context before rope_scaling; 0: block_size
-    rope_slow: float = 0.0  # llama3, yarn: pairs with fewer turns in rope_original are slowed by the factor; 0: 1
-    rope_fast: float = 0.0  # llama3, yarn: pairs with more turns in it are not slowed; 0: 4 for llama3, 32 for yarn
-    rope_attention: float = 0.0  # factor of the rotated queries and keys; 0: 1, with yarn 1 + ln(rope_factor) / 10
+    rope_original: int = 0  # the context length before rope_scaling; 0: block_size
+    rope_slow: float = 0.0  # llama3, yarn: pairs with fewer turns in rope_original are slowed by rope_factor; 0: 1
+    rope_fast: float = 0.0  # llama3, yarn: pairs with more turns are not slowed; 0: 4 for llama3, 32 for yarn
+    rope_attention: float = 0.0  # factor on rotated queries and keys; 0: 1, for yarn 1 + ln(rope_factor) / 10
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "swiglu"  # feed-forward layer
     qk_norm: bool = True  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
-    window: int = 0  # positions each position attends to, itself included; 0: all before it
-    init: Literal["modern", "gpt2"] = "modern"  # how weights are drawn: see GPT.initialise
-    tie_weights: bool = True  # the head that makes logits is the token embedding (arXiv 1608.05859)
+    window: int = 0  # sliding-window attention: positions that each one attends to, with itself; 0: all before it
+    init: Literal["modern", "gpt2"] = "modern"  # initialisation of the weights: see GPT.initialise
+    tie_weights: bool = True  # use the token embedding as the output head (arXiv 1608.05859)
 
     def __post_init__(self) -> None:
         least = dict.fromkeys("vocab_size block_size n_layer n_head n_embd rope_base rope_factor".split(), 1)
         least |= dict.fromkeys("n_kv_head head_size mlp_hidden window dropout norm_eps rope_original".split(), 0)
         least |= dict.fromkeys(("rope_slow", "rope_fast", "rope_attention"), 0)
         for name, low in least.items():
-            if not getattr(self, name) >= low:  # NaN is wrong too
+            if not getattr(self, name) >= low:  # also refuses NaN
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}. Correct it")
         for name, kind in get_type_hints(GPTConfig).items():
             if get_args(kind) and getattr(self, name) not in get_args(kind):
@@ -83,7 +83,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square normalisation (arXiv 1910.07467), in the dtype of its input whatever autocast makes of it."""
+    """Root-mean-square normalisation (arXiv 1910.07467), in the dtype of its input even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(x.dtype)
@@ -96,7 +96,7 @@ def make_norm(size: int, config: GPTConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: GPTConfig) -> Tensor:
-    """Radians a position for each pair of channels (D / 2,), as in transformers (arXiv 2306.15595, 2309.00071)."""
+    """Radians per position for each pair of channels (D / 2,), as in transformers (arXiv 2306.15595, 2309.00071)."""
     D, base, original = config.head_size, config.rope_base, config.rope_original or config.block_size
     factor, slow = config.rope_factor, config.rope_slow or 1.0
     period = base ** (torch.arange(0, D, 2).float() / D)  # over 2 pi
@@ -113,15 +113,15 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
 
 
 def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout, skipped where it does nothing: that call would cost a microsecond of every decoded token."""
+    """Dropout, skipped if it does nothing: the call would cost a microsecond per decoded token."""
     return F.dropout(x, rate, training) if rate and training else x
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
 
-    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights are imported and
-    exported without a permutation. The first half of `sin` is negated.
+    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights need no permutation.
+    The first half of `sin` is negated.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
@@ -141,12 +141,12 @@ class KVCache:
         """Room for max_length positions (0: block_size), on the device and in the dtype of `weight`."""
         self.max_length = min(max_length or config.block_size, config.block_size)
         shape = (2, config.n_layer, batch_size, config.n_kv_head, self.max_length, config.head_size)
-        # Zeros, not uninitialised memory: an attention weight of zero times a NaN left there would be NaN.
+        # Zeros, not uninitialised memory: an attention weight of 0 times NaN would be NaN.
         self.memory = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
         self.lengths: Any = [0] * batch_size
 
     def start(self, new: int) -> int | Tensor:
-        """Prepare to append `new` positions. Returns where they begin: an int, or (B, 1) when the rows differ."""
+        """Prepare to append `new` positions. Returns where they begin: an int, or (B, 1) if the rows differ."""
         if isinstance(self.lengths, Tensor):
             self.end, self.ragged = self.max_length, True
             return self.lengths.clamp(max=self.end - new)[:, None]
@@ -202,7 +202,7 @@ class Attention(nn.Module):
         causal = True if mask is None and T > 1 else False  # noqa: SIM210  torch.compile needs a bool
         shared = self.heads[0] // self.heads[1]
         if shared > 1 and x.device.type != "cpu" and (mask is not None or q.dtype != torch.bfloat16):
-            k, v = (each.repeat_interleave(shared, 1) for each in (k, v))  # here no fused kernel lets heads share
+            k, v = (each.repeat_interleave(shared, 1) for each in (k, v))  # no fused kernel supports shared heads here
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] < q.shape[1])
         return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
@@ -230,7 +230,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then the feed-forward layer, each on the normalised residual stream and added to it."""
+    """Attention and the feed-forward layer, each applied to the normalised residual stream and added to it."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -247,8 +247,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, next-token logits or the loss out."""
 
-    max_logits = 2**24  # held at once: 64 MB in float32; the loss of more is computed in chunks. 0: fit for a compiler
-    vocab_multiple = 1  # the loss pads the head with rows of zeros to a multiple of this, for GPUs
+    max_logits = 2**24  # elements; the loss of more is computed in chunks (64 MB in float32). 0: chunks for a compiler
+    vocab_multiple = 1  # the loss pads the head with zero rows to a multiple of this, for GPUs
     sinusoid: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
@@ -256,7 +256,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False  # recompute each block in the backward pass instead of keeping it
+        self.activation_checkpointing = False  # recompute each block's activations in the backward pass
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
@@ -278,11 +278,12 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """Draw the weights from torch's default generator, normal; biases are zero.
+        """Draw normal weights from torch's default generator; biases are zero.
 
-        gpt2: deviation 0.02, over sqrt(2 n_layer) in matrices that write to the residual stream. modern: 1/sqrt(inputs)
-        keeps activations at their size at any width; 0 in matrices that write to the residual stream makes each block
-        start as the identity; 0 in an untied head, beside which embeddings get 0.3 (measured: bench/NOTES.md).
+        Standard deviations. gpt2: 0.02, divided by sqrt(2 n_layer) in matrices that write to the residual stream.
+        modern: 1/sqrt(inputs), which keeps the scale of activations at any width; 0 in matrices that write to the
+        residual stream, so that each block starts as the identity; 0 in an untied head, and then 0.3 in the embeddings
+        (measured: bench/NOTES.md).
         """
         modern, untied = self.config.init == "modern", not self.config.tie_weights
         for name, module in self.named_modules():
@@ -301,14 +302,14 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """Tokens (B, T) int64 to (logits (B, T, V), None), or with targets (B, T) to (None, loss).
 
-        The loss is the mean in nats over the targets that are not -1, float32; the logits behind it are not kept.
-        With a cache the tokens continue its rows. Raises ValueError when they do not fit into block_size.
+        The loss is the mean in nats over the targets that are not -1, in float32; its logits are not kept.
+        With a cache the tokens continue its rows. Raises ValueError if they do not fit into block_size.
         """
         x = self.hidden(tokens, cache)
         return (self.logits(x), None) if targets is None else (None, self.loss(x, targets))
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Tokens (B, T) to the normalised hidden states (B, T, C) that `logits` and `loss` read."""
+        """Tokens (B, T) to the normalised hidden states (B, T, C), the input of `logits` and `loss`."""
         inputs = self.attention_inputs(tokens, cache)
         x = self.wte(tokens)  # (B, T, C)
         if self.config.position == "learned":
@@ -324,10 +325,10 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def attention_inputs(self, tokens: Tensor, cache: KVCache | None) -> tuple[Any, ...]:
-        """What attention needs besides x: the positions of the tokens, the mask, the rotation, and the cache.
+        """The inputs of attention besides x: the positions of the tokens, the mask, the rotation, and the cache.
 
-        positions (T,), or (B, T) where rows of the cache differ in length. mask (T, S) or (B, 1, T, S), true where a
-        query sees a key; None where plain causal attention is right. rotation: cos and sin for `rotate`, or nothing.
+        positions: (T,), or (B, T) if rows of the cache differ in length. mask: (T, S) or (B, 1, T, S), true where a
+        query sees a key; None for plain causal attention. rotation: cos and sin for `rotate`, or an empty list.
         """
         T, window, device = tokens.shape[1], self.config.window, tokens.device
         if self.config.block_size < T:
@@ -346,14 +347,14 @@ class GPT(nn.Module):
         return positions, mask, rotation, cache  # cos and sin (T, D) or (B, 1, T, D)
 
     def make_cache(self, batch_size: int, max_length: int = 0) -> KVCache:
-        """An empty cache for rows of at most max_length positions (0: block_size), like the weights."""
+        """An empty cache for at most max_length positions per row (0: block_size), in the weights' dtype and device."""
         return KVCache(self.config, batch_size, max_length, next(self.parameters()))
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int = 0) -> Tensor:
         """Continue tokens (B, T) to (B, T + max_new_tokens), drawing from torch's default generator.
 
-        temperature 0: the most probable token; top_k 0: from all. Of a full context the newer half is kept.
+        temperature 0: take the most probable token; top_k 0: draw from all tokens. A full context keeps its newer half.
         """
         was_training, context = self.training, self.config.block_size
         self.eval()
@@ -381,7 +382,8 @@ class GPT(nn.Module):
         x, targets = x.flatten(0, 1), targets.flatten()
         count = (targets >= 0).sum().clamp_min(1)
         V = self.config.vocab_size
-        # sqrt(N C) rows: compiled, a chunk's logits (rows, V) are alive beside the head's gradients of N / rows chunks.
+        # With max_logits 0, sqrt(N C) rows: compiled code holds the logits (rows, V) of one chunk and the head's
+        # gradients of all N / rows chunks.
         rows, padding = self.max_logits // V or math.isqrt(x.numel()), -V % self.vocab_multiple
         if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
@@ -397,9 +399,9 @@ class GPT(nn.Module):
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
 
-    The gradient of the loss by the logits follows from the logits themselves, so the forward pass turns each chunk of
-    them into its part of the gradients of x and W at once. No logits are kept or computed twice. Targets of -1 and
-    rows of W beyond the vocabulary contribute nothing.
+    The gradient with respect to the logits needs only the logits, so the forward pass computes each chunk's part of
+    the gradients of x and W at once. No logits are stored or computed twice. Targets of -1 and rows of W beyond the
+    vocabulary contribute nothing.
     """
 
     @staticmethod
@@ -416,9 +418,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits[:, vocab_size:] = -math.inf
             kept, index = (target >= 0)[:, None], target.clamp_min(0)[:, None]
             log_probs = F.log_softmax(logits.float(), dim=-1)
-            total = total - (log_probs.gather(1, index) * kept).sum()  # in place, torch 2.11 would compile no gradient
+            total = total - (log_probs.gather(1, index) * kept).sum()  # not in place: torch 2.11 cannot compile that
             if needs_grad:  # softmax - one_hot, zero for ignored targets
-                if torch.compiler.is_compiling():  # one pass where scatter_add_ would make three
+                if torch.compiler.is_compiling():  # one pass over the logits; scatter_add_ would need three
                     grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
                 else:
                     grad = log_probs.exp_()

@@ -1,6 +1,6 @@
-"""Write text with a trained model.
+"""Generate text with a trained model.
 
-    python sample.py                                     the newest run under out/, from nothing
+    python sample.py                                     the newest run under out/, with an empty prompt
     python sample.py small --prompt 'def ' --num-samples 3
     python sample.py out/small/checkpoints/best --prompt FILE:notes.txt --stop 'END' --json
     python sample.py --interactive
@@ -31,29 +31,29 @@ if TYPE_CHECKING:
     from model import GPT
     from nib.tokenizer.tokenizer import Tokenizer
 
-SAMPLE_BYTES = 2500  # of what a sample takes beside its cache and logits: its text, generator and random numbers
+SAMPLE_BYTES = 2500  # of a sample besides its cache and logits: its text, generator and random numbers
 USAGE = "python sample.py [RUN|CHECKPOINT|HF_DIR] [--prompt TEXT|FILE:path|-]... [--name=value]..."
 ABOUT = (
-    "Continue texts with a model: the newest run under out/, or the run, checkpoint or file (checkpoints/best) that is "
-    "named, or a Hugging Face directory or hub name, or nanoGPT's ckpt.pt. The text goes to standard output, all else "
-    "to standard error."
+    "Continues texts with a model: the newest run under out/, or a run, a checkpoint, a file such as checkpoints/best, "
+    "a Hugging Face directory or hub name, or nanoGPT's ckpt.pt. The text goes to standard output, everything else to "
+    "standard error."
 )
 
 
 @dataclass
 class Options(SamplingSettings):
     prompt: list[str] = option(
-        [], "the text to continue, FILE:path for a file's, - for standard input's; several are written as one batch",
+        [], "the text to continue, FILE:path to read a file, - for standard input; several are generated as one batch",
         group="input and output",
     )  # fmt: skip
-    interactive: bool = option(False, "continue each line that is typed; Ctrl-D ends", group="input and output")
+    interactive: bool = option(False, "continue each line that you type; Ctrl-D ends", group="input and output")
     chat: bool = option(
-        False, "answer as the assistant of the model's chat template: each line that is typed, or each --prompt, which "
-        "is a question or the JSON of a list of messages", group="input and output",
+        False, "answer with the model's chat template each line that you type, or each --prompt: a question, or a list "
+        "of messages as JSON", group="input and output",
     )  # fmt: skip
-    system: str = option("", "the system message of a --chat", group="input and output")
+    system: str = option("", "the system message of --chat", group="input and output")
     json: bool = option(
-        False, "print a JSON object a sample: prompt, text, tokens, finish_reason, tokens_per_second, and logprobs "
+        False, "print one JSON object per sample: prompt, text, tokens, finish_reason, tokens_per_second, and logprobs "
         "with --top-logprobs",
         group="input and output",
     )  # fmt: skip
@@ -61,27 +61,27 @@ class Options(SamplingSettings):
     device: str = option("auto", DEVICES, group="system")
     dtype: str = option("auto", "of the weights; auto takes 16 bits on a GPU", choices=DTYPES, group="system")
     quantize: str = option(
-        "none", "int8: matrices of 8 bits and exact activations; a quarter of the memory, faster on a CPU",
+        "none", "int8: 8-bit weights, activations not quantized; a quarter of the memory, faster on a CPU",
         choices=("none", "int8"), group="system",
     )  # fmt: skip
     compile: bool = option(
-        False, "record a step of all texts as one CUDA graph; compiling takes a while before the first. Only for CUDA, "
-        "where it has not been run yet", group="system",
+        False, "run each step as one CUDA graph, compiled before the first token. Only for CUDA, where it has not been "
+        "run yet", group="system",
     )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parsed = parse(Options, sys.argv[1:] if argv is None else argv, usage=USAGE, about=ABOUT, max_arguments=1)
-    write_result("", end="")  # says now that standard output is closed
+    write_result("", end="")  # fail now if standard output is closed
     options = parsed.settings
     prompts: list[Any] = read_prompts(options)
-    TextStream(options.stop)  # says now what is wrong with them
+    TextStream(options.stop)  # fail now if a stop text is empty
     if options.compile and not options.cache:
-        raise InputError("--compile works on the cache. Leave out --compile or --no-cache")
+        raise InputError("--compile needs the cache. Leave out --compile or --no-cache")
     if options.top_logprobs and not options.json:
         raise InputError("--top-logprobs is printed by --json. Add --json")
     if options.top_logprobs and options.compile:
-        raise InputError("--compile keeps no probabilities. Leave out --compile or --top-logprobs")
+        raise InputError("--compile does not support --top-logprobs. Leave out --compile or --top-logprobs")
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     choose_threads()
     from nib.common.memory import memory_errors
@@ -117,15 +117,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def read_prompts(options: Options) -> list[Any]:
-    """The texts, with --chat messages, that --prompt means; an empty text where there is none. Raises InputError."""
+    """The prompts of --prompt: texts, or with --chat messages; an empty text if there is none. Raises InputError."""
     if options.interactive and options.prompt:
         raise InputError("--interactive reads the prompts from standard input. Leave out --prompt or --interactive")
     if options.prompt.count("-") > 1:
-        raise InputError("--prompt - is there twice, but standard input can be read once. Leave one out")
+        raise InputError("--prompt - is given twice, but standard input can only be read once. Leave one out")
     if options.system and not options.chat:
         raise InputError("--system is the system message of a chat. Add --chat")
     if options.chat and not options.prompt and (options.compile or options.num_samples > 1):
-        what = "--compile compiles anew for each turn" if options.compile else "a turn of --chat has one answer"
+        what = "--compile would compile for each turn" if options.compile else "a turn of --chat has one answer"
         raise InputError(f"{what}. Leave out {'--compile' if options.compile else '--num-samples'}, or give a --prompt")
     prompts = [read_prompt(source) for source in options.prompt] or [""]
     return [read_messages(prompt, options.system) for prompt in prompts] if options.chat else prompts
@@ -139,7 +139,7 @@ def load_model(
     compiled: bool = False,
     adapter: str = "",
 ) -> tuple[GPT, Tokenizer, str]:
-    """The model that is named, on its device, in its dtype; its tokenizer; and a line that says which.
+    """The named model on its device and in its dtype, its tokenizer, and a line that describes it.
 
     Raises InputError.
     """
@@ -159,7 +159,7 @@ def load_model(
     if device.type == "cpu":
         tune_for_sampling()
     if compiled and device.type != "cuda":
-        raise InputError("--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out")
+        raise InputError("--compile is for CUDA; it is slower on a CPU (measured in bench/NOTES.md). Leave it out")
     source = open_source(arguments[0] if arguments else None, adapter=adapter)
     if quantized == "int8" and isinstance(source, AdaptedModel):
         what = "an adapter is not merged into 8 bits"
@@ -170,7 +170,7 @@ def load_model(
     int8 = quantized == "int8"
     if int8:
         quantize(model, dtype)
-    for parameter in model.parameters():  # not the tables of rope: angles lose more than weights in 16 bits
+    for parameter in model.parameters():  # not RoPE's tables: 16 bits are too few for angles
         parameter.data = parameter.data.to(dtype, copy=True)
     (pack_int8 if int8 else pack_linears)(model)
     model.eval()
@@ -181,9 +181,9 @@ def load_model(
 
 
 def reserve(model: GPT, count: int, options: Options) -> None:
-    """Ask at once for the memory that so many samples take at least, which may be more than there is.
+    """Allocate the least memory that so many samples need, to fail early if that is too much.
 
-    Raises MemoryError or RuntimeError. What is only found to be too much as it is filled is ended by the system.
+    Raises MemoryError or RuntimeError. If the system overcommits memory, it may still kill the process later.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""What `train.py --dry-run` says of memory, against what training takes, at three sizes, float32 on a CPU.
+"""The memory that `train.py --dry-run` predicts against the memory that training takes: three sizes, float32, CPU.
 
     python bench/account.py [--size small --size 10m --size 124m]
 
-Each size trains a few steps in a process of its own: the growth of its resident memory, from before the model is made
-to the high-water mark, against the account's peak. Prints a table and one JSON line last.
+Each size trains a few steps in its own process. The growth of its resident memory, from before the model is made to the
+high-water mark, is compared with the predicted peak. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Ask a model the questions that were held out of what config/chat.py learns from, and count the right answers.
+"""Ask a model questions that were held out of the training data of config/chat.py, and count the right answers.
 
     python bench/chat.py chat
 
-Each conversation goes on with the model's own answers, the most probable ones. An answer counts when it is right to the
-character and the model ended it by itself. The first conversations are printed as `sample.py --chat` shows them.
+Each conversation continues with the model's own answers, sampled greedily. An answer counts if it matches exactly and
+the model ended it by itself. The first conversations are printed as `sample.py --chat` shows them.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Chat templates by nib and by transformers: the same text, the same ids, the same masks.
+"""Compare chat templates in nib and in transformers: text, ids and masks must be the same.
 
     python bench/chat_templates.py [TRL_WHEEL]
 
-Takes the templates of the package trl, from its wheel, which is fetched where none is given. The tokenizer is a
-byte-level BPE made here that has the special tokens of all of them. Prints a table and one line of JSON.
+Uses the templates of the package trl, from its wheel, which is downloaded if none is given. The tokenizer is a
+byte-level BPE made here with the special tokens of all templates. Prints a table and one line of JSON.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""What a checkpoint costs the training that goes on: how long it blocks, against copying the same state.
+"""The cost of a checkpoint: how long saving blocks training, compared with copying the same state.
 
     python bench/checkpoint_cost.py
 
-A GPT-2-shaped model of 124 M parameters with AdamW's state is saved by nib's own code; the time that the call blocks is
-compared with a plain copy of the same tensors, measured in turn. Prints a table and one JSON line last.
+A GPT-2-shaped model of 124 M parameters with AdamW's state is saved by nib's own code. The time that the call blocks is
+compared with a plain copy of the same tensors, in alternation. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the bench scripts share: the peer's model file, sides that take turns in their own processes, the JSON line."""
+"""Shared by the bench scripts: nanoGPT's model file, sides that alternate in their own processes, the JSON line."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ def serve(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: tuple[An
 
 @contextmanager
 def sides(**makers: tuple[Any, ...]) -> Iterator[dict[str, Callable[[], Any]]]:
-    """Start a fresh process for each side, a function and its arguments; give what runs one turn in each.
+    """Start a process for each side, given as a function and its arguments; yields functions that run one turn in each.
 
-    The function makes what takes a turn. Settings of the allocator, threads and the like of one side do not reach
-    the other.
+    The function returns another one, which runs a turn. Settings of one side (allocator, threads) do not affect the
+    others.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -83,7 +83,7 @@ def sides(**makers: tuple[Any, ...]) -> Iterator[dict[str, Callable[[], Any]]]:
 
 
 def alternate(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each side's figures over `rounds` rounds, in each of which every side has its turn."""
+    """The median of each side's figures over `rounds` rounds; in each round every side runs once."""
     figures: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
         turn()  # warm up
@@ -94,7 +94,7 @@ def alternate(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, f
 
 
 def finish(result: dict[str, Any], met: bool, check: bool) -> None:
-    """Print the last line, and exit 1 when the target was to be met and was not."""
+    """Print the JSON line; with `check`, exit with status 1 if the target was missed."""
     machine = dict(cpus=os.cpu_count(), threads=torch.get_num_threads(), machine=platform.machine())
     print(json.dumps({**result, "met": met, **machine, "torch": torch.__version__}))
     sys.exit(1 if check and not met else 0)

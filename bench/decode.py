@@ -1,11 +1,11 @@
-"""Decoding a GPT-2 of 124 M random weights on the CPU: nib against the memory's speed, transformers and llama.cpp.
+"""Decoding a GPT-2 of 124 M random weights on the CPU: nib against memory bandwidth, transformers and llama.cpp.
 
     python bench/decode.py [--rounds 5] [--layers 12]
 
-Needs transformers; llama.cpp takes part where llama-cpp-python and gguf are installed. All engines run in turn, in
-this process, with torch's number of threads; medians over the rounds. The read-bandwidth limit is the speed of
-summing as many bytes as the weights have, the mean of the best of three just before and just after nib's text, since
-memory that others use too changes its speed from second to second. Prints a table and one JSON line last.
+Needs transformers; llama.cpp is included if llama-cpp-python and gguf are installed. All engines alternate in this
+process, with torch's number of threads; medians over the rounds. The read-bandwidth limit is the speed of summing as
+many bytes as the weights have: the mean of the best of three just before and just after nib's text, since the speed of
+shared memory changes from second to second. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

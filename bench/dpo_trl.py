@@ -1,10 +1,10 @@
-"""Whether DPO here is TRL's: loss, rewards and gradient norm on 20 pairs of different lengths, the same models.
+"""Compare nib's DPO with TRL's: loss, rewards and gradient norm on 20 pairs of different lengths, the same models.
 
     pip install trl peft          (in an environment that has nib's torch already)
     python bench/dpo_trl.py
 
-A small Llama with random weights is the reference, and the same with other weights is what is trained. TRL computes its
-loss of the pairs with its own trainer and tokenizes them itself. Prints a table and one JSON line last.
+The reference is a small Llama with random weights, the policy the same with other weights. TRL tokenizes the pairs and
+computes the loss with its own trainer. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""All that nib claims on a GPU, in nine minutes, or three with --quick: limits, invariants, training, decoding.
+"""Check all of nib's claims on a GPU in nine minutes, or three with --quick: limits, invariants, training, decoding.
 
     python bench/gpu.py [--quick] [--nanogpt CLONE] [--output DIR] [--device cuda] [--part training]...
 
-Each part is a process of its own with a deadline, so that one that fails, hangs or runs out of memory stops no other.
-Every result is written to DIR/results-gpu.jsonl as it comes, and after each part DIR/RESULTS-GPU.md is written anew
-(DIR: bench/ on CUDA). Prints the same tables and one JSON line last. With --device cpu --quick every line runs on
-tiny shapes, to be tested where there is no GPU: the numbers then say nothing.
+Each part runs in its own process with a deadline, so that a part that fails, hangs or runs out of memory does not stop
+the others. Every result is appended to DIR/results-gpu.jsonl at once, and DIR/RESULTS-GPU.md is rewritten after each
+part (DIR: bench/ on CUDA). Prints the same tables and one JSON line last. With --device cpu --quick everything runs on
+tiny shapes, as a test without a GPU; the numbers then mean nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part of bench/gpu.py that measures decoding, in shares of the memory's speed: each token reads all weights."""
+"""The part of bench/gpu.py that measures decoding, as shares of the memory bandwidth: each token reads all weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nib.generation.request import Sample, SamplingSettings
 
 
 class BiasApart(nn.Linear):
-    """A product of one row with a bias becomes one kernel only where the compiler sees the bias apart."""
+    """A linear layer with a separate bias: only then the compiler makes one kernel of it for one row."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.mT + self.bias
@@ -35,7 +35,7 @@ def bias_apart(model: GPT) -> None:
 
 
 def decoding(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tokens a second at 124 M, one stream and many, plain and compiled, as a share of the memory's speed."""
+    """Tokens per second at 124 M, one stream and many, plain and compiled, also as a share of the memory bandwidth."""
     device = pick_device(options.device)
     cuda, tokens = device.type == "cuda", 256 if options.device == "cuda" else 4
     less = {} if cuda else TINY | dict(vocab_size=50257)

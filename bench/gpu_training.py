@@ -1,7 +1,7 @@
-"""The part of bench/gpu.py that measures training: whole steps and their parts, with the switches that may pay.
+"""The part of bench/gpu.py that measures training: whole steps and their parts, with options that may be faster.
 
-Results come as they are found, what decides most first; PART_ENDS in the environment says when the part is stopped,
-so that nothing is begun that would not end.
+Results are yielded as they are found, the most important first. The environment variable PART_ENDS says when the part
+is stopped, so that no measurement starts that could not finish.
 """
 
 from __future__ import annotations

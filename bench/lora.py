@@ -4,8 +4,8 @@
     python bench/smollm2.py smollm2
     python bench/lora.py smollm2 [--rounds 3] [--steps 6]
 
-Rank 16, all linear layers, 2 sequences of 256 tokens a step. Both sides take turns in processes of their own; the peak
-is that of the whole process. Prints a table and one JSON line last.
+Rank 16, all linear layers, 2 sequences of 256 tokens per step. Both sides alternate in their own processes; the peak is
+that of the whole process. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python bench/memory.py --nanogpt PATH_TO_CLONE [--size 124m]
 
-Each trains a few steps in a process of its own, which then reads its own high-water mark (VmHWM); the imports are in
-it. nanoGPT runs as it comes, and with gradient accumulation over single sequences. Prints a table and one JSON line.
+Each trains a few steps in its own process, which then reads its high-water mark (VmHWM), including imports. nanoGPT
+runs unchanged, and with gradient accumulation over single sequences. Prints a table and one JSON line.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""nanoGPT's README job for a CPU, side by side: character level, 4 layers, 4 heads, width 128, context 64, batch 12.
+"""The CPU example of nanoGPT's README in both: character level, 4 layers, 4 heads, width 128, context 64, batch 12.
 
     python bench/nanogpt_job.py --nanogpt PATH_TO_CLONE --text input.txt [--rounds 3]
 
-Both train 2000 steps on the same text with the same split, each with its own train.py, and both models are measured
-by nib on the whole validation split, in the same windows. Prints a table and one JSON line last.
+Both train 2000 steps on the same text with the same split, each with its own train.py. nib evaluates both models on the
+whole validation split, in the same windows. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What a run spends on anything but training: its start, and logging, progress, validation's set-up, checkpoints.
+"""The time a run spends on anything but training: start-up, logging, progress, validation's set-up, checkpoints.
 
     python bench/overhead.py [--config config/small.py] [--steps 200]
 
-Runs train.py on the recipe for some steps, checkpoints and metrics as often as it asks (at least one checkpoint), and
-times from within: what `train` does per step besides `optimizer_step` and the validation passes themselves. A first,
-short run prepares the corpus. Prints a table and one JSON line last.
+Runs train.py with the config for some steps, with its intervals of checkpoints and metrics (at least one checkpoint),
+and measures inside the process the time per step outside `optimizer_step` and the validation passes. A first, short run
+prepares the corpus. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

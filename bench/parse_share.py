@@ -1,9 +1,9 @@
-"""How much of what a model of Python source writes is Python: the share of sampled functions that ast.parse accepts.
+"""The share of the functions sampled from a model of Python source that are valid Python (accepted by ast.parse).
 
     python bench/parse_share.py out/small
 
-Each sample goes on from two line ends and "def", and ends before the first line that is not indented any more; a sample
-that never gets that far counts as a failure, unless --open is given, which leaves it out.
+Each sample continues two newlines and "def", and ends before the first line that is not indented. A sample without such
+an end counts as a failure, or with --open is not counted.
 """
 
 from __future__ import annotations

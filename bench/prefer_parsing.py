@@ -1,9 +1,9 @@
-"""DPO at work: a model of Python source learns to prefer functions that ast.parse accepts among those it wrote itself.
+"""A DPO example: a model of Python source learns to prefer those of its own functions that ast.parse accepts.
 
     python bench/prefer_parsing.py out/small [--samples 800] [--out parsing]
 
-From nothing but a run and nib's own commands: sample functions, pair each that is whole with some that are not, prepare
-the pairs, train, and count the whole functions among new samples before and after. Prints one JSON line last.
+Uses only a run and nib's own commands: sample functions, pair each valid one with some invalid ones, prepare the pairs,
+train, and count the valid functions among new samples before and after. Prints one JSON line last.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How fast and in how much memory prepare_data.py works, beside tiktoken's own batch encoding and tokenizers' training.
+"""Speed and memory of prepare_data.py, compared with tiktoken's batch encoding and the BPE training of tokenizers.
 
-Prints a table for people and one JSON line last. `--check` fails when a number misses its target.
+Prints a table and one JSON line last. `--check` fails if a number misses its target.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What 8-bit weights cost in validation loss: the whole split in float32 and quantised.
+"""The cost of 8-bit weights in validation loss: the whole split in float32 and quantized.
 
     python bench/quantize_loss.py [MODEL] [--dataset data/stdlib]
 

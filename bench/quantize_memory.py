@@ -2,7 +2,7 @@
 
     python bench/quantize_memory.py
 
-Each way is a process of its own; the baseline is one that only imports torch. Prints a table and one JSON line last.
+Each runs in its own process; the baseline is a process that only imports torch. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations

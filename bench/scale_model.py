@@ -1,11 +1,11 @@
-"""On paper: how long a step takes and how much memory it needs on 1 to 1,024 GPUs, by DDP and by FSDP.
+"""Calculate the time and memory of a training step on 1 to 1,024 GPUs, with DDP and with FSDP.
 
     python bench/scale_model.py [--measure]
 
-A model, not a measurement: no GPU has run nib. It counts a step's arithmetic at the share of the peak that one GPU is
-assumed to reach, the bytes that nib's DDP and FSDP2 really exchange and when, over the ring or the tree of nccl, and
-what of that the backward pass hides. It is held against published runs of others, and with --measure against two gloo
-processes on this machine. Prints tables and one JSON line last.
+This is a model, not a measurement: nib has not run on a GPU. It counts the FLOPs of a step at an assumed utilisation,
+the bytes that nib's DDP and FSDP2 exchange over NCCL's ring or tree, and how much of that overlaps with the backward
+pass. It is compared with published runs of other programs, and with --measure with two gloo processes on this machine.
+Prints tables and one JSON line last.
 """
 
 from __future__ import annotations

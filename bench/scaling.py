@@ -2,9 +2,9 @@
 
     python bench/scaling.py [--rounds 3]
 
-Two processes of one thread each, joined as torchrun joins them, against one process of one thread: the same global
-batch, so that the target of 1.8 counts the exchange of gradients too. Then the time of a step by context and width,
-on one thread, over the arithmetic it takes: a cost that grew faster than that would show as a rising last column.
+Two processes of one thread each, connected as under torchrun, against one process of one thread: the same global batch,
+so that the target of 1.8 includes the exchange of gradients. Then the time of a step by context and width, on one
+thread, and its GFLOP/s: a cost that grows faster than the FLOPs would lower them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""How much of its speed a job keeps on a machine that is not idle: alone, beside busy loops, beside another run.
+"""The speed of a job on a shared machine, relative to an idle one: beside busy loops, and beside another run.
 
     python bench/shared_machine.py [--jobs train,sample] [--sizes 0.8m,1.1m,10m,124m] [--old CHECKOUT] [--rounds 3]
 
-The jobs are train.py and sample.py themselves, as a user starts them, on 2 cores best. A loop is `while True: pass`;
-the run is train.py with config/small.py's model, of the same checkout. With --old another checkout of nib takes turns
-with this one; with --nanogpt a clone trains the smallest model beside the same neighbours; transformers' generate and
-llama.cpp, where transformers, llama-cpp-python and gguf are installed, decode 124 M with --jobs peers.
-Prints the shares of the speed alone first, medians over the rounds, then the speeds, and one JSON line last.
+The jobs are train.py and sample.py as a user starts them, best on 2 cores. A loop is `while True: pass`; the other run
+is train.py with config/small.py's model. With --old, another checkout of nib alternates with this one; with --nanogpt,
+a clone trains the smallest model under the same conditions; with --jobs peers, transformers' generate and llama.cpp (if
+transformers, llama-cpp-python and gguf are installed) decode 124 M. Prints the speeds relative to an idle machine
+(medians over the rounds), then the speeds, and one JSON line last.
 """
 
 from __future__ import annotations

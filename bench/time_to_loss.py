@@ -1,12 +1,12 @@
-"""How much sooner nib reaches the loss of nanoGPT's README job for a CPU, and how far it gets in the same time.
+"""The time in which nib reaches the loss of nanoGPT's CPU example, and the loss it reaches in nanoGPT's whole time.
 
     python bench/time_to_loss.py --nanogpt PATH_TO_CLONE --text input.txt [--text other.txt] [--plot out.svg]
 
-On each text, in each round: nanoGPT's own train.py (4 layers, width 128, context 64, 2000 steps of 12 sequences), then
-config/char_fast.py twice, once with an eighth of the seconds that nanoGPT trained and once with all of them. Seconds
-are those of the whole process less its start-up, which is measured by a run of one step; next to no validation is done
-on either side. Losses are of the whole validation split in the same windows. Prints a table and one JSON line last;
-with --check exit 1 when an eighth of the time does not reach nanoGPT's loss.
+For each text and round: nanoGPT's own train.py (4 layers, width 128, context 64, 2000 steps of 12 sequences), then
+config/char_fast.py twice, with an eighth of the seconds that nanoGPT trained and with all of them. Seconds are those of
+the whole process without start-up, which a run of one step measures; there is almost no validation on either side.
+Losses are of the whole validation split in the same windows. Prints a table and one JSON line last; with --check, exits
+with status 1 if an eighth of the time does not reach nanoGPT's loss.
 """
 
 from __future__ import annotations

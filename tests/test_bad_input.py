@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, str]] = {
     "no samples": ("sample.py --num-samples=0", r"--num-samples must be at least 1, not 0"),
     "two runs": ("sample.py done other", r"unexpected argument 'other'"),
     "empty stop text": ("sample.py done --stop=", r"a stop text cannot be empty"),
-    "standard input twice": ("sample.py done --prompt - --prompt -", r"standard input can be read once"),
+    "standard input twice": ("sample.py done --prompt - --prompt -", r"standard input can only be read once"),
     "conversation with a prompt": ("sample.py --interactive --prompt=a", r"Leave out --prompt or --interactive"),
     "missing prompt file": (
         "sample.py done --prompt FILE:nothere",

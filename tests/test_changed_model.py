@@ -243,7 +243,7 @@ def test_which_way_sampling_goes_is_said_unless_it_is_the_ordinary_one(
     forward = Attention.forward
     changes = {
         "": forward,
-        "they compute something else than blocks.c": lambda self, x, *rest: 1.01 * forward(self, x, *rest),
+        "their results differ from those of blocks.c": lambda self, x, *rest: 1.01 * forward(self, x, *rest),
     }
     for reason, change in changes.items():
         monkeypatch.setattr(Attention, "forward", change)

@@ -180,8 +180,8 @@ def test_questions_of_a_json_array_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (rb'{"context": "a \ud800", "endings": ["b", "c"], "label": 0}', "U+D800 is half a character. Mend it"),
-        (rb'{"context": "a", "endings": ["b", "c \udfff"], "label": 0}', "U+DFFF is half a character. Mend it"),
+        (rb'{"context": "a \ud800", "endings": ["b", "c"], "label": 0}', "U+D800 is a lone surrogate. Correct it"),
+        (rb'{"context": "a", "endings": ["b", "c \udfff"], "label": 0}', "U+DFFF is a lone surrogate. Correct it"),
         (b'{"context": "\xff", "endings": ["b", "c"], "label": 0}', 'not {"context": TEXT'),
         (b'{"context": "a", "endings": ["b", "c"], "label": "' + b"9" * 5000 + b'"}', 'not {"context": TEXT'),
         (b'{"context": "a", "endings": ["b", "c"], "label": ' + b"9" * 5000 + b"}", 'not {"context": TEXT'),

@@ -250,7 +250,7 @@ def test_sigterm_under_torchrun_saves_one_step_of_all(whole: Path, tmp_path: Pat
         wait_for(lambda: (tmp_path / "out/told/metrics.jsonl").exists())
         process.send_signal(signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
-    assert "is saved. Go on with: torchrun --standalone --nproc_per_node=2" in output, output
+    assert "is saved. Resume with: torchrun --standalone --nproc_per_node=2" in output, output
     assert len(losses("out/told")) < 200
     assert torchrun(2, *SHARED, "--out_dir=out/told", cwd=tmp_path).returncode == 0
     assert_same_run(str(whole), "out/told")
@@ -265,7 +265,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path: Path) -> None:
         for _ in range(2):  # a second SIGHUP is no hurry
             os.kill(workers_of(process)[-1], signal.SIGHUP)
         output, _ = process.communicate(timeout=60)
-    assert "is saved. Go on with" in output and "lost the others" not in output, output
+    assert "is saved. Resume with" in output and "lost the others" not in output, output
     assert open_checkpoint(Path("out/one")).state["step"] == metrics("out/one")[-1]["step"]
 
 

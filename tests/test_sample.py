@@ -209,7 +209,7 @@ CHAT = ["odd/chat", "--chat", "--temperature=0", "--max-new-tokens=4"]
 def test_a_chat_answers_each_line_in_view_of_what_was_said(run, place):
     code, out, err = run(*CHAT, "--json", "--system=Be.", stdin=b"one\n\ntwo\n")
     lines = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and err.count("\n") == 3 and err.count("the answer is cut after 4 tokens") == 2
+    assert code == 0 and err.count("\n") == 3 and err.count("the answer was cut off at 4 tokens") == 2
     said = [{"role": "system", "content": "Be."}]
     for line, question in zip(lines, ["one", "two"], strict=True):
         said.append({"role": "user", "content": question})
@@ -288,8 +288,8 @@ BAD = [
     (["--system=x"], "Add --chat"),
     (["--chat", "--num-samples=2"], "Leave out --num-samples"),
     (["--chat", "--compile"], "Leave out --compile"),
-    (["--chat", "--prompt=[1"], "begins as JSON does"),
-    (["--chat", "--prompt=" + "[" * 99_999], "begins as JSON does"),
+    (["--chat", "--prompt=[1"], "begins like JSON"),
+    (["--chat", "--prompt=" + "[" * 99_999], "begins like JSON"),
     (["--chat", "--prompt=[]"], "not a list of messages"),
     (["--chat", "--prompt={}"], "not a list of messages"),
     (["--chat", '--prompt=[{"content": "x"}]'], "not a list of messages"),
@@ -302,7 +302,7 @@ BAD = [
     (["--device=toaster"], "toaster"),
     (
         ["--compile", "--device=cpu"],
-        "--compile is for CUDA and does not pay on a CPU (measured in bench/NOTES.md). Leave it out",
+        "--compile is for CUDA; it is slower on a CPU (measured in bench/NOTES.md). Leave it out",
     ),
     (["--compile", "--no-cache"], "--no-cache"),
     (["--dtype=int8"], "float32"),

@@ -187,7 +187,7 @@ def test_a_signal_saves_and_tells_how_to_go_on(number: signal.Signals, tmp_path:
     process.send_signal(number)
     output, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number, errors
-    assert re.search(r"stopped at step \d+, which is saved. Go on with: python .*train.py", output)
+    assert re.search(r"stopped at step \d+, which is saved. Resume with: python .*train.py", output)
     assert tensors("out/told")
 
 

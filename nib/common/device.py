@@ -18,9 +18,9 @@ from torch import Tensor
 from nib.common.exits import InputError
 from nib.common.wording import counted
 
-# Dense 16-bit peaks of the tensor cores with float32 sums, in TFLOP/s, from NVIDIA's data sheets and white papers (half
-# of what these give with sparsity), by what `card` makes of the name that the driver reports. Laptop versions, MIG
-# slices and virtual GPUs have other names and other peaks, and are not here.
+# Dense 16-bit peaks of the tensor cores with float32 accumulation, in TFLOP/s, from NVIDIA's data sheets (half of the
+# figures with sparsity). The keys are what `card` makes of the driver's name. Laptop versions, MIG slices and virtual
+# GPUs have other names and peaks, and are not listed.
 PEAK_TFLOPS = {
     "B200": 2250, "GB200": 2500, "GB300": 2500,
     "H100": 989, "H100 PCIE": 756, "H100 NVL": 835, "H200": 989, "H200 NVL": 835, "GH200": 989,
@@ -41,13 +41,13 @@ PEAK_TFLOPS = {
     "RTX 2080 TI": 53.8, "RTX 2080 SUPER": 44.6, "RTX 2080": 40.3, "RTX 2070 SUPER": 36.3, "RTX 2070": 29.9,
     "RTX 2060 SUPER": 28.7, "RTX 2060": 25.8,
 }  # fmt: skip
-# Words of a card's name that say nothing about its peak: the maker, the series, the memory, the socket.
+# Words of a card's name that do not matter for its peak: the maker, the series, the memory, the socket.
 WORDS_WITHOUT_PEAK = re.compile(r"NVIDIA|TESLA|GEFORCE|\d+GB?|HBM\d\w?|SXM\d")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. Raises InputError when not there."""
+    """The device called `name`; "auto" is CUDA, else MPS, else the CPU. Raises InputError if it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -70,10 +70,10 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def cuda_index(local_rank: int, count: int) -> int:
-    """Which of the `count` CUDA devices that this process sees it takes; raises InputError when there are too few.
+    """The index of this process's device among the `count` visible ones. Raises InputError if there are too few.
 
-    One that sees a single device was given its own, as by Slurm's --gpus-per-task, or shares it with others by
-    mistake: only all processes together can tell (nib.training.distributed.refuse_shared_gpus).
+    A process that sees only one device uses it: its own, as with Slurm's --gpus-per-task, or by mistake another's. Only
+    all processes together can tell (nib.training.distributed.refuse_shared_gpus).
     """
     if local_rank >= count > 1:
         have = f"process {local_rank} of this machine needs a GPU of its own, and there are {count}"
@@ -105,12 +105,12 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def card(name: str) -> str:
-    """The model of a GPU without maker and memory: "NVIDIA A100-SXM4-80GB" is an "A100"."""
+    """A GPU's name without maker and memory: "A100" for "NVIDIA A100-SXM4-80GB"."""
     return " ".join(word for word in re.split(r"[\s-]+", name.upper()) if not WORDS_WITHOUT_PEAK.fullmatch(word))
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: on the GPU by torch, else by this process."""
+    """The peak memory so far in bytes: torch's on a GPU, else this process's resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -118,7 +118,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a process could take on the device: of a CPU's, what the system says is available."""
+    """The free memory of the device in bytes; for a CPU, the available memory of the system."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -142,10 +142,10 @@ class Precision:
 
     @contextmanager
     def training(self, masked: bool) -> Iterator[None]:
-        """`autocast` for a forward pass that is trained on: on Hopper with cuDNN's attention, unless that gets a mask.
+        """`autocast` for a training forward pass; on Hopper also cuDNN's attention, unless there is a mask.
 
-        It takes half of flash's time there, and more elsewhere (transformers pull request 48163). In all other work it
-        is off: each new length costs it a plan, and wrong numbers have been reported (pytorch issues 193893, 196678).
+        There cuDNN takes half of flash attention's time; elsewhere it is slower (transformers pull request 48163).
+        It is off otherwise: it plans anew for each length, and wrong results were reported (pytorch 193893, 196678).
         """
         with ExitStack() as stack:
             hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
@@ -159,7 +159,7 @@ class Precision:
 
 
 class Copied:
-    """A copy of a tensor on its way to the CPU, which only `read` waits for."""
+    """An asynchronous copy of a tensor to the CPU; only `read` waits for it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.copy = tensor.to("cpu", non_blocking=True, copy=True)  # in pinned memory, if from a GPU
@@ -173,9 +173,9 @@ class Copied:
         return self.copy.tolist()
 
 
-# As PyTorch's allocators on the CPU (also on Windows), CUDA and MPS, the CUDA runtime and driver, NCCL, mmap, cuBLAS
-# and cuDNN put it, whole: a model.py may write of memory in an error of its own. cuBLAS calls itself not initialised
-# where its own workspace found no room.
+# The out-of-memory messages of PyTorch's allocators on CPU (also on Windows), CUDA and MPS, the CUDA runtime and
+# driver, NCCL, mmap, cuBLAS and cuDNN. They are matched exactly, since an error of a model.py may mention memory too.
+# cuBLAS reports "not initialized" if there is no memory for its workspace.
 OUT_OF_MEMORY = re.compile(
     r"\b(CUDA|HIP|XPU) out of memory\. |MPS backend out of memory \(MPS allocated: |(CUDA|HIP)( driver)? error: out of "
     r"memory\b|Triton Error \[\w+\]: out of memory|Cuda failure (\d+ )?'out of memory'"

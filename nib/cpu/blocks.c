@@ -1,16 +1,16 @@
 /* All blocks of model.py for a few new positions of rows whose keys and values are cached, in one call.
 
-   It computes what model.Block does, for every kind of norm, MLP and attention that model.GPTConfig knows; nib/cpu/fused_blocks.py
-   compares the two before it is used. Between the matrices there is so little to do that calling torch for it takes
-   longer than the arithmetic, while the memory waits. R rows of hidden states, one for each new position; other letters
-   as in model.py. A row's numbers depend on its own positions only, to the bit. */
+   It computes what model.Block does, for every kind of norm, MLP and attention in model.GPTConfig; nib/cpu/fused_blocks.py
+   compares the two before it is used. Between the matmuls there is so little work that calling torch for it would take
+   longer than the arithmetic. R rows of hidden states, one for each new position; other letters as in model.py. The
+   result of a row depends only on its own positions, bit for bit. */
 
 #include <math.h>
 #include <omp.h>
 
 #include "kernels.c"
 
-#define NEXT 16 /* positions after that at hand whose keys are asked for */
+#define NEXT 16 /* keys are prefetched so many positions ahead */
 
 enum mlp { GELU, GELU_TANH, RELU, RELU2, SWIGLU };
 
@@ -72,7 +72,7 @@ static void normalise(struct norm norm, int rms, float eps, const float *x, floa
     for (long i = 0; norm.bias && i < n; i++) y[i] += norm.bias[i];
 }
 
-/* A query or key as attention takes it: normalised and turned, as the model does it. */
+/* Normalise and rotate a query or key, as the model does. */
 static void prepare(const float *x, float *y, struct norm norm, const float *cos, const float *sin, long size, float eps) {
     float normalised[size];
     if (norm.weight) {
@@ -173,7 +173,7 @@ static void norms(const struct shape *shape, struct norm norm, const float *x, f
         normalise(norm, shape->rms, shape->eps, x + r * shape->width, y + r * shape->width, shape->width);
 }
 
-/* The numbers that `blocks` wants to put down in between. */
+/* The size of the scratch memory of `blocks`, in floats. */
 long scratch(const struct shape *shape, long count, long length, int threads) {
     long widest = shape->width + shape->heads * shape->head_size + (shape->heads + 2 * shape->kv_heads) * shape->head_size;
     return count * (widest + 3 * shape->hidden) + threads * length;

@@ -1,8 +1,8 @@
-"""The C of this directory, compiled for this processor by the machine's own compiler when first wanted.
+"""Compile the C code of this directory on first use, for this processor and with the machine's own compiler.
 
 kernels.c multiplies a few rows by a matrix, and blocks.c computes all blocks with it. Compiling takes three seconds,
-once: the result is kept in the user's cache directory. Where there is no compiler, or what it makes does not compute
-rightly, there are no kernels and sampling goes the slower way through torch.
+once: the result is kept in the user's cache directory. Without a compiler, or if the compiled code gives wrong results,
+there are no kernels, and sampling uses torch, which is slower.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from nib.cpu.threads import free_threads
 
 SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]  # the first includes the second
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
-SECONDS = 60  # the compiler may take
-# With more rows than these a product is bound by arithmetic, and torch is faster (bench/NOTES.md).
+SECONDS = 60  # time limit for the compiler
+# With more rows than these a matmul is compute-bound, and torch is faster (bench/NOTES.md).
 MOST_ROWS = {torch.float32: 48, torch.int8: 256}
 
 
 class Matrix(ctypes.Structure):
-    """A matrix (N, K) of float32 or int8, and the scale and bias (N,) of what it makes, by their addresses."""
+    """The addresses of a matrix (N, K) of float32 or int8, and of the scale and bias (N,) of its output."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
@@ -43,8 +43,8 @@ class Matrix(ctypes.Structure):
     ]
 
     def __init__(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-        """`weight` is contiguous, and stays where it is."""
-        # What the addresses point to is kept with them.
+        """`weight` is contiguous, and is not copied."""
+        # Keeps the tensors alive whose addresses are used.
         self.kept = [weight, *(None if each is None else each.detach().float().contiguous() for each in (scale, bias))]
         super().__init__(
             *(None if each is None else each.data_ptr() for each in self.kept), *weight.shape, weight.itemsize
@@ -52,14 +52,14 @@ class Matrix(ctypes.Structure):
 
 
 def check_factor(x: Tensor, channels: int) -> None:
-    """Raises RuntimeError for what no layer of so many channels takes; C would read beyond the tensor."""
+    """Raise RuntimeError for a wrong number of channels or dtype, with which C would read beyond the tensor."""
     if x.shape[-1] != channels or x.dtype != torch.float32:
         found = f"{str(x.dtype).removeprefix('torch.')} of {x.shape[-1]}"
         raise RuntimeError(f"a linear layer of {channels} channels in float32 was given {found} channels")
 
 
 class Linear:
-    """What multiplies float32 x (..., K) by a matrix: (..., N)."""
+    """Multiplies float32 x (..., K) by a matrix: (..., N)."""
 
     def __init__(self, function: Callable[..., None], matrix: Matrix) -> None:
         self.function, self.matrix, self.address = function, matrix, ctypes.addressof(matrix)
@@ -73,7 +73,7 @@ class Linear:
 
 
 class Kernels:
-    """Products with matrices of float32 or int8, by threads of torch's own pool."""
+    """Matmul with matrices of float32 or int8, on torch's own threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -88,7 +88,7 @@ class Kernels:
         return Linear(self.library.linear, Matrix(weight, scale, bias))
 
     def agree(self) -> bool:
-        """Whether they compute what torch does, for sizes that do and do not fill the processor's vectors."""
+        """Whether the results agree with torch's, for sizes that are and are not multiples of the vector length."""
         for N, K in ((3, 64), (29, 67), (5, 200)):
             generator = torch.Generator().manual_seed(K)
             x, bias = torch.randn(15, K, generator=generator), torch.randn(N, generator=generator)
@@ -103,7 +103,7 @@ class Kernels:
 
 
 def kernels() -> Kernels | None:
-    """What multiplies few rows fast on this machine, or None."""
+    """The kernels of this machine, or None."""
     return made_kernels()[0]
 
 
@@ -113,7 +113,7 @@ def made_kernels() -> tuple[Kernels | None, str]:
     try:
         with stop_signals_raise(), cache_directory() as directory:
             made = Kernels(load(directory))
-        return (made, "") if made.agree() else (None, "kernels.c computes something else than torch here")
+        return (made, "") if made.agree() else (None, "kernels.c gives other results than torch on this machine")
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.decode(errors="replace").splitlines() if "error" in line]
         return None, f"{error.cmd[0]} cannot compile blocks.c: {(lines or ['it failed'])[0]}"
@@ -122,7 +122,7 @@ def made_kernels() -> tuple[Kernels | None, str]:
 
 
 def load(directory: Path) -> ctypes.CDLL:
-    """The compiled library; one that was damaged is compiled anew. Raises OSError or SubprocessError without one."""
+    """The compiled library, compiled again if it is damaged. Raises OSError or SubprocessError if that fails."""
     path = compiled(directory)
     try:
         return ctypes.CDLL(str(path))
@@ -132,7 +132,7 @@ def load(directory: Path) -> ctypes.CDLL:
 
 
 def compiled(directory: Path) -> Path:
-    """The shared library for these sources, processor and torch. Raises OSError or SubprocessError without one."""
+    """The path of the library for these sources, processor and torch. Raises OSError or SubprocessError."""
     path = directory / f"kernels-{fingerprint()}.so"
     if path.exists():
         return path
@@ -141,20 +141,20 @@ def compiled(directory: Path) -> Path:
         raise FileNotFoundError("no C compiler")
     with tempfile.TemporaryDirectory(dir=directory) as name:
         code, library = Path(name, "kernels.o"), Path(name, "kernels.so")
-        # Linked without OpenMP's library: its names are found in the one that torch has loaded, so that both use
-        # the same threads.
+        # Linked without an OpenMP library: the symbols resolve to the one that torch has loaded, so that both share
+        # their threads.
         for command in (
             [compiler, *FLAGS, "-fopenmp", "-c", str(SOURCES[0]), "-o", str(code)],
             [compiler, "-shared", str(code), "-o", str(library), "-lm"],
         ):
             subprocess.run(command, check=True, capture_output=True, timeout=SECONDS)
-        fsync(library)  # a power cut must not leave a part of it under its name
+        fsync(library)  # so that a power cut cannot leave a partial file under its name
         os.replace(library, path)
     return path
 
 
 def fingerprint() -> str:
-    """Changes with the source, the processor and torch, since a home directory may be shared between machines."""
+    """A hash of the sources, the processor and torch's version, since machines may share a home directory."""
     try:
         flags = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "F")))
     except (OSError, StopIteration):
@@ -165,12 +165,12 @@ def fingerprint() -> str:
 
 @contextmanager
 def cache_directory() -> Iterator[Path]:
-    """Where compiled code is kept, of this user alone; for this process only where that cannot be written."""
+    """The user's directory for compiled code, or a temporary one if that cannot be written."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     directory = Path(home, "nib")
     mine = False
     with suppress(OSError):
-        if directory.is_absolute():  # for a user without HOME and without an entry in passwd, ~ stays ~
+        if directory.is_absolute():  # ~ is not expanded for a user without HOME and without an entry in passwd
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             mine = directory.stat().st_uid == os.getuid() and os.access(directory, os.W_OK)
     if mine:

@@ -1,8 +1,8 @@
-"""All blocks of a model as one call of blocks.c, for the few new positions that sampling asks for at a time.
+"""All blocks of a model in one call of blocks.c, for the few new positions of a sampling step.
 
 model.py defines the model: before the call is used, its results are compared with those of the model's own blocks, at
-the beginning and at the end of a context. A model.py that was changed to compute something else keeps its own blocks.
-Changes that act on rare inputs only, such as a limit on large activations, may escape this check.
+the beginning and at the end of a context. If they differ, the model keeps its own blocks. Changes that depend on the
+input, such as a limit on large activations, may escape this check.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from nib.cpu.build import MOST_ROWS, Matrix, kernels, made_kernels
 from nib.cpu.threads import free_threads
 
 TORCH = Path(torch.__file__).parent
-MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # as blocks.c numbers them
+MLPS = ("gelu", "gelu_tanh", "relu", "relu2", "swiglu")  # in the order of their numbers in blocks.c
 CHECKED = 64  # positions
-MOST_NUMBERS = 2**26  # of keys and values in the check of a whole context: 256 MB
-FAR_KEYS = 0.1  # size of a whole context's random keys: at 1 SmolLM2's own blocks are 8e-5 from float64, at 0.1 6e-6
-TOLERANCE = 1e-4  # of the largest number: float32 in another order gives 1e-6, an error anywhere more than this
+MOST_NUMBERS = 2**26  # keys and values in the check of a whole context: 256 MB
+# Scale of the random keys of a whole context: SmolLM2's own blocks differ from float64 by 8e-5 at 1, by 6e-6 at 0.1.
+FAR_KEYS = 0.1
+TOLERANCE = 1e-4  # of the largest number: reordered float32 sums differ by 1e-6, real differences by more than this
 
 
 class Norm(ctypes.Structure):
@@ -52,10 +53,10 @@ class Batch(ctypes.Structure):
 
 
 class FusedBlocks(nn.Module):
-    """The blocks of a packed model, which it holds and which compute whatever the call cannot."""
+    """The blocks of a packed model in one call; its own blocks compute what the call does not support."""
 
     def __init__(self, blocks: Any, config: Any) -> None:
-        """Raises AttributeError, KeyError or ValueError for blocks that are built in another way than model.Block."""
+        """Raises AttributeError, KeyError or ValueError for blocks that differ in structure from model.Block."""
         super().__init__()
         native = kernels()
         assert native is not None
@@ -63,7 +64,7 @@ class FusedBlocks(nn.Module):
             raise ValueError("a hook would not be called")
         self.blocks, self.library = blocks, native.library
         self.most_rows = MOST_ROWS[blocks[0].mlp.up.weight.dtype]
-        self.kept: list[object] = []  # what the addresses point to
+        self.kept: list[object] = []  # keeps alive the tensors whose addresses are used
         self.shape = Shape(
             len(blocks), config.n_embd, config.n_head, config.n_kv_head, config.head_size, config.mlp_hidden,
             config.window, MLPS.index(config.mlp), config.norm == "rmsnorm", config.norm_eps,
@@ -115,7 +116,7 @@ class FusedBlocks(nn.Module):
         return x
 
     def fits(self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: Any) -> bool:
-        """Whether there are few rows, and the numbers lie as blocks.c reads and writes them."""
+        """Whether there are few rows, and shapes, dtypes and memory layout are those that blocks.c expects."""
         (B, T, C), shape = x.shape, self.shape
         memory = getattr(cache, "memory", None)
         if memory is None or self.most_rows < B * T or self.training:
@@ -133,14 +134,14 @@ class FusedBlocks(nn.Module):
         )
 
     def follows(self, positions: Tensor, mask: Tensor | None, lengths: list[int], B: int, T: int) -> bool:
-        """Whether the new positions follow the cached ones, and see all before them that the window leaves."""
+        """Whether the new positions follow the cached ones, and each sees all earlier ones in the window."""
         window = self.shape.window
         expected = [length + t for length in lengths for t in range(T)]
         if positions.dtype != torch.int64 or positions.expand(B, T).flatten().tolist() != expected:
             return False
         if mask is not None and mask.dtype != torch.bool:
             return False
-        every = sum(expected) + B * T  # how many positions the new ones see together, without a window
+        every = sum(expected) + B * T  # (query, key) pairs without a window
         seen = every if mask is None else int(mask.sum()) * (B if mask.ndim == 2 else 1)
         return seen == (sum(min(position + 1, window) for position in expected) if window else every)
 
@@ -150,19 +151,19 @@ def address(tensor: Tensor | None) -> int | None:
 
 
 def fuse_blocks(model: Any) -> str:
-    """Put one call in the place of the blocks of a packed model on the CPU.
+    """Replace the blocks of a packed model on the CPU by one call.
 
-    Returns why the model was left as it was, or "" where it was not.
+    Returns "", or the reason why the model was not changed.
     """
     if kernels() is None:
         return made_kernels()[1]
     blocks, was_training, agreed = model.blocks, model.training, False
-    reason = "they compute something else than blocks.c"
+    reason = "their results differ from those of blocks.c"
     model.eval()
     try:
         fused = nn.ModuleList([FusedBlocks(blocks, model.config)]).eval()
         agreed = outputs_agree(model, fused)
-    except Exception as error:  # a model that is built in another way, which may raise anything
+    except Exception as error:  # a model with another structure may raise anything
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if TORCH not in Path(frame.filename).parents][-1]
         place = f"{Path(ours.filename).name}, line {ours.lineno}"
@@ -176,10 +177,10 @@ def fuse_blocks(model: Any) -> str:
 
 @torch.inference_mode()
 def outputs_agree(model: Any, fused: nn.ModuleList) -> bool:
-    """Whether the model computes with `fused` what it does with its blocks, in hidden states and cache.
+    """Whether hidden states and cache are the same with `fused` as with the model's blocks.
 
-    Two rows get two new positions each: one begins, and one comes after as many random keys as there is room for. Then
-    one row gets one, the last of a whole context. Leaves the one or the other as model.blocks.
+    First two rows get two new positions each: one row is empty, the other has as many random keys as fit. Then one row
+    gets the last position of a whole context. On return model.blocks may be either of the two.
     """
     few = min(model.config.block_size, CHECKED)
     T = min(2, few)
@@ -192,7 +193,7 @@ def outputs_agree(model: Any, fused: nn.ModuleList) -> bool:
         cache = model.make_cache(len(lengths), size)
         *outer, length, D = cache.memory.shape
         heads, positions = (torch.randn(shape, generator=generator) for shape in ((*outer, 1, D), (length, D)))
-        torch.mul(heads, positions, out=cache.memory)  # faster than as many random numbers
+        torch.mul(heads, positions, out=cache.memory)  # faster than drawing so many random numbers
         if lengths == [whole - 1]:
             cache.memory[0] *= FAR_KEYS
         newest = cache.memory[..., -CHECKED:, :]

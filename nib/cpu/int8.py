@@ -1,7 +1,7 @@
-"""Weights in 8 bits: each row of a matrix is integers times a scale of its own; the activations stay exact.
+"""8-bit weights: each row of a matrix is stored as int8 with its own scale; activations are not quantized.
 
-On a CPU kernels.c turns the integers to float32 as it reads them. Where that cannot be compiled, and on GPUs, a whole
-matrix is turned back at each product: this saves memory, not time.
+On a CPU kernels.c converts the integers to float32 as it reads them. Without kernels.c, and on GPUs, a whole matrix is
+dequantized for each matmul, which saves memory but no time.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from torch.nn import functional as F
 from nib.cpu.build import MOST_ROWS, kernels
 from nib.cpu.linear import many_rows, replace_linears
 
-ROWS = 4096  # are quantised at a time
-HIGHEST = 127  # the integers are symmetric, so that there is no zero point to multiply
+ROWS = 4096  # quantized at a time
+HIGHEST = 127  # symmetric quantization, without a zero point
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix (N, K) to integers (N, K) int8 and scales (N,) float32 with weight = integers * scales, rounded."""
+    """A matrix (N, K) to integers (N, K) int8 and scales (N,) float32, so that weight is about integers * scales."""
     weight = weight.detach()
     low, high = weight.aminmax(dim=-1)
     scale = torch.maximum(-low.float(), high.float()).clamp_min_(1e-30) / HIGHEST
     integers = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for begin in range(0, len(weight), ROWS):  # an embedding is a third of a small model: no copy of all of it
+    for begin in range(0, len(weight), ROWS):  # avoids a copy of the whole embedding, a third of a small model
         part = slice(begin, begin + ROWS)
         integers[part] = (weight[part] / scale[part, None]).round_()
     return integers, scale
 
 
 class Int8Linear(nn.Module):
-    """What was an nn.Linear: `weight` (N, K) int8 and `weight_scale` (N,)."""
+    """Replaces an nn.Linear: `weight` (N, K) int8 and `weight_scale` (N,)."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -48,7 +48,7 @@ class Int8Linear(nn.Module):
         self.few = 0
 
     def pack(self) -> None:
-        """Make ready for products on the CPU, if it lies there; after this it can no longer be moved."""
+        """Prepare for kernels.c if the layer is on the CPU. After this it must not be moved."""
         if self.weight.device.type == "cpu" and (native := kernels()):
             self.few_rows = native.linear(self.weight, self.weight_scale, self.bias)
             self.few = MOST_ROWS[torch.int8] * self.weight.shape[1]
@@ -56,7 +56,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.few_rows is not None and x.numel() <= self.few:
             return self.few_rows(x.float()).to(x.dtype)
-        weight = self.weight * self.weight_scale[:, None]  # first: sums of integers go beyond float16
+        weight = self.weight * self.weight_scale[:, None]  # before the matmul: sums of integers overflow float16
         if self.few_rows is not None:
             bias = None if self.bias is None else self.bias.float()
             return many_rows(x.float(), weight, bias).to(x.dtype)
@@ -64,7 +64,7 @@ class Int8Linear(nn.Module):
 
 
 class Int8Embedding(nn.Module):
-    """What was an nn.Embedding, of whose rows only those looked up become floating-point numbers."""
+    """Replaces an nn.Embedding; only the rows that are looked up are dequantized."""
 
     weight: Tensor
     weight_scale: Tensor
@@ -80,9 +80,9 @@ class Int8Embedding(nn.Module):
 
 
 def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
-    """Quantize the matrices and the token embedding of a model to 8 bits, one by one; hidden states are of `dtype`.
+    """Quantize the matrices and the token embedding of a model to 8 bits, one by one; hidden states have `dtype`.
 
-    Biases, norms and positions, which are small, stay as they are.
+    Biases, norms and position tables, which are small, are not quantized.
     """
 
     def make(layer: nn.Linear) -> nn.Module:
@@ -93,7 +93,7 @@ def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
 
 
 def pack_int8(model: Any) -> None:
-    """Make a quantised model ready to run: a tied head gets its matrix, and all are packed."""
+    """Prepare a quantized model for sampling: make a head if it was tied, and pack all layers."""
     if model.head is None:
         model.head = Int8Linear(model.wte.weight, model.wte.weight_scale, None)
     for module in model.modules():

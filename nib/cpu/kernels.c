@@ -1,8 +1,8 @@
 /* A few rows times a matrix of float32 or 8-bit weights, at the speed at which the matrix is read.
 
-   y (R, N) = x (R, K) W^T * scale + bias, where W (N, K) lies in rows, and scale and bias (N,) may be null. Each number
-   of y is one sum, made by one thread in an order that depends on K alone: it is the same to the bit for any number of
-   threads and whatever the other rows are. nib/cpu/build.py compiles this file; measurements: bench/NOTES.md. */
+   y (R, N) = x (R, K) W^T * scale + bias, where W (N, K) is row-major, and scale and bias (N,) may be null. One thread
+   computes each number of y as one sum, in an order that depends only on K: it is identical for any number of threads
+   and any other rows. nib/cpu/build.py compiles this file; measurements: bench/NOTES.md. */
 
 #include <stdint.h>
 #include <string.h>
@@ -20,10 +20,10 @@
 #define WIDE 2
 #define NARROW 1
 #endif
-#define AHEAD 2048 /* bytes of W to ask for before they are needed, after the rows at hand */
-#define LATER 384  /* numbers of a row of W to ask for ahead where the arithmetic takes as long as the memory */
-#define LINE 64    /* bytes that come from memory together */
-#define PART 24    /* rows of W that a thread takes at a time: while they are near, all rows of x */
+#define AHEAD 2048 /* prefetch distance in W, in bytes after the current rows */
+#define LATER 384  /* prefetch distance in a row of W, in numbers, if arithmetic takes as long as memory */
+#define LINE 64    /* bytes of a cache line */
+#define PART 24    /* rows of W that a thread takes at a time: all rows of x use them while they are cached */
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 

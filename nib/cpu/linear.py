@@ -1,8 +1,8 @@
-"""Float32 weights for sampling on a CPU: the layers compute what they did, only faster.
+"""Faster float32 linear layers for sampling on a CPU, with the same results.
 
-torch calls the general matrix product for one or eight rows of input, which reads a matrix at a fraction of the
-memory's speed. kernels.c reads it as fast as the memory allows; where that cannot be compiled, torch's own layers stay.
-What was measured is in bench/NOTES.md.
+For one to eight rows of input torch calls the general matmul, which reads the matrix at a fraction of the memory
+bandwidth. kernels.c reads it at full bandwidth; if it cannot be compiled, torch's own layers stay. Measurements are in
+bench/NOTES.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nib.cpu.build import MOST_ROWS, Kernels, check_factor, kernels
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear in float32 on the CPU, by oneDNN where torch has it: twice as fast as MKL on an AMD processor."""
+    """F.linear in float32 on the CPU, with oneDNN if torch has it: twice as fast as MKL on an AMD processor."""
     check_factor(x, weight.shape[1])
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
@@ -25,7 +25,7 @@ def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RowsLinear(nn.Module):
-    """An nn.Linear in float32 on the CPU whose matrix (N, K) is read where it lies when few rows come."""
+    """A float32 nn.Linear on the CPU that uses kernels.c for few rows."""
 
     def __init__(self, native: Kernels, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class RowsLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put `make(layer)` in the place of every plain nn.Linear, one at a time: each old matrix is freed by then."""
+    """Replace every plain nn.Linear by `make(layer)`, one at a time; each old matrix is freed before the next."""
     for parent in model.modules():
         for name, child in parent.named_children():
             if type(child) is nn.Linear:  # a subclass may compute something else
@@ -45,7 +45,7 @@ def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) ->
 
 
 def pack_linears(model: nn.Module) -> bool:
-    """Let kernels.c do the products of a float32 model on the CPU, a tied head's included; whether it does now."""
+    """Use kernels.c for the linear layers of a float32 model on the CPU, with a tied head. Returns whether it does."""
     weight = next(model.parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or not (native := kernels()):
         return False

@@ -1,10 +1,10 @@
-"""How many threads a process computes with, on which cores, and how they wait for each other. torch is not imported.
+"""The number of threads of a process, the cores they run on, and how they wait for each other. Does not import torch.
 
-The number of threads can change how sums are rounded, so it follows from the hardware, the number of processes and the
-user's own OMP_NUM_THREADS, never from the load. What follows the load is where the threads run and how they wait,
-which changes no bit: libgomp's threads spin at every barrier, and on a core that something else uses, all of them
-spin until the kernel lets the last one run (measured: bench/NOTES.md). So while others use some of the cores, the
-threads keep to the rest, several on a core, and sleep instead of spinning.
+The number of threads can change how sums are rounded, so it depends on the hardware, the number of processes and the
+user's OMP_NUM_THREADS, never on the load. The load only decides where threads run and how they wait, which changes no
+result. libgomp's threads spin at every barrier: if one shares its core with another process, all others spin until the
+kernel runs it (measured: bench/NOTES.md). So while other processes use some cores, the threads move to the other cores,
+several on a core if needed, and sleep at barriers instead of spinning.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-PERIOD = 0.25  # seconds between two looks at the load
-LOST, GAINED = 0.35, 0.75  # cores' worth less or more than there are in use, at which their number changes
-BETTER = 0.3  # of a core, by which others must use the cores at hand more than another one before it is taken
+PERIOD = 0.25  # seconds between two measurements of the load
+LOST, GAINED = 0.35, 0.75  # free cores fewer or more than the number in use, at which that number changes
+BETTER = 0.3  # of a core: how much more loaded by others the cores in use must be than another core to move there
 BINDING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY")
 
 
 def choose_threads() -> None:
-    """Call this before torch is imported: it reads OMP_NUM_THREADS as it is loaded.
+    """Set OMP_NUM_THREADS. Call this before torch is imported, which reads it when it is loaded.
 
-    The variable is set where torch by itself would start more threads than this process has cores: with a CPU quota,
-    as a container has, and with several processes on the machine. A user's own value stays.
+    It is set where torch would start more threads than this process has cores: with a CPU quota, as in a container, and
+    with several processes on the machine. A value that the user has set stays.
     """
     global watch
     processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
@@ -43,7 +43,7 @@ def choose_threads() -> None:
 
 
 def torchrun_chose() -> bool:
-    """Whether OMP_NUM_THREADS is the 1 that torchrun sets when it was started without one."""
+    """Whether OMP_NUM_THREADS is the 1 that torchrun sets if the user has not set it."""
     with suppress(OSError):
         return not any(
             line.startswith(b"OMP_NUM_THREADS=")
@@ -53,7 +53,7 @@ def torchrun_chose() -> bool:
 
 
 def physical_cores() -> int:
-    """The cores that this process may run on; two threads of one core count once, as torch counts them."""
+    """The number of physical cores that this process may use, without hyperthreads, as torch counts them."""
     if not hasattr(os, "sched_getaffinity"):
         return os.cpu_count() or 1
     places = [Path(f"/sys/devices/system/cpu/cpu{cpu}/topology") for cpu in os.sched_getaffinity(0)]
@@ -63,7 +63,7 @@ def physical_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> float:
-    """The cores' worth of time that this process's control groups, of version 1 or 2, leave it; infinity without."""
+    """The CPU quota of this process's control groups (version 1 or 2), in cores; infinity if there is none."""
     limits = [math.inf]
     with suppress(OSError):
         for _, controllers, path in (line.split(":", 2) for line in membership.read_text().splitlines()):
@@ -87,14 +87,14 @@ def quota_of(group: Path, version: int) -> float:
 
 
 def can_move() -> bool:
-    """Whether the threads may be moved and be told not to spin: on Linux, unless the user has said how they do it."""
+    """Whether the threads may be moved and stopped from spinning: on Linux, unless the user has set that."""
     return (
         sys.platform == "linux" and os.access("/proc/stat", os.R_OK) and not any(name in os.environ for name in BINDING)
     )
 
 
 def usage(cores: Iterable[int]) -> tuple[float, float, dict[int, float]]:
-    """The time, this process's seconds of computing, and the seconds that each core was busy, all since some start."""
+    """The time, this process's CPU seconds, and each core's busy seconds, all since fixed starting points."""
     wanted, busy, tick = set(cores), {}, os.sysconf("SC_CLK_TCK")
     with open("/proc/stat") as file:
         for line in file:
@@ -106,9 +106,9 @@ def usage(cores: Iterable[int]) -> tuple[float, float, dict[int, float]]:
 
 
 def cores_to_use(busy: dict[int, float], own: float, taken: list[int], threads: int) -> list[int]:
-    """The cores to keep to, of those in `busy`, by what share of its time each was busy.
+    """The cores to use, out of those in `busy`, which gives the share of time that each was busy.
 
-    `own` is the cores' worth of it that this process used itself, on the cores `taken` until now.
+    `own` is this process's part of that, in cores, on the cores `taken` until now.
     """
     wanted = min(threads, len(busy))
     free = len(busy) - max(0.0, sum(busy.values()) - own)
@@ -121,15 +121,15 @@ def cores_to_use(busy: dict[int, float], own: float, taken: list[int], threads: 
         return list(busy)
     outside = sorted((core for core in busy if core not in taken), key=lambda core: busy[core])
     chosen = [*taken, *outside][:count]
-    crowd = sum(busy[core] for core in taken) - own  # on which of them is not known
-    # Two processes that find each other on one core must not both go to the same other one.
+    crowd = sum(busy[core] for core in taken) - own  # load of others on the taken cores together
+    # Random, since two processes on one core must not both move to the same other core.
     if outside and count <= len(taken) and crowd > busy[outside[0]] + BETTER and random.random() < 0.5:
         chosen[random.randrange(count)] = outside[0]
     return chosen
 
 
 class LoadWatch(threading.Thread):
-    """Looks at the load of this process's cores from time to time, and keeps its threads off those that others use."""
+    """Measures the load of this process's cores every PERIOD, and keeps its threads off cores that others use."""
 
     def __init__(self) -> None:
         super().__init__(name="load", daemon=True)
@@ -139,7 +139,7 @@ class LoadWatch(threading.Thread):
         self.sleepers: Sleepers | None = None
 
     def watch(self, threads: int) -> None:
-        """Begin, for so many threads; what was seen since this was made decides at once."""
+        """Start, for so many threads. The load since this object was made already counts."""
         self.threads = threads
         if threads > 1 and len(self.cores) > 1 and has_libgomp() and not self.is_alive():
             self.look()
@@ -163,14 +163,14 @@ class LoadWatch(threading.Thread):
         self.keep_to(cores_to_use(shares, (own - own_before) / seconds, self.by_nearness(), self.threads))
 
     def by_nearness(self) -> list[int]:
-        """The cores in use, that of the main thread first: the kernel has put it where there is room."""
+        """The cores in use, the main thread's first: the kernel has put it on a free core."""
         with suppress(OSError, ValueError):
             here = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[36])
             return sorted(self.taken, key=lambda core: core != here)
         return self.taken
 
     def keep_to(self, cores: list[int]) -> None:
-        """Have all threads of this process run on these cores, sleeping at barriers unless these are all."""
+        """Move all threads of this process to these cores. They sleep at barriers unless these are all its cores."""
         if set(cores) == set(self.taken):
             return
         self.taken = sorted(cores)
@@ -185,9 +185,9 @@ class LoadWatch(threading.Thread):
 
 
 class Sleepers:
-    """While it lives libgomp counts more threads than cores, and lets its threads sleep after a hundred looks.
+    """While this exists, libgomp counts more threads than cores, and so lets waiting threads sleep after 100 spins.
 
-    Its own count of spins cannot be changed once it is loaded. The threads added here never get any work.
+    Its spin count cannot be changed once it is loaded. The threads added here never get any work.
     """
 
     def __init__(self, cores: int) -> None:
@@ -208,7 +208,7 @@ class Sleepers:
 
 
 def has_libgomp() -> bool:
-    """Whether the OpenMP that torch has loaded is GNU's; LLVM's has some of its names too."""
+    """Whether torch has loaded GNU's OpenMP; LLVM's has some of the same symbols."""
     process = ctypes.CDLL(None)
     return all(hasattr(process, name) == (name[0] != "k") for name in ("GOMP_parallel", "kmp_set_blocktime"))
 
@@ -217,5 +217,5 @@ watch: LoadWatch | None = None  # made by choose_threads
 
 
 def free_threads(threads: int) -> int:
-    """How many of so many threads have a core now: for work whose bits do not depend on their number."""
+    """The number of threads that have a core now, for work whose result does not depend on it."""
     return threads if watch is None else min(threads, len(watch.taken))

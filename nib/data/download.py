@@ -50,14 +50,12 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
     if total is not None and size < total:
         raise RunError(f"cannot fetch {url}: the connection was cut. Check the network and run again")
     if expected_bytes is not None and size != expected_bytes:
-        raise InputError(
-            f"{url} has {counted(size, 'byte')}, not the {expected_bytes} it should have. Fetch it by hand"
-        )
+        raise InputError(f"{url} has {counted(size, 'byte')}, not the expected {expected_bytes}. Download it by hand")
     return size
 
 
 def url_path(url: str) -> Path:
-    """The path in a URL. Raises InputError for what is none."""
+    """The path in a URL. Raises InputError for an invalid URL."""
     try:
         return Path(urllib.parse.urlsplit(url).path)
     except ValueError as error:

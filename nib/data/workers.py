@@ -1,7 +1,7 @@
-"""Work in other processes.
+"""Worker processes.
 
-A worker process is started with pipes of its own and nothing else of the parent's: it works under any script,
-imports no torch, and ends by itself when the parent is gone, however that died.
+A worker shares nothing with its parent but two pipes: it works under any script, does not import torch, and ends by
+itself if the parent dies in any way.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _START = "import sys; sys.path[0] = sys.argv[1]; from nib.data.workers import se
 
 
 class Worker:
-    """A process that makes one object, `make(*arguments)`, and then calls it as often as it is asked to.
+    """A process that makes one object, `make(*arguments)`, and calls it once for each call of the Worker.
 
-    `make` is a class or function of a module of ours.
+    `make` is a class or function of a module of nib.
     """
 
     def __init__(self, make: Callable[..., Callable], *arguments: object) -> None:
-        # A session of its own: Ctrl-C at the terminal reaches the parent alone, which then ends its workers.
+        # Its own session: Ctrl-C in the terminal reaches only the parent, which then ends its workers.
         self.process = subprocess.Popen(
             [sys.executable, "-c", _START, str(_ROOT)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
@@ -39,7 +39,7 @@ class Worker:
         self.first: list[object] = [(make, arguments)]
 
     def __call__(self, *arguments: object) -> Any:
-        """Raises InputError as the object does, RunError when the process died."""
+        """Raises the object's InputError, or RunError if the process died."""
         assert self.process.stdin is not None and self.process.stdout is not None
         try:
             for message in [*self.first, arguments]:
@@ -48,9 +48,7 @@ class Worker:
             answer, error = pickle.load(self.process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             status = self.process.wait()
-            raise RunError(
-                f"a worker process died (status {status}), short of memory perhaps. Try --workers=1"
-            ) from None
+            raise RunError(f"a worker process died (status {status}), perhaps out of memory. Try --workers=1") from None
         if error is not None:
             raise InputError(error)
         return answer
@@ -69,10 +67,10 @@ def _send(pipe: IO[bytes], message: object) -> None:
 
 
 def serve() -> None:
-    """The worker process: what to make, then what to call it with, on standard input; answers on standard output."""
+    """Run the worker process: reads what to make and then arguments from stdin, writes answers to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
-    sys.stdout = sys.stderr  # a stray print must not get among the answers
+    sys.stdout = sys.stderr  # a print must not mix with the answers
     try:
         make, arguments = pickle.load(requests)
         function = make(*arguments)
@@ -83,19 +81,19 @@ def serve() -> None:
             except InputError as error:
                 answer = None, str(error)
             _send(answers, answer)
-    except (EOFError, BrokenPipeError):  # the parent is done, or gone; do not flush what it will not read
+    except (EOFError, BrokenPipeError):  # the parent has finished or died: exit without flushing
         os._exit(0)
-    except MemoryError:  # the parent says it, in one line
+    except MemoryError:  # the parent reports it in one line
         os._exit(1)
 
 
 def map_in_order(
     make: Callable[[Any], Callable], setting: object, items: Iterable[Any], count: int
 ) -> Generator[tuple[Any, Any], None, None]:
-    """Yield (item, `make(setting)(item)`) in the order of `items`, worked on by `count` processes.
+    """Yield (item, `make(setting)(item)`) in the order of `items`, computed by `count` processes.
 
-    With a `count` of 1 the work is done in this process. Only so many items are read ahead as keep all busy.
-    Raises the first item's error, in order; close the generator to end the processes.
+    With a `count` of 1 the work is done in this process. Only enough items to keep all processes busy are read ahead.
+    Raises the error of the first failing item; close the generator to end the processes.
     """
     if count == 1:
         function = make(setting)

@@ -1,10 +1,10 @@
-"""Writing with CUDA graphs: one step of all rows is compiled, recorded once, and replayed for every token.
+"""Generation with CUDA graphs: one step of all rows is compiled, recorded once, and replayed for every token.
 
-A GPU does a small model's step faster than Python can ask for it, kernel by kernel. So a step here is the same work
-on the same memory every time: from the rows' newest tokens to the next ones, with a cache of fixed size, nothing of
-which the host has to see. It reads the tokens one step late, and decodes and prints them while the next step runs.
+A GPU finishes the kernels of a small model faster than Python can launch them. So a step here does the same work on the
+same memory every time: from the rows' newest tokens to the next ones, with a cache of fixed size and without the host.
+The host reads the tokens one step late, and decodes and prints them while the next step runs.
 
-What is written is what nib.generation.engine writes, up to the rounding of fused kernels. Letters as in model.py.
+The text is that of nib.generation.engine, up to the rounding of fused kernels. Letters as in model.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ SHORTEST = 256  # positions of the shortest cache
 
 
 def static_length(room: int, block_size: int) -> int:
-    """Positions for a cache that must hold `room`: a power of two up to block_size, so that few are ever compiled."""
+    """The length of a cache for `room` positions: a power of two up to block_size, so that few shapes are compiled."""
     return min(block_size, max(SHORTEST, 1 << (room - 1).bit_length()))
 
 
 class Step:
-    """Shows the model each row's newest token and puts the next one in its place, all at fixed addresses.
+    """Runs the model on each row's newest token and replaces it by the next one, all at fixed addresses.
 
-    Making it runs the step on empty rows, to compile it, so fill them afterwards. On CUDA `run` replays a recording.
+    The constructor runs the step once on empty rows to compile it, so fill them afterwards. On CUDA `run` replays a
+    CUDA graph.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Step:
         self.seen: Tensor | None = None
         if settings.repetition_penalty != 1:
             self.seen = torch.zeros(B, vocab_size, dtype=torch.bool, device=device)
-        # torch compiles 8 shapes in a process, which may be asked for many. A graph break would put Python back into
-        # the step, so it is an error.
+        # torch's limit is 8 compiled shapes; a process may need more. fullgraph: a graph break is an error, since it
+        # would run Python within a step.
         torch._dynamo.config.cache_size_limit = torch._dynamo.config.accumulated_cache_size_limit
         self.run: Callable[[], None] = torch.compile(self.forward, fullgraph=True, dynamic=False, **compiling)
         self.compile()
@@ -56,12 +57,12 @@ class Step:
             self.run = recorded(self.run)
 
     def compile(self) -> None:
-        """Run the step once. Raises RunError where torch cannot compile it, for want of a C compiler for example."""
+        """Run the step once. Raises RunError if torch cannot compile it, for example without a C compiler."""
         from torch._dynamo.exc import TorchDynamoException, Unsupported
 
         try:
             self.run()
-        except Unsupported:  # a graph break, so a bug, which keeps its traceback
+        except Unsupported:  # a graph break is a bug and keeps its traceback
             raise
         except TorchDynamoException as error:
             reason = " ".join(str(error).strip().split("\n")[:2])
@@ -76,31 +77,31 @@ class Step:
 
 
 def recorded(run: Callable[[], None]) -> Callable[[], None]:
-    """`run`, which is compiled by now, as one CUDA graph; recording wants it to have run on a side stream before."""
+    """Record the compiled `run` as one CUDA graph, after the warm-up on a side stream that recording needs."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # an operation that waits for the device raises here
+    with torch.cuda.graph(graph):  # an operation that synchronises raises an error here
         run()
     return graph.replay
 
 
 class CompiledRows(Rows):
-    """Rows whose steps are queued one ahead of what the host has read.
+    """Rows whose steps are queued one ahead of the tokens that the host has read.
 
-    The batch keeps its size, which is compiled in. What a finished row goes on to write is thrown away, and so is the
-    step that was queued before a row's last token was known for it.
+    The batch size is compiled in, so it stays constant. Tokens of finished rows are discarded, also those of a step
+    that was queued before the host knew that a row was finished.
     """
 
     ahead = True
-    # How the step is compiled. With this, torch makes products of one row without a bias fused sums (its decomposition
-    # of mm), which read int8 as int8.
+    # With this option torch compiles a matmul of one row without a bias into a fused reduction (its decomposition of
+    # mm), which reads int8 weights as int8.
     compiling: ClassVar[dict[str, Any]] = dict(options={"coordinate_descent_tuning": True})
 
-    @torch.no_grad()  # here not inference mode, whose tensors torch.compile treats apart
+    @torch.no_grad()  # not inference mode: torch.compile treats inference tensors differently
     def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
         super().__init__(model, samples, settings)
         self.unread: deque[Copied] = deque()  # tokens on their way to the host
@@ -116,11 +117,11 @@ class CompiledRows(Rows):
         self.fetch()
 
     def draw(self) -> None:
-        """Give the step each row's next uniform number; those of DRAWN steps come to the device at once."""
+        """Copy each row's next uniform number into the step's buffer."""
         self.step.uniforms.copy_(self.next_uniforms())
 
     def fetch(self) -> None:
-        """Have the step's tokens copied to the host, without waiting for them; the next step overwrites them."""
+        """Start an asynchronous copy of the step's tokens to the host, before the next step overwrites them."""
         self.unread.append(Copied(self.step.tokens))
 
     def queue(self) -> None:
@@ -129,14 +130,14 @@ class CompiledRows(Rows):
         self.fetch()
 
     def runs_on(self) -> bool:
-        """Whether the token that is not read yet can be shown to the model as it is, and is not the last."""
+        """Whether a step may be queued before the newest tokens are read: not all are last, and no context is full."""
         going_on = [row for row, sample in enumerate(self.samples) if not sample.finish_reason]
         last = all(len(self.samples[row].tokens) + 1 == self.samples[row].max_new_tokens for row in going_on)
         return not last and all(len(self.contexts[row]) < self.block_size for row in going_on)
 
     @torch.no_grad()
     def choose(self) -> list[int | None]:
-        """Queue the step after the next tokens, then wait for those; a finished row has none."""
+        """Queue the next step if possible, then wait for the tokens of the current one; a finished row has none."""
         if not self.unread:
             self.queue()
         if self.runs_on():
@@ -150,6 +151,6 @@ class CompiledRows(Rows):
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Follow the rows on the host; one whose context is full is filled anew, which no queued step has passed."""
+        """Update the contexts on the host, and refill rows whose context is full. No step is queued beyond these."""
         if full := self.slide():
             self.refill(full)

@@ -23,11 +23,11 @@ from nib.generation.request import Sample, SamplingSettings, make_samples
 from nib.generation.sampling import choose, row_generator
 from nib.tokenizer.tokenizer import Tokenizer
 
-DRAWN = 256  # uniform numbers that are drawn, and moved to the device, at a time
+DRAWN = 256  # uniform numbers per row that are drawn and moved to the device at a time
 
 
 class LanguageModel(Protocol):
-    """What generation needs of model.GPT."""
+    """The part of model.GPT that generation uses."""
 
     config: Any
     training: bool
@@ -44,8 +44,8 @@ def generate_text(
 ) -> list[Sample]:
     """The finished samples of all prompts, `num_samples` of each, prompt by prompt.
 
-    Leaves torch's random state and the model's mode as they were. Raises InputError for a prompt that the
-    tokenizer cannot encode and RunError for a model whose logits are not finite.
+    Does not change torch's random state or the model's mode. Raises InputError for a prompt that the tokenizer cannot
+    encode, RunError if the model's logits are not finite.
     """
     samples = make_samples(prompts, tokenizer, settings, model.config.vocab_size)
     for _ in stream_text(model, samples, settings):
@@ -56,7 +56,7 @@ def generate_text(
 def stream_text(
     model: LanguageModel, samples: list[Sample], settings: SamplingSettings, make_rows: Any = None
 ) -> Iterator[tuple[Sample, str]]:
-    """Write all samples at once, and yield each with its new text token by token, until all are finished.
+    """Generate all samples as one batch; yield (sample, new text) for each token until all are finished.
 
     `make_rows` is Rows, or nib.generation.cuda_graph.CompiledRows.
     """
@@ -91,18 +91,18 @@ def stream_text(
 
 
 class Rows:
-    """The samples being written, one row each: what the model sees of it, its cache and its random numbers."""
+    """The samples being generated, one row each: the tokens that the model sees, the cache and the random numbers."""
 
-    ahead = False  # whether the model works while what it wrote is read, so that this takes none of its time
+    ahead = False  # whether the next step runs on the device while the caller handles the tokens
 
     @torch.inference_mode()
     def __init__(self, model: LanguageModel, samples: list[Sample], settings: SamplingSettings) -> None:
         self.model, self.samples, self.settings = model, samples, settings
         self.block_size: int = model.config.block_size
         self.device = next(iter(model.parameters())).device
-        # The model's vocabulary may be padded to a round number; what is beyond the tokenizer's is never written.
+        # The model's vocabulary may be padded to a round number; ids beyond the tokenizer's are never generated.
         self.vocab_size = min(model.config.vocab_size, samples[0].tokenizer.vocab_size)
-        # Each prompt is computed once, and then branched into its samples.
+        # Each prompt is computed once, and its cache row is copied for each sample.
         contexts: list[list[int]] = []
         branch = []
         for sample in samples:
@@ -121,9 +121,9 @@ class Rows:
             row_generator(settings.seed, sample.number, context)
             for sample, context in zip(samples, self.contexts, strict=True)
         ]
-        self.uniforms = torch.empty(len(samples), 0, device=self.device)  # (B, DRAWN), once some are drawn
-        self.drawn = 0  # how many of them every row has used
-        self.new: list[int | None] = []  # each row's newest token; a row that is finished may have none
+        self.uniforms = torch.empty(len(samples), 0, device=self.device)  # (B, DRAWN) after the first draw
+        self.drawn = 0  # how many of them each row has used
+        self.new: list[int | None] = []  # each row's newest token; a finished row may have None
         if self.cache is not None and branch != list(range(len(contexts))):
             self.cache = take_rows(self.cache, branch)
         self.seen = None
@@ -133,7 +133,7 @@ class Rows:
                 self.seen[row, context] = True
 
     def new_cache(self, rows: int, room: int) -> Any:
-        """A cache in the dtype that the model computes in: its weights', or with FSDP the one that place() chose."""
+        """A cache in the dtype of the model's computation: the weights' dtype, or with FSDP model.compute_dtype."""
         cache = self.model.make_cache(rows, room)
         cache.memory = cache.memory.to(getattr(self.model, "compute_dtype", cache.memory.dtype))
         return cache
@@ -153,21 +153,21 @@ class Rows:
         return self.last_logits(contexts, self.cache)
 
     def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
-        """The logits (B, V) after each of the contexts; those of the positions before are not computed."""
+        """The logits (B, V) after each context, computed only at its last position."""
         x = self.encode(contexts, cache)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
         return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, : self.vocab_size]
 
     @torch.inference_mode()
     def choose(self) -> list[int | None]:
-        """Draw each row's next token. Reading them here is the one wait for the device in a step."""
+        """Draw each row's next token. Reading them is the only synchronisation with the device in a step."""
         self.new = choose(self.logits, self.next_uniforms(), self.settings, self.seen).tolist()
         if self.settings.top_logprobs:
             self.record(self.settings.top_logprobs)
         return self.new
 
     def record(self, count: int) -> None:
-        """Note with each sample how probable the model found its new token, and the `count` most probable ones."""
+        """Store with each sample the log-probability of its new token, and the `count` most probable tokens."""
         log_probs = self.logits.float().log_softmax(-1)  # (B, V)
         values, ids = log_probs.topk(min(count, log_probs.shape[-1]))
         for row, (sample, token) in enumerate(zip(self.samples, self.new, strict=True)):
@@ -175,7 +175,7 @@ class Rows:
             sample.logprobs.append((float(log_probs[row, token]), best))
 
     def next_uniforms(self) -> Tensor:
-        """The next uniform number (B,) of every row; those of DRAWN steps are drawn at once."""
+        """The next uniform number (B,) of every row; the numbers for DRAWN steps are drawn together."""
         if self.drawn == self.uniforms.shape[1]:
             more = np.stack([generator.random(DRAWN, dtype=np.float32) for generator in self.random])
             self.uniforms, self.drawn = torch.from_numpy(more).to(self.device), 0
@@ -184,7 +184,7 @@ class Rows:
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
-        """Go on with these rows only; the model has not seen their newest tokens yet."""
+        """Keep only these rows; the model has not seen their newest tokens yet."""
         if len(rows) == len(self.samples):
             return
         for name in ("samples", "random", "contexts", "new"):
@@ -196,7 +196,7 @@ class Rows:
 
     @torch.inference_mode()
     def advance(self) -> None:
-        """Show the model each row's newest token, and take the logits that follow it."""
+        """Run the model on each row's newest token, and store the logits after it."""
         full = self.slide()
         newest = torch.tensor(self.new, device=self.device)[:, None]  # (B, 1)
         if self.seen is not None:
@@ -210,7 +210,7 @@ class Rows:
         self.logits = self.model.logits(x[:, 0])[:, : self.vocab_size]
 
     def slide(self) -> list[int]:
-        """Take the new tokens into the contexts; returns the rows that were full and now show their newer half."""
+        """Append the new tokens to the contexts; returns the rows that were full and now keep only their newer half."""
         full = []
         for row, (context, new) in enumerate(zip(self.contexts, self.new, strict=True)):
             if new is not None:
@@ -221,10 +221,10 @@ class Rows:
         return full
 
     def refill(self, rows: list[int]) -> None:
-        """Fill the cache of these rows anew with their contexts, which have become shorter, but the newest token."""
+        """Refill the cache of these rows with their shortened contexts, without the newest token."""
         contexts = [self.contexts[row][:-1] for row in rows]
         filled = self.new_cache(len(rows), len(contexts[0]))
-        if contexts[0]:  # where block_size is 1 or 2 the newest token is all there is
+        if contexts[0]:  # with block_size 1 or 2 there is only the newest token
             self.encode(contexts, filled)
         self.put_rows(rows, filled)
 
@@ -237,7 +237,7 @@ class Rows:
 
 
 def take_rows(cache: Any, rows: list[int]) -> Any:
-    """A new cache with copies of these rows; a row may be named several times, to branch from it."""
+    """A new cache with copies of these rows; a row may be given several times."""
     taken = copy.copy(cache)
     taken.lengths = [cache.lengths[row] for row in rows]
     taken.memory = cache.memory[:, :, torch.tensor(rows, device=cache.memory.device)]

@@ -1,4 +1,4 @@
-"""How probable a model finds whole texts, and which of several endings it prefers."""
+"""Score texts (log-likelihood under a model) and multiple-choice questions."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ class TextScore:
 
 @dataclass
 class Window:
-    """A stretch of at most context + 1 ids, of which those from `first` on are predicted from all before them."""
+    """At most context + 1 consecutive ids; those from index `first` on are predicted from all before them."""
 
     ids: list[int]
     first: int
 
 
 def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
-    """Windows that predict each id but the first once, each from at least context - stride ids where there are any."""
+    """Windows that predict each id except the first once, from at least context - stride ids if there are so many."""
     done = 1
     for begin in range(0, max(0, len(ids) - 1), stride):
         end = min(begin + context + 1, len(ids))
@@ -77,7 +77,7 @@ def windows(ids: list[int], context: int, stride: int) -> Iterator[Window]:
 
 def token_log_probs(model: Any, group: list[Window]) -> list[list[float]]:
     """The log-probability in nats of each predicted id of each window."""
-    width = max(2, *(len(window.ids) for window in group)) - 1  # of a single id nothing is predicted
+    width = max(2, *(len(window.ids) for window in group)) - 1  # at least 1, also for windows of a single id
     inputs, targets = torch.zeros(len(group), width, dtype=torch.int64), torch.full((len(group), width), -1)
     for number, window in enumerate(group):
         size = len(window.ids) - 1
@@ -113,10 +113,10 @@ def score_texts(
     model: Any, tokenizer: Tokenizer, texts: Iterable[list[int]], *, context: int, stride: int, batch: int,
     max_tokens: int = 0, each: Callable[[int, float], None] | None = None,
 ) -> TextScore:  # fmt: skip
-    """Score texts, given as ids without end of text, each by itself, up to `max_tokens` of them all (0: no limit).
+    """Score texts (ids without end-of-text), each separately, up to `max_tokens` tokens in total (0: no limit).
 
-    The first id is predicted from what stands before a text, mostly end of text; where tokenizer or model have no such
-    id, it and its bytes are left out. `each` is called with every predicted id and its surprise, in their order.
+    The first id is predicted from the begin-of-text id, mostly end-of-text. If the tokenizer or model has none, the
+    first id and its bytes do not count. `each` is called with every predicted id and its surprise, in order.
     """
     score, lengths, known = TextScore(), tokenizer.byte_lengths(), model.config.vocab_size
     begin, is_added = begin_of_text(tokenizer)
@@ -145,14 +145,14 @@ def score_conversations(
     model: Any, tokenizer: Tokenizer, dataset: Dataset, *, context: int, batch: int, max_tokens: int = 0,
     each: Callable[[int, float], None] | None = None,
 ) -> TextScore:  # fmt: skip
-    """Score the learned tokens of the conversations of the validation split, as score_texts does with texts.
+    """Score the learned tokens of the validation split's conversations, as `score_texts` scores texts.
 
-    Each is cut at `context`, as in training. Raises InputError for a dataset of another tokenizer.
+    Each conversation is truncated to `context`, as in training. Raises InputError for a dataset of another tokenizer.
     """
     if (dataset.tokenizer.token_bytes, dataset.tokenizer.special_tokens) != (
         tokenizer.token_bytes, tokenizer.special_tokens
     ):  # fmt: skip
-        what = f"the conversations of {dataset.directory} are in the ids of another tokenizer than the model's"
+        what = f"the conversations of {dataset.directory} were prepared with another tokenizer than the model's"
         raise InputError(f"{what}. Prepare them with --tokenizer=RUN or HF_DIR, the model")
     score, lengths = TextScore(), tokenizer.byte_lengths()
     sequences = ValidationConversations(dataset.val, context, max_tokens)
@@ -186,7 +186,7 @@ def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list
     for part in read_parts(sources, field):
         text, _, fault = part_text(part, field, "skip")
         if fault:
-            how = "Mend it, or prepare the text with prepare_data.py --invalid=skip and give the name of that dataset"
+            how = "Correct it, or prepare the text with prepare_data.py --invalid=skip and give that dataset"
             raise InputError(f"{fault}. {how}")
         pieces.append(text)
         if part.last:
@@ -196,9 +196,9 @@ def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list
 
 
 def read_choices(path: Path) -> list[dict[str, Any]] | None:
-    """The questions of a file of JSON, {"context": ..., "endings": [...], "label": ...} a row; None for other files.
+    """The questions of a JSON file, {"context": ..., "endings": [...], "label": ...} in each row; None for other files.
 
-    Raises InputError for a file that begins with such a row and goes on with another.
+    Raises InputError if the first row is a question and a later row is not.
     """
     sources = find_sources([str(path)], "auto", "", path, spool=False)
     if sources[0].format not in ("jsonl", "json"):
@@ -215,7 +215,7 @@ def read_choices(path: Path) -> list[dict[str, Any]] | None:
             shape = '{"context": TEXT, "endings": [TEXT, ...], "label": NUMBER}'
             raise InputError(f"{part.where}: not {shape}. Mend it")
         if halves := re.findall("[\ud800-\udfff]", "".join([question["context"], *question["endings"]])):
-            raise InputError(f"{part.where}: U+{ord(halves[0]):04X} is half a character. Mend it")
+            raise InputError(f"{part.where}: U+{ord(halves[0]):04X} is a lone surrogate. Correct it")
         questions.append(question)
     return questions or None
 
@@ -224,7 +224,7 @@ def as_question(row: Any) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         return None
     context, endings, label = row.get("context", row.get("ctx")), row.get("endings"), row.get("label")
-    if isinstance(label, str) and label.isdecimal() and len(label) < 10:  # of over 4300 digits int makes an error
+    if isinstance(label, str) and label.isdecimal() and len(label) < 10:  # int() fails on over 4300 digits
         label = int(label)
     if not isinstance(context, str) or not isinstance(endings, list) or type(label) is not int:
         return None
@@ -263,7 +263,7 @@ def score_choices(model: Any, tokenizer: Tokenizer, questions: list[dict[str, An
 
 
 def ending_window(tokenizer: Tokenizer, context: str, ending: str, block_size: int, known: int) -> Window:
-    """The ids of context and ending, the ending's to be predicted; what does not fit is cut off in front."""
+    """The ids of context and ending, of which the ending's are predicted; truncated at the left if too long."""
     joined = ending if not context or context[-1].isspace() or ending[0].isspace() else " " + ending
     stem = context.rstrip()  # a token may hold the space and the word after it
     before, whole = tokenizer.encode(stem), tokenizer.encode(stem + context[len(stem) :] + joined)

@@ -14,22 +14,22 @@ from nib.common.device import pick_dtype
 from nib.training.distributed import like, whole
 from nib.training.lora import MARK
 
-# Newton-Schulz coefficients tuned for a steep start at zero, so that five steps bring all singular values near 1:
+# Newton-Schulz coefficients with a large slope at zero, so that five steps bring all singular values near 1:
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
-# So many elements at least are updated together by Muon: 64 MB; four times as many where a small product leaves most
-# of a GPU idle.
+# Muon updates at least so many elements together (64 MB); on a GPU four times as many, since small matmuls leave it
+# mostly idle.
 ENOUGH = 2**24
 
-# From this many rows on, a CPU is faster with one product after the other than with MKL's batched ones, on one
-# thread or two (bench/NOTES.md).
+# From this many rows on, single matmuls are faster on a CPU than MKL's batched ones, on one or two threads
+# (bench/NOTES.md).
 SINGLE_ROWS = 128
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, roughly, of each of `matrices` (K, rows, columns); a GPU takes 16 bits.
+    """Approximately the nearest semi-orthogonal matrix to each of `matrices` (K, rows, columns); in 16 bits on a GPU.
 
     Newton-Schulz iteration: singular values end between about 0.7 and 1.2, which trains as well as exactly 1.
     """
@@ -38,7 +38,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(pick_dtype("auto", x.device))  # not before: gradients may be too small for float16
+    x = x.to(pick_dtype("auto", x.device))  # after normalising: gradients may be too small for float16
     if x.device.type == "cpu" and x.shape[-2] >= SINGLE_ROWS:
         x = torch.stack([orthogonalise_one(each, steps) for each in x])
     else:
@@ -49,11 +49,11 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def orthogonalise_one(x: Tensor, steps: int) -> Tensor:
-    """The same iteration of one x (rows <= columns) of norm 1, by products of two matrices, which go to oneDNN.
+    """The same iteration for one x (rows <= columns) of norm 1, with single matmuls, for which oneDNN is used.
 
-    Every step multiplies x by a polynomial P of its Gram matrix G, which thereby becomes P G P. So where x is wide,
-    all P are multiplied first, small and square, and then with x: 17 rows^3 + 2 rows^2 columns multiplications in
-    five steps, against 5 rows^3 + 10 rows^2 columns. Squaring x costs digits, too many for bfloat16.
+    Every step multiplies x by a polynomial P of its Gram matrix G, which becomes P G P. So if x is wide, the small
+    square matrices P are multiplied first, and then with x: 17 rows^3 + 2 rows^2 columns multiplications in five steps,
+    instead of 5 rows^3 + 10 rows^2 columns. Squaring x loses precision, too much for bfloat16.
     """
     a, b, c = NEWTON_SCHULZ
     rows, columns = x.shape
@@ -72,9 +72,9 @@ def orthogonalise_one(x: Tensor, steps: int) -> Tensor:
 
 
 class UncompiledOptimizer(torch.optim.Optimizer):
-    """An optimizer that does without torch's compiler, whose import takes about as long as that of torch itself.
+    """An optimizer that does not import torch's compiler, which takes about as long as importing torch itself.
 
-    torch marks these methods as not to be compiled, and loads the compiler for that when one of them is first called.
+    torch decorates these methods so that they are not compiled, and imports the compiler when one is first called.
     """
 
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
@@ -92,12 +92,11 @@ class AdamW(UncompiledOptimizer, torch.optim.AdamW):
 class Muon(UncompiledOptimizer):
     """Momentum, then the update replaced by the nearest semi-orthogonal matrix (Jordan 2024).
 
-    The update of a matrix is scaled by sqrt(max(1, rows / columns)), decay is decoupled and multiplied by the
-    learning rate. `parts` gives the row counts by which a parameter that holds several matrices one above the
-    other (queries, keys and values) is cut before each is orthogonalised by itself. With several processes each
-    orthogonalises its share of them and they exchange the results; parameters sharded by FSDP are put together for
-    that, a few at a time. As with torch's fused optimizers, a tensor `found_inf` of 1 makes a step change nothing
-    without a wait for the device.
+    The update of a matrix is scaled by sqrt(max(1, rows / columns)). Weight decay is decoupled and multiplied by the
+    learning rate. `parts` gives the row counts of parameters that hold several concatenated matrices (queries, keys and
+    values), each of which is orthogonalised separately. With several processes each orthogonalises its share, and they
+    exchange the results; parameters sharded by FSDP are gathered for that, a few at a time. As in torch's fused
+    optimizers, a tensor `found_inf` of 1 makes a step change nothing, without synchronisation.
     """
 
     found_inf: Tensor | None = None
@@ -116,13 +115,13 @@ class Muon(UncompiledOptimizer):
                 self._update(parameters, group)
 
     def _update(self, parameters: Any, group: dict[str, Any]) -> None:
-        """Operations on lists, each of which a GPU does in few kernels."""
+        """Update with operations on lists of tensors, which take few kernels on a GPU."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers, skip = [self.state[parameter]["momentum_buffer"] for parameter in parameters], self.found_inf
         updates: Any = [parameter.grad for parameter in parameters]
-        if skip is not None:  # then NaN, which no factor makes 0, goes nowhere
+        if skip is not None:  # select, since 0 times NaN would be NaN
             stays = skip > 0
             updates = [torch.where(stays, *each) for each in zip(buffers, updates, strict=True)]
         torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
@@ -146,9 +145,10 @@ class Muon(UncompiledOptimizer):
 
 
 def portions(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Those with a gradient, cut into runs just long enough to give every process work.
+    """The parameters with a gradient, in portions just large enough to give every process work.
 
-    Not all at once: while a run is updated its matrices are in memory twice more, and sharded ones whole.
+    Not all at once: while a portion is updated, two more copies of its matrices are in memory, and sharded ones are
+    gathered.
     """
     portion: list[nn.Parameter] = []
     for parameter in parameters:
@@ -167,7 +167,7 @@ def processes() -> int:
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalise` of matrices of any shapes, those of the same shape together; in the dtype of the matrices."""
+    """`orthogonalise` for matrices of any shapes, batched by shape; the results have the dtype of the matrices."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
@@ -180,7 +180,7 @@ def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
-    """`orthogonalise_all` of what all processes hold, each doing its share of the work and sending it to the others."""
+    """`orthogonalise_all` for matrices that all processes hold: each computes its share and sends it to the others."""
     world = processes()
     if world == 1:
         return orthogonalise_all(matrices)
@@ -193,7 +193,7 @@ def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
     if mine:
         torch.cat([matrix.flatten() for matrix in mine], out=sent[: sum(matrix.numel() for matrix in mine)])
     everyone = [torch.empty_like(sent) for _ in range(world)]
-    dist.all_gather(everyone, sent)  # one exchange: each costs a wait for the slowest process
+    dist.all_gather(everyone, sent)  # one exchange only, since each waits for the slowest process
     done = list(matrices)
     for share, sizes, results in zip(shares, lengths, everyone, strict=True):
         for i, result in zip(share, results[: sum(sizes)].to(dtype).split(sizes), strict=True):
@@ -205,10 +205,10 @@ def make_optimizers(
     model: nn.Module, *, kind: str, learning_rate: float, muon_learning_rate: float, weight_decay: float,
     betas: tuple[float, float], muon_momentum: float = 0.95, fused: bool = True,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
-    """The optimizers of `model`, each of whose groups carries its peak rate as `peak_lr`.
+    """The optimizers of `model`; each parameter group has its peak learning rate as `peak_lr`.
 
-    Decay falls on matrices only (two dimensions or more). Under "muon" the matrices inside the blocks go to Muon, but
-    never those of an adapter: B A is what would have to be orthogonal, and starts from 0.
+    Weight decay applies only to matrices (two dimensions or more). With "muon", Muon updates the matrices in the
+    blocks, except those of an adapter: there the product B A would have to be orthogonalised, and it starts at 0.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = [(name, p) for name, p in named if name.startswith("blocks.") and MARK not in name]
@@ -232,7 +232,7 @@ def make_optimizers(
 
 
 def stacked_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
-    """Row counts of the matrices that one parameter holds: queries, keys, values; gate and input of swiglu."""
+    """The row counts of parameters that hold several matrices: queries, keys and values; gate and up of swiglu."""
     parts: dict[nn.Parameter, list[int]] = {}
     config: Any = model.config
     for name, parameter in model.named_parameters():

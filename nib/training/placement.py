@@ -17,21 +17,21 @@ from nib.training.report import Reporter
 from nib.training.settings import TrainSettings
 from nib.training.step import exchanging
 
-# Larger micro-batches are no faster on a CPU, only larger. In tokens x width x layers; about 17 such numbers are kept
-# for the backward pass, so this is 1 GB, or one sequence of GPT-2's.
+# The largest useful micro-batch on a CPU, in tokens x width x layers. About 17 such numbers are kept for the backward
+# pass, so this is 1 GB, or one sequence of GPT-2. Larger micro-batches are not faster.
 CPU_ACTIVATIONS = 2**24
-# A GPU should be busy with that many tokens (not measured); beyond, the loss unrolls into more and more chunks.
+# So many tokens should keep a GPU busy (not measured). With more, the loss unrolls into more chunks.
 GPU_TOKENS = 2**16
-# Tensor cores want whole tiles: nanoGPT's author saw GPT-2's vocabulary of 50257 cost a quarter of a step's speed.
+# Tensor cores need whole tiles: nanoGPT's author measured a quarter less speed with GPT-2's vocabulary of 50257.
 GPU_VOCAB_MULTIPLE = 64
-# Lengths of conversations in a batch: each is compiled for. torch gives up at the ninth.
+# The number of different widths of conversation batches: torch.compile compiles each, and stops at the ninth.
 COMPILED_WIDTHS = 8
 
 
 def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> list[int]:
-    """The micro-batch sizes that split one process's share of the batch evenly, largest first; one where it is set.
+    """The micro-batch sizes that split one process's share of the batch evenly, largest first; only one if it is set.
 
-    Raises InputError for a split that does not come out even.
+    Raises InputError if the split is not even.
     """
     if batch_size % world:
         near = max(1, round(batch_size / world)) * world
@@ -50,9 +50,9 @@ def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> lis
 
 
 def place(model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster) -> nn.Module:
-    """The model on its device: whole, or with parallel=fsdp sharded over the processes (arXiv 2304.11277).
+    """Move the model to its device; with parallel=fsdp it is sharded over the processes (arXiv 2304.11277).
 
-    Blocks go to the device one by one, so that no device ever holds the whole model.
+    With FSDP, blocks are moved one by one, so that no device ever holds the whole model.
     """
     set_limits(model, settings, cluster.device)
     if settings.parallel == "ddp" or cluster.world == 1:
@@ -69,14 +69,14 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     for block in model.blocks:  # type: ignore[union-attr]
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    model.compute_dtype = precision.dtype  # type: ignore[assignment]  # of the keys and values that sampling caches
+    model.compute_dtype = precision.dtype  # type: ignore[assignment]  # of the KV cache in sampling
     for method in ("hidden", "logits"):
         register_fsdp_forward_method(model, method)
     return model
 
 
 def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> None:
-    """Tell the model what it may keep in memory on the device."""
+    """Set the model's memory limits for the device."""
     model.activation_checkpointing = settings.activation_checkpointing
     if device.type == "cuda":
         model.max_logits, model.vocab_multiple = 0, GPU_VOCAB_MULTIPLE
@@ -90,10 +90,10 @@ def fit_to_device(
     report: Reporter,
     rows: int = 1,
 ) -> tuple[int, nn.Module]:
-    """The micro-batch size of a process, and the model ready to train: wrapped in DDP, compiled where asked.
+    """The micro-batch size of a process, and the model ready to train: wrapped in DDP, and compiled if asked.
 
-    A sequence of the batch has so many `rows`. An automatic size is the largest that trial passes, uncompiled and then
-    compiled, have memory for, up to one that is known to be large enough. Raises RunError when not even one fits.
+    Each sequence of the batch has `rows` rows. An automatic size is the largest for which trial passes, uncompiled and
+    then compiled, fit into memory, up to the largest useful size. Raises RunError if the smallest does not fit.
     """
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     local = sizes[0]
@@ -101,7 +101,7 @@ def fit_to_device(
         sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
 
     def most(ready: nn.Module) -> tuple[int, Exception | None]:
-        """The largest of `sizes` that fits, and what else went wrong, also in another process."""
+        """The largest of `sizes` that fits on all processes, and any other error, also of another process."""
         for size in sizes:
             failure = trial(ready, model, rows * size, settings.block_size, precision, accumulates=size < local)
             out_of_memory = failure is not None and is_out_of_memory(failure)
@@ -114,7 +114,7 @@ def fit_to_device(
 
     ready: nn.Module = model
     if cluster.world > 1 and settings.parallel == "ddp":
-        # Buffers are tables that never change. Newer releases of torch have another name for not sending them around.
+        # Buffers are constant tables, so they need no broadcast. Newer torch has another name for this option.
         known = inspect.signature(DistributedDataParallel).parameters
         buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         options: dict[str, Any] = {"gradient_as_bucket_view": True, buffers: False}
@@ -124,8 +124,8 @@ def fit_to_device(
         raise failure
     if is_compiled(settings, cluster.device):
         sizes = sizes[sizes.index(size) :]
-        # For this shape alone: torch's kernels for any shape are slower. DDP's buckets become a graph each, whose
-        # gradients are exchanged while the next ones are computed.
+        # Not dynamic: kernels for any shape are slower. Each DDP bucket becomes one graph, so that its gradients are
+        # exchanged while the next ones are computed.
         compiled: Any = torch.compile(ready, dynamic=False)
         fits, failure = most(compiled)
         if failure is None:
@@ -140,7 +140,7 @@ def is_compiled(settings: TrainSettings, device: torch.device) -> bool:
 
 
 def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.device) -> list[int]:
-    """Those of the sizes, largest first, that are not larger than pays; the smallest where all are."""
+    """The sizes, largest first, without those that are larger than useful; the smallest one if all are."""
     if device.type == "cpu":
         most = CPU_ACTIVATIONS // (block_size * shape.n_embd * shape.n_layer)
     else:
@@ -151,12 +151,12 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 def trial(
     ready: nn.Module, model: Any, size: int, block_size: int, precision: Precision, accumulates: bool
 ) -> Exception | None:
-    """A forward and backward pass whose result is thrown away, beside as much memory as AdamW's state will take.
+    """A forward and backward pass whose result is discarded, with as much memory allocated as AdamW's state will take.
 
-    Where a step accumulates gradients, beside those too, which FSDP holds whole until it exchanges them. What a pass
-    leaves in a model's buffers, as running means, is taken back: a resumed run must not see it.
+    If a step accumulates gradients, memory for them is allocated too: FSDP holds them unsharded until the exchange. The
+    model's buffers, such as running means, are restored, so that the trial does not change the run.
 
-    Returns the error it ended in, if it did, without the frames that hold memory where that was what it lacked.
+    Returns the error of the pass, if any; without its traceback, which would hold memory, if memory ran out.
     """
     device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
@@ -165,7 +165,7 @@ def trial(
         if accumulates:
             room += [torch.empty(parameter.shape, device=device) for parameter in trained]
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
-        # With DDP nothing is exchanged: a process without memory would leave the others waiting.
+        # DDP exchanges nothing here: a process that runs out of memory would leave the others waiting.
         with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
             _, loss = ready(tokens, targets)
         loss.sum().backward()

@@ -43,11 +43,11 @@ if TYPE_CHECKING:
 class Run:
     """One run while it is trained. `start` in nib/training/start.py makes it; train.py's loop calls its methods."""
 
-    adapter: dict[str, Any] | None = None  # with lora_rank: what is trained of which base
+    adapter: dict[str, Any] | None = None  # with lora_rank: the description of adapter and base for checkpoints
     lock: IO[str] | None = None
     stop: StopSignal | None = None
     model: Any  # model.GPT
-    ready: nn.Module  # the same, compiled where asked, and wrapped in DDP
+    ready: nn.Module  # the model wrapped in DDP and compiled, if asked
     optimizers: list[torch.optim.Optimizer]
     micro_batch_size: int
 
@@ -57,12 +57,12 @@ class Run:
         self.out_dir = Path(settings.out_dir)
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
-        self.stopped_by = 0  # agreed on: a signal that comes later in a step counts in the next one, for all processes
-        self.measured: dict[str, Tensor] = {}  # of the last step, besides loss and gradient
+        self.stopped_by = 0  # the signal on which all processes agreed; one that arrives later counts in the next step
+        self.measured: dict[str, Tensor] = {}  # metrics of the last step besides loss and gradient norm
         self.rate_factor = 1.0  # of the peak learning rates
-        self.queued = cluster.device.type == "cuda"  # the device may be a step behind the loop, which does not wait
-        self.unread: deque[tuple[int, Copied]] = deque()  # loss and gradient norm of the last steps
-        self.loss = self.grad_norm = math.nan  # of the last one that was read
+        self.queued = cluster.device.type == "cuda"  # steps are queued: the device may be one step behind the loop
+        self.unread: deque[tuple[int, Copied]] = deque()  # loss and gradient norm of steps that were not read yet
+        self.loss = self.grad_norm = math.nan  # of the last step that was read
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
 
     def __enter__(self) -> Run:
@@ -74,7 +74,7 @@ class Run:
     # ---- the beginning and the end
 
     def open(self) -> None:
-        """Take the directory for this run alone, and the signals. Raises InputError."""
+        """Lock the directory and install signal handlers. Raises InputError."""
         self.objective = make_objective(self.settings, self.dataset)
         self.training, self.validation = self.objective.training, self.objective.validation
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
@@ -87,18 +87,18 @@ class Run:
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
-        """Give back what `open` took. A second call does nothing."""
+        """Undo `open`. A second call does nothing."""
         if self.stop and self.cluster.world == 1:  # torchrun's SIGTERM must not cut the traceback of one of several
             self.stop.restore()
         if self.lock:
-            self.saver.wait()  # until then the directory is written to
+            self.saver.wait()  # a checkpoint may still be written to the directory
             self.lock.close()
         self.stop = self.lock = None
 
     def take(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
-        """Put the model on its device, make its optimizers, and go on from the checkpoint.
+        """Move the model to its device, make its optimizers, and restore the checkpoint.
 
-        Raises InputError, and RunError for a model that does not fit into memory.
+        Raises InputError, and RunError if the model does not fit into memory.
         """
         settings, cluster = self.settings, self.cluster
         self.model = place(model, settings, self.precision, cluster)
@@ -120,7 +120,7 @@ class Run:
         self.tokens_per_second = 0.0
 
     def announce(self) -> None:
-        """Say what is about to be trained on what, and write config.json."""
+        """Print what will be trained on what, and write config.json."""
         settings, cluster, dataset, model = self.settings, self.cluster, self.dataset, self.model
         made = {"settings": as_dict(settings), "model_config": asdict(model.config)}
         parameters = num_parameters(model)
@@ -151,15 +151,15 @@ class Run:
         self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
 
     def validate_only(self) -> int:
-        """Validate and leave. Returns the exit status."""
+        """Validate only. Returns the exit status."""
         self.report.say(f"step {self.progress.step}: {self.validate()}")
         self.cluster.stop()
         return 0
 
     def end(self) -> int:
-        """Save what is not saved, and say what to type next. Returns the exit status.
+        """Save the end of the run, and print the next command. Returns the exit status.
 
-        Raises RunError when the end of the run could not be saved.
+        Raises RunError if the end of the run could not be saved.
         """
         progress, report = self.progress, self.report
         if self.saved_step != progress.step:
@@ -169,7 +169,7 @@ class Run:
         saved = self.saved_step == progress.step
         if self.stopped_by:
             which = "which is saved" if saved else "which is not saved"
-            report.say(f"stopped at step {progress.step}, {which}. Go on with: {command_line()}")
+            report.say(f"stopped at step {progress.step}, {which}. Resume with: {command_line()}")
         elif saved:
             report.say(
                 f"done: step {progress.step}, {progress.seconds:.0f} s of training; the run is in {self.out_dir}"
@@ -224,7 +224,7 @@ class Run:
         return np.arange(step * self.settings.batch_size, (step + 1) * self.settings.batch_size)
 
     def epoch(self, step: int) -> float:
-        """How often the training data was gone through before `step`."""
+        """The number of passes over the training data before `step`."""
         return step * self.settings.batch_size / self.training.size
 
     def count_step(self, loss: Tensor, grad_norm: Tensor) -> None:
@@ -240,7 +240,7 @@ class Run:
         asked = self.finished() or self.validation_due() or any(self.due(each) for each in intervals)
         ahead = int(self.queued and not asked)
         if len(self.unread) > ahead:
-            self.unread[-1 - ahead][1].read()  # so that the device's time is counted
+            self.unread[-1 - ahead][1].read()  # waits for the device, so that its time is counted
         progress.seconds += time.perf_counter() - self.began
         sent = self.stop.number if self.stop else 0
         progress.seconds, self.stopped_by = self.cluster.agree(progress.seconds, sent)
@@ -266,11 +266,11 @@ class Run:
 
     def give_up(self, step: int) -> NoReturn:
         """Save what was learned before the steps that were skipped, up to `step`, and raise RunError."""
-        self.saver.keep = 0  # the older ones are what one may want to go back to
+        self.saver.keep = 0  # keep all older checkpoints: the user may want to go back to one
         if not unchanged(self):
             save(self)
         finish_saving(self)
-        self.cluster.stop()  # torchrun ends all processes when one has ended: not before the first has written
+        self.cluster.stop()  # torchrun ends all processes when one ends, so the others wait for the first to write
         in_a_row = counted(self.settings.max_skipped_steps, "step")
         raise RunError(
             f"loss or gradient was not finite in {in_a_row} in a row, the last of them step {step}. "
@@ -285,7 +285,7 @@ class Run:
         return self.objective.validate(self)
 
     def log(self, validation: Validation | PreferenceValidation | None) -> None:
-        """Move the progress bar, and write a line of metrics where it is time for one."""
+        """Update the progress bar, and write a line of metrics if one is due."""
         progress, settings = self.progress, self.settings
         rate, loss = self.tokens_per_second, self.loss
         self.report.progress(
@@ -313,7 +313,7 @@ class Run:
         return self.due(self.settings.sample_interval)
 
     def sample(self) -> None:
-        """Print a short text from the model as it is, drawn without touching the random numbers of training."""
+        """Print a short sample of the current model, without changing training's random numbers."""
         settings = SamplingSettings(max_new_tokens=120, seed=self.settings.seed)
         (sample,) = generate_text(self.model, self.dataset.tokenizer, [""], settings)
         self.report.sample(self.progress.step, sample.text)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     @dataclass
     class ModelSettings:
-        """The options of the model, of which the training itself uses two."""
+        """The model's options, for type checkers: only those that the training code reads."""
 
         block_size: int = 256
         dropout: float = 0.0
@@ -28,10 +28,10 @@ else:
 
 MODEL_KEYS = [field.name for field in fields(ModelSettings)]
 LORA_KEYS = ["lora_rank", "lora_alpha", "lora_targets", "lora_dropout"]
-# What users of peft expect where they do not say: the rate of TRL's LoRA recipes, the decay of transformers' Trainer.
+# The defaults of peft's users: the learning rate of TRL's LoRA recipes, the weight decay of transformers' Trainer.
 LORA_DEFAULTS = {"learning_rate": 2e-4, "weight_decay": 0.0}
-DPO_DEFAULTS = {"learning_rate": 1e-6, "weight_decay": 0.0, "optimizer": "adamw"}  # TRL's; of LoRA ten times that rate
-# What decides which model comes out. A resumed run must agree in all of these; the rest may change.
+DPO_DEFAULTS = {"learning_rate": 1e-6, "weight_decay": 0.0, "optimizer": "adamw"}  # TRL's; with LoRA ten times the rate
+# The settings that decide the resulting model. A resumed run must have the same values; others may change.
 IDENTITY_KEYS = [
     *MODEL_KEYS,
     *LORA_KEYS,
@@ -50,49 +50,49 @@ class TrainSettings(ModelSettings):
     seed: int = option(1337, "decides weights, data order and dropout", at_least=0, below=2**31, group="run")
     init_from: str = option("scratch", "scratch, or whose weights to start from: a run or checkpoint, a Hugging Face "
                             "directory or hub name, nanoGPT's ckpt.pt", group="run")
-    resume: str = option("auto", "go on from the newest checkpoint in out_dir: if there is one, never, or must be one",
-                         choices=("auto", "never", "must"), group="run")
+    resume: str = option("auto", "resume from the newest checkpoint in out_dir; auto: if there is one; must: else "
+                         "fail; never: fail if there is one", choices=("auto", "never", "must"), group="run")
 
-    dry_run: bool = option(False, "say what the run would cost, and stop; nothing is written to out_dir", group="run")
-    json: bool = option(False, "with dry_run: say it as a JSON object", group="run")
+    dry_run: bool = option(False, "estimate what the run would cost, and exit; writes nothing to out_dir", group="run")
+    json: bool = option(False, "with dry_run: print a JSON object", group="run")
 
-    objective: str = option("auto", "lm: the next token; dpo: to prefer the chosen of two answers (arXiv 2305.18290); "
-                            "auto: what the dataset is for", choices=("auto", "lm", "dpo"), group="run")
-    dpo_beta: float = option(0.1, "dpo: how dear it is to move away from the model at the beginning", above=0,
+    objective: str = option("auto", "lm: predict the next token; dpo: prefer the chosen answer (arXiv 2305.18290); "
+                            "auto: by the kind of dataset", choices=("auto", "lm", "dpo"), group="run")
+    dpo_beta: float = option(0.1, "dpo: strength of the penalty for moving away from the initial model", above=0,
                              group="run")
 
-    lora_rank: int = option(0, "train low-rank differences from init_from's weights, of this rank, in place of the "
-                            "weights (arXiv 2106.09685); 0: the weights", at_least=0, group="adapter")
-    lora_alpha: float = option(0.0, "the differences are multiplied by lora_alpha / lora_rank; 0: twice the rank",
+    lora_rank: int = option(0, "freeze init_from's weights and train a LoRA adapter of this rank (arXiv 2106.09685); "
+                            "0: train all weights", at_least=0, group="adapter")
+    lora_alpha: float = option(0.0, "the adapter's update is multiplied by lora_alpha / lora_rank; 0: twice the rank",
                                at_least=0, group="adapter")
-    lora_targets: str = option("all", "what is adapted in the blocks, of q,k,v,o,gate,up,down; all: every linear layer",
+    lora_targets: str = option("all", "layers to adapt, a list from q,k,v,o,gate,up,down; all: every linear layer",
                                group="adapter")
-    lora_dropout: float = option(0.0, "share of the adapter's inputs dropped while training", at_least=0, below=1,
+    lora_dropout: float = option(0.0, "probability of dropout on the adapter's inputs", at_least=0, below=1,
                                  group="adapter")
 
-    dataset: str = option("stdlib", "a name under data/, a directory made by prepare_data.py, or several of them with "
-                          "their shares of the sequences, as a:0.7,b:0.3", group="data")
+    dataset: str = option("stdlib", "a name under data/, a directory made by prepare_data.py, or a mixture with shares "
+                          "of the sequences, such as a:0.7,b:0.3", group="data")
     batch_size: int = option(32, "sequences in an optimizer step, over all processes", at_least=1, at_most=2**20,
                              group="data")
-    micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0 finds one that fits",
+    micro_batch_size: int = option(0, "sequences in one forward pass of one process; 0: the largest that fits",
                                    at_least=0, group="data")
 
     optimizer: str = option("muon", "muon: Muon for the matrices of the blocks, AdamW for the rest",
                             choices=("adamw", "muon"), group="optimizer")
-    learning_rate: float = option(1e-3, "peak learning rate of AdamW; if not set, 2e-4 with lora_rank, "
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW; the default is 2e-4 with lora_rank, "
                                   "1e-6 with dpo, 1e-5 with both", above=0,
                                   group="optimizer")
     muon_learning_rate: float = option(0.02, "peak learning rate of Muon", above=0, group="optimizer")
     muon_momentum: float = option(0.95, "Muon's momentum; lower for runs of a few hundred steps", at_least=0, below=1,
                                   group="optimizer")
-    weight_decay: float = option(0.1, "decoupled decay, on matrices only; 0 with lora_rank or dpo if not set",
+    weight_decay: float = option(0.1, "decoupled weight decay of matrices; the default is 0 with lora_rank or dpo",
                                  at_least=0, group="optimizer")
     beta1: float = option(0.9, "AdamW's decay of the first moment", at_least=0, below=1, group="optimizer")
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
-    grad_clip: float = option(1.0, "clip the norm of the gradient to this; 0: never", at_least=0, group="optimizer")
+    grad_clip: float = option(1.0, "clip the gradient norm to this; 0: no clipping", at_least=0, group="optimizer")
 
-    max_skipped_steps: int = option(20, "end the run after so many steps in a row that were skipped because the loss "
-                                    "or gradient was not finite; 0: never", at_least=0, group="optimizer")
+    max_skipped_steps: int = option(20, "end the run after so many skipped steps in a row (loss or gradient not "
+                                    "finite); 0: never", at_least=0, group="optimizer")
 
     max_iters: int = option(2000, "stop after so many optimizer steps; 0: no such limit", at_least=0, group="schedule")
     max_tokens: int = option(0, "stop after so many tokens; 0: no such limit", at_least=0, group="schedule")
@@ -101,26 +101,26 @@ class TrainSettings(ModelSettings):
     max_epochs: float = option(0.0, "stop after so many passes over the training data; 0: no such limit",
                                at_least=0, group="schedule")
     warmup_iters: int = option(100, "steps over which the learning rate rises from 0", at_least=0, group="schedule")
-    schedule: str = option("cosine", "how it falls afterwards", choices=("cosine", "linear", "wsd", "constant"),
-                           group="schedule")
-    decay_fraction: float = option(0.4, "wsd: share of the whole run, at its end, in which the rate falls",
+    schedule: str = option("cosine", "decay of the learning rate after warm-up",
+                           choices=("cosine", "linear", "wsd", "constant"), group="schedule")
+    decay_fraction: float = option(0.4, "wsd: the last part of the run, in which the learning rate falls",
                                    above=0, at_most=1, group="schedule")
-    min_lr: float = option(0.0, "learning rate of AdamW at the end; Muon's falls by the same factor",
+    min_lr: float = option(0.0, "final learning rate of AdamW; Muon's falls by the same factor",
                            at_least=0, group="schedule")
 
     eval_interval: int = option(250, "steps between validations; 0: only at the end", at_least=0, group="evaluation")
     eval_tokens: int = option(0, "tokens of the validation split to use; 0: all of it", at_least=0, group="evaluation")
-    eval_only: bool = option(False, "validate the newest checkpoint (or init_from) and stop", group="evaluation")
+    eval_only: bool = option(False, "validate the newest checkpoint (or init_from) and exit", group="evaluation")
     sample_interval: int = option(0, "steps between printed samples; 0: none", at_least=0, group="evaluation")
 
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end",
                                       at_least=0, group="checkpoint")
-    checkpoint_seconds: float = option(0.0, "save also when so many seconds have passed since the last; 0: never",
+    checkpoint_seconds: float = option(0.0, "also save if so many seconds have passed since the last save; 0: never",
                                        at_least=0, group="checkpoint")
     keep_checkpoints: int = option(2, "checkpoints to keep, besides the best; 0: all", at_least=0, group="checkpoint")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
-    dtype: str = option("auto", "of matrix products; weights stay float32. auto: bfloat16 on a GPU that has it",
+    dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: bfloat16 on a GPU that supports it",
                         choices=("auto", "float32", "bfloat16", "float16"), group="system")
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=SWITCH, group="system")
     parallel: str = option("ddp", "how several processes (torchrun) share the work", choices=("ddp", "fsdp"),
@@ -135,11 +135,11 @@ class TrainSettings(ModelSettings):
     # fmt: on
 
     def model_options(self) -> dict[str, Any]:
-        """What model.GPTConfig takes, without the vocab_size, which the dataset decides."""
+        """The arguments of model.GPTConfig, without vocab_size, which the dataset decides."""
         return {name: getattr(self, name) for name in MODEL_KEYS}
 
     def complete(self, given: set[str]) -> None:
-        """Fill in what depends on other settings, where it is not among the names `given`."""
+        """Set the defaults that depend on other settings, unless the user gave them (`given`)."""
         dpo, lora = self.objective == "dpo", bool(self.lora_rank)
         values: dict[str, Any] = (LORA_DEFAULTS if lora else {}) | (DPO_DEFAULTS if dpo else {})
         if dpo and lora:
@@ -150,10 +150,10 @@ class TrainSettings(ModelSettings):
         self.lora_alpha = self.lora_alpha or 2.0 * self.lora_rank
 
     def check(self) -> None:
-        """Raise InputError for settings that are each fine but not together."""
+        """Raise InputError for settings that do not fit together."""
         if self.json and not self.dry_run:
-            raise InputError("json is what dry_run prints. Add --dry-run, or leave out --json")
-        own = {"block_size": self.block_size, "dropout": self.dropout}  # the rest is the shape of init_from's model
+            raise InputError("json is an option of dry_run. Add --dry-run, or leave out --json")
+        own = {"block_size": self.block_size, "dropout": self.dropout}  # the other options come from init_from's model
         try:
             GPTConfig(**(self.model_options() if self.init_from == "scratch" else own))
         except ValueError as error:  # any other is a bug in model.py
@@ -162,7 +162,7 @@ class TrainSettings(ModelSettings):
             limits = "max_iters, max_tokens, max_seconds and max_epochs"
             raise InputError(f"{limits} are all 0: the run has no end. Set one of them")
         if self.lora_rank and self.init_from == "scratch":
-            raise InputError("lora_rank adapts a model that is there, but init_from is scratch. Give --init_from")
+            raise InputError("lora_rank adapts an existing model, but init_from is scratch. Give --init_from")
         for name in LORA_KEYS:
             if not self.lora_rank and getattr(self, name) != getattr(TrainSettings, name):
                 raise InputError(f"{name} is set, but lora_rank is 0. Set lora_rank, 16 for example, or leave it out")
@@ -174,9 +174,9 @@ class TrainSettings(ModelSettings):
             )
 
     def steps(self, epoch: int, sequence_tokens: float) -> int:
-        """The optimizer steps of the whole run on `epoch` sequences of so many tokens; 0: only max_seconds ends it.
+        """The optimizer steps of the whole run, for `epoch` sequences of so many tokens; 0: only max_seconds ends it.
 
-        max_tokens counts by the mean length of conversations, max_epochs to the step that completes it.
+        max_tokens uses the mean length of conversations; max_epochs is rounded up to a whole step.
         """
         limits = [self.max_iters] if self.max_iters else []
         if self.max_tokens:
@@ -187,15 +187,15 @@ class TrainSettings(ModelSettings):
 
 
 def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
-    """Raise InputError when `saved`, the settings of a run in `where`, would make another model than `settings`."""
-    # What a run's checkpoint lacks was added to GPTConfig later; init was in every model before it was an option.
+    """Raise InputError if `saved`, the settings of the run in `where`, would make another model than `settings`."""
+    # Options that a checkpoint lacks were added later and had their defaults, except init, which had no fixed value.
     added = {name: getattr(TrainSettings, name) for name in (*MODEL_KEYS, *LORA_KEYS) if name != "init"}
     added["objective"] = "lm"
     for name, before in {**added, **saved}.items():
         if name in IDENTITY_KEYS and before != getattr(settings, name):
             raise InputError(
                 f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {before!r}. "
-                f"Set {name} back to go on, or give another --out_dir to start a new run"
+                f"Set {name} back to resume, or give another --out_dir to start a new run"
             )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Progress:
-    """How far the run is: what a checkpoint remembers besides tensors."""
+    """The progress of a run, which checkpoints store besides the tensors."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
@@ -30,7 +30,7 @@ class Progress:
 
 
 def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    """The optimizers' state by "parameter:kind", the same whatever processes or groups it was kept in."""
+    """The optimizers' state by "parameter:kind", independent of the number of processes and of parameter groups."""
     return {
         f"{names[parameter]}:{kind}": value
         for optimizer in optimizers
@@ -42,7 +42,7 @@ def optimizer_tensors(optimizers: list[torch.optim.Optimizer], names: Mapping[Te
 def load_optimizer_tensors(
     optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` took. Raises BrokenCheckpoint for state of other parameters or shapes."""
+    """Load what `optimizer_tensors` returned. Raises BrokenCheckpoint for state of other parameters or shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
     lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
         key.rpartition(":")[0] for key in tensors
@@ -59,7 +59,7 @@ def load_optimizer_tensors(
                 for kind, value in saved.items():
                     if value.ndim and value.shape != parameter.shape:
                         raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
-                    # A copy: what was read may lie in a mapped file, at an address that is not aligned.
+                    # A copy: the tensor may be mapped from a file, at an unaligned address.
                     value = value.to(parameter.device, copy=True)
                     optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
     if by_name:
@@ -69,10 +69,10 @@ def load_optimizer_tensors(
 def snapshot(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True, part: str = ""
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Copies in CPU memory of the weights and the optimizers' state, which training cannot change any more.
+    """Copies in CPU memory of the weights and the optimizers' state, for a background thread to write.
 
-    Of the weights only those are copied that have `part` in their name. Sharded tensors are put together one at a
-    time, with the help of all processes; those with `keep` get the copies.
+    Only weights with `part` in their name are copied. Sharded tensors are gathered one at a time, by all processes;
+    only those with `keep` store the copies.
     """
     reshard(model)
     copies: list[dict[str, Tensor]] = []
@@ -88,9 +88,9 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
-    """Put back all but the weights, which the model was built with, as it was when the checkpoint was made.
+    """Restore everything from the checkpoint except the weights, with which the model was already built.
 
-    With eval_only that is the progress alone, and nothing is written.
+    With eval_only that is only the progress, and nothing is written.
     """
     names = parameter_names(run.model)
     try:
@@ -100,15 +100,15 @@ def restore(run: Run, checkpoint: Checkpoint) -> None:
         saved = checkpoint.state["progress"]
         run.progress = Progress(**{each.name: saved[each.name] for each in fields(Progress)})
         if not all(type(value) in (int, float) for value in asdict(run.progress).values()):
-            raise TypeError("its progress is not in numbers")
+            raise TypeError("its progress has a value that is not a number")
     except (RuntimeError, KeyError, TypeError) as error:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
     before, threads = checkpoint.state.get("threads"), torch.get_num_threads()
-    if run.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones do not say
+    if run.cluster.device.type == "cpu" and type(before) is int and before != threads:  # older ones lack `threads`
         change = f"a process had {counted(before, 'thread')} until here, now {threads}"
-        run.report.say(f"warning: {change}: sums may round otherwise. OMP_NUM_THREADS={before} keeps every bit")
+        run.report.say(f"warning: {change}: rounding may differ. OMP_NUM_THREADS={before} gives identical results")
     checkpoint.release()
     if run.cluster.first and not run.settings.eval_only:
         is_best = checkpoint.state.get("best") is True

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor, Tensor]:
     """One update from this process's share of the global batch, in micro-batches.
 
-    Returns the loss, the mean over all targets (nats) or pairs of the global batch that count, and the norm of its
-    gradient before it is clipped to grad_clip; where one of them is not finite, no optimizer updates anything, and
-    float16's loss scale falls. Where no target counts, loss and gradient are 0, and the update is made. Seed, step,
-    process and micro-batch decide every random number, so that a resumed run draws what an unbroken one would have.
-    With run.queued nothing here waits for the device: both results lie there.
+    Returns the loss, the mean over all targets that are not -1 (nats) or all pairs of the global batch, and the norm
+    of its gradient before clipping to grad_clip. If either is not finite, no optimizer updates anything, and float16's
+    loss scale falls. Without any target, loss and gradient are 0, and the update is made. Random numbers are seeded by
+    (seed, step, process, micro-batch), so that a resumed run draws the same ones. With run.queued nothing here
+    synchronises with the device, where both results stay.
     """
     model, cluster, scaler, settings = run.ready, run.cluster, run.precision.scaler, run.settings
     objective: Any = run.objective
@@ -34,7 +34,7 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
     total = torch.zeros((), device=cluster.device)
     for index, part in enumerate(batch):
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
-        # Gradients are exchanged in the last backward pass of a step only, and divided by the processes.
+        # Gradients are averaged over the processes, only in the last backward pass of a step.
         with exchanging(model, index == len(batch) - 1):
             with run.precision.training(masked=run.model.config.window > 0):
                 loss = objective.loss(run, part)
@@ -48,7 +48,7 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
     numbers = torch.stack((found[0], (~found[1].isfinite()).double()))
     loss_sum, unfit, *sums = cluster.total_on_device(torch.cat((numbers, objective.take().to(numbers))))
     run.measured = objective.measured(sums, counted)
-    grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # all processes decide alike
+    grad_norm = found[1] + torch.where(unfit > 0, math.inf, 0.0)  # the same decision on all processes
     skip = ~(loss_sum + grad_norm).isfinite()  # scaler.step would decide for each optimizer by its own gradients
     for optimizer in run.optimizers:
         if run.queued:
@@ -61,10 +61,10 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
 
 
 def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
-    """Whether the processes exchange gradients in the backward pass of the body: in the last one of a step."""
+    """Exchange gradients in the body's backward pass only if it is the last one of a step."""
     if is_sharded(model):
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
-    elif hasattr(model, "no_sync") and not last:  # it is wrapped in DDP, and perhaps compiled
+    elif hasattr(model, "no_sync") and not last:  # DDP, perhaps compiled
         return model.no_sync()  # type: ignore[operator]
     return nullcontext()
 

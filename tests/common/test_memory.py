@@ -90,6 +90,6 @@ def test_more_windows_than_memory_are_said(call: Call, tmp_path: Path, little_me
 
 
 def test_a_worker_without_memory_leaves_no_traceback(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RunError, match="short of memory perhaps"):
+    with pytest.raises(RunError, match="perhaps out of memory"):
         Worker(functools.partial, bytearray)(2**62)
     assert capfd.readouterr().err == ""

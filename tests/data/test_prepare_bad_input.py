@@ -37,8 +37,8 @@ def bad_input(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 BAD = {
     "no source": ([], "no SOURCE"),
-    "a URL that cannot be read": (["https://["], "https://[ is no URL"),
-    "such a URL and an output": (["https://[", "--out=x"], "https://[ is no URL"),
+    "a URL that cannot be read": (["https://["], "https://[ is not a URL"),
+    "such a URL and an output": (["https://[", "--out=x"], "https://[ is not a URL"),
     "an empty source": ([""], "no SOURCE, or an empty one"),
     "an empty source among others": (["t.txt", "", "--out=x"], "no SOURCE, or an empty one"),
     "an empty tokenizer": (["t.txt", "--tokenizer="], "no tokenizer ''"),

@@ -151,5 +151,5 @@ def test_a_large_corpus_is_not_loaded_to_account_for_a_run_on_it(capsys: pytest.
 
 
 def test_json_without_dry_run_is_an_error() -> None:
-    with pytest.raises(InputError, match="json is what dry_run prints"):
+    with pytest.raises(InputError, match="json is an option of dry_run"):
         train("--json")
