@@ -41,7 +41,7 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
         reason = f"the server says {error.code} {error.reason}"
         raise InputError(f"cannot fetch {url}: {reason}. Check the URL and the network") from None
     except (ValueError, http.client.InvalidURL) as error:
-        raise InputError(f"{url} is no URL: {error}. Write http(s)://HOST/PATH") from None
+        raise InputError(f"{url} is not a URL: {error}. Write http(s)://HOST/PATH") from None
     except (http.client.HTTPException, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
@@ -59,4 +59,4 @@ def url_path(url: str) -> Path:
     try:
         return Path(urllib.parse.urlsplit(url).path)
     except ValueError as error:
-        raise InputError(f"{url} is no URL: {error}. Write http(s)://HOST/PATH") from None
+        raise InputError(f"{url} is not a URL: {error}. Write http(s)://HOST/PATH") from None

@@ -20,9 +20,9 @@ Encode = Callable[[list[Message]], list[int]]
 
 
 def open_chat(tokenizer: Tokenizer) -> Encode:
-    """Messages to the ids of a prompt by the tokenizer's chat template, whose stop tokens end texts from now on.
+    """A function that turns messages into the ids of a prompt, with the tokenizer's chat template.
 
-    Raises InputError where there is none.
+    Adds the template's stop ids to the tokenizer. Raises InputError if there is no template.
     """
     chat = Chat(tokenizer)
     tokenizer.stop_ids |= chat.stop_ids

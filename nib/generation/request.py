@@ -153,19 +153,19 @@ def read_prompt(source: str) -> str:
 
 
 def read_messages(prompt: str, system: str) -> list[dict[str, Any]]:
-    """The messages of a chat's prompt, which is their JSON or a question. Raises InputError."""
+    """The messages of a --chat prompt: a question, or messages as JSON. Raises InputError."""
     messages: Any = [{"role": "user", "content": prompt}]
     if prompt.lstrip().startswith(("[", "{")):
         try:
             messages = json.loads(prompt)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"--prompt begins as JSON does and is none: {error}. Correct it") from None
+            raise InputError(f"--prompt begins like JSON but is not valid: {error}. Correct it") from None
         messages = messages.get("messages") if isinstance(messages, dict) else messages
     whole = isinstance(messages, list) and messages
     if not whole or not all(isinstance(each, dict) and isinstance(each.get("role"), str) for each in messages):
         raise InputError('--prompt is not a list of messages. Write [{"role": "user", "content": "..."}]')
     if messages[-1]["role"] == "assistant":
-        raise InputError("the last message of --prompt is the assistant's. Give one that it can answer")
+        raise InputError("the last message of --prompt is the assistant's. End with a message to answer")
     if system and messages[0]["role"] == "system":
         raise InputError("--prompt has a system message. Leave out --system")
     return [{"role": "system", "content": system}] * bool(system) + messages

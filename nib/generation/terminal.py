@@ -67,22 +67,22 @@ def to_json(sample: Sample) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "tokens_per_second": None if speed is None else round(speed, 1),
     }
-    if sample.logprobs:  # of the model itself, before temperature and filters
+    if sample.logprobs:  # the model's, before temperature and filters
         of = sample.tokenizer.token_text
         shown["logprobs"] = [
             {
                 "id": token, "text": of(token), "logprob": logprob,
                 "top": [{"id": id, "text": of(id), "logprob": value} for id, value in top],
             }
-            for token, (logprob, top) in zip(sample.tokens, sample.logprobs, strict=False)  # without the end of text's
+            for token, (logprob, top) in zip(sample.tokens, sample.logprobs, strict=False)  # without end-of-text
         ]  # fmt: skip
     return shown
 
 
 class Printer:
-    """Prints samples in their order: one as it comes; those after it are kept until it is their turn.
+    """Prints samples in order: the current one token by token, later ones when it is their turn.
 
-    An answer in a chat is printed without what it answers.
+    An answer in a chat is printed without its prompt.
     """
 
     def __init__(self, samples: list[Sample]) -> None:
@@ -90,7 +90,7 @@ class Printer:
         self.begin()
 
     def begin(self) -> None:
-        """Print what there is of the sample whose turn it is, and go on to the next when it is finished."""
+        """Print what exists of the current sample, and continue with the next one if it is finished."""
         while self.turn < len(self.samples):
             sample = self.samples[self.turn]
             if len(self.samples) > 1:
@@ -115,14 +115,14 @@ class Printer:
 
 
 def converse(answer: Callable[[str], int]) -> int:
-    """Answer each line of standard input until it ends. What is wrong with a line is said, and the next one read."""
+    """Answer each line of standard input until it ends. An error in a line is printed, and the next line is read."""
     typed = sys.stdin.isatty()
     if typed:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  line editing and history for input()
     while True:
         try:
-            with stop_signals_raise():  # Ctrl-C leaves the terminal as it was
+            with stop_signals_raise():  # so that readline restores the terminal after Ctrl-C
                 line = input("> " if typed else "")
         except EOFError:
             if typed:
@@ -155,7 +155,7 @@ def conversation_turns(
         code = write(model, [sample], settings, as_json, conversation.make_rows)
         conversation.answer(sample.text)
         if sample.finish_reason == "length":
-            say(f"the answer is cut after {counted(settings.max_new_tokens, 'token')}. Raise --max-new-tokens")
+            say(f"the answer was cut off at {counted(settings.max_new_tokens, 'token')}. Raise --max-new-tokens")
         return code
 
     return answer

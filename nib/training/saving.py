@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def lock_run(out_dir: Path) -> IO[str]:
-    """Make the run directory and hold it until the returned file is closed or the process ends, however it ends.
+    """Make and lock the run directory until the returned file is closed or the process ends in any way.
 
-    Raises InputError when another run holds it or it cannot be made. Leftovers of killed runs are removed.
+    Raises InputError if another run holds the lock or the directory cannot be made. Removes leftovers of killed runs.
     """
     try:
         (out_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,10 @@ def lock_run(out_dir: Path) -> IO[str]:
 
 
 class Saver:
-    """Writes checkpoints in a thread, one at a time; training waits only for the copy of its state.
+    """Writes checkpoints in a background thread, one at a time; training waits only while its state is copied.
 
-    A checkpoint that the disk does not take is reported and the one before stays good. A kill while one is being
-    written loses only that one.
+    If a checkpoint cannot be written, that is reported, and the previous one stays valid. A kill during a write loses
+    only the checkpoint that is being written.
     """
 
     def __init__(self, out_dir: Path, keep: int, tokenizer: Tokenizer) -> None:
@@ -60,7 +60,7 @@ class Saver:
         self.error: Exception | None = None
 
     def save(self, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], best: bool) -> None:
-        """Begin to write; the tensors must not change any more. Raises RunError when the write before this failed."""
+        """Start to write; the tensors must not change any more. Raises RunError if the previous write failed."""
         self.finish()
 
         def write() -> None:
@@ -76,13 +76,13 @@ class Saver:
         self.thread.start()
 
     def wait(self) -> None:
-        """Wait for the write under way, whether it fails or not."""
+        """Wait for the current write, whether it fails or not."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
     def finish(self) -> None:
-        """Wait for the write under way. Raises RunError when it failed."""
+        """Wait for the current write. Raises RunError if it failed."""
         self.wait()
         if self.error is not None:
             error, self.error = self.error, None
@@ -99,9 +99,9 @@ class Saver:
 
 
 def save_due(run: Run, validation: Validation | PreferenceValidation | None) -> bool:
-    """Whether it is time to save: after the best validation so far, by the steps, or by the first process's clock.
+    """Whether to save: after the best validation so far, every checkpoint_interval or every checkpoint_seconds.
 
-    Not while all steps are skipped: the same weights again and again would push out older ones.
+    Not while steps are skipped: saving the same weights again would push out older checkpoints.
     """
     run.best = validation is not None and validation.loss < run.progress.best_val_loss
     if validation:
@@ -114,9 +114,9 @@ def save_due(run: Run, validation: Validation | PreferenceValidation | None) -> 
 
 
 def save(run: Run) -> None:
-    """Copy the state and write it in the background; when the write before this one failed, say so and go on.
+    """Copy the state and write it in a background thread. If the previous write failed, print a warning.
 
-    Weights with numbers that are not finite are not saved: the checkpoint before is the better one.
+    Weights that are not finite are not saved: the previous checkpoint is better.
     """
     run.read_steps()
     trained = MARK if run.adapter else ""
@@ -149,7 +149,7 @@ def save(run: Run) -> None:
 
 
 def finish_saving(run: Run) -> None:
-    """Wait for the write under way; where it failed, say so."""
+    """Wait for the current write; print a warning if it failed."""
     try:
         run.saver.finish()
     except RunError as error:
@@ -157,6 +157,6 @@ def finish_saving(run: Run) -> None:
 
 
 def unchanged(run: Run) -> bool:
-    """Whether the newest checkpoint holds the weights as they are: all steps since then were skipped."""
+    """Whether the newest checkpoint has the current weights, because all steps since then were skipped."""
     run.read_steps()
     return run.progress.step - run.progress.skipped_in_a_row <= run.saved_step

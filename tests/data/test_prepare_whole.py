@@ -215,7 +215,7 @@ def test_a_download_that_is_cut_or_is_not_the_file(tmp_path: Path, serve: Callab
     assert cut.returncode == 1 and b"the connection was cut. Check the network and run again" in cut.stderr
     missing = run(tmp_path, serve().replace("texts", "nothing"), "--tokenizer=byte")
     assert missing.returncode == 2 and b"the server says 404" in missing.stderr
-    with pytest.raises(InputError, match=f"{len(POEM)} bytes, not the 7 "):
+    with pytest.raises(InputError, match=f"{len(POEM)} bytes, not the expected 7"):
         download(serve(), tmp_path / "x", 7)
     assert left_over(tmp_path / "data") == []
 
