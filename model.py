@@ -388,7 +388,8 @@ class GPT(nn.Module):
         if x.shape[0] <= rows and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
-        weight = F.pad((self.head or self.wte).weight, (0, 0, 0, padding))
+        weight = (self.head or self.wte).weight
+        weight = F.pad(weight, (0, 0, 0, padding)) if padding else weight
         rows -= rows % 128 if rows > 128 else 0
         return ChunkedCrossEntropy.apply(x, weight, targets, V, rows, torch.is_grad_enabled()) / count
 
@@ -408,13 +409,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
     ) -> Tensor:
+        trained, dtype = needs_grad and weight.requires_grad, weight.dtype
+        weight = weight.detach()  # otherwise autocast would keep this cast, which has no gradient, for other layers
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         grad_x = torch.empty_like(x if needs_grad else x[:0])
-        trained = needs_grad and weight.requires_grad
         grad_weight = torch.zeros_like(weight if trained else weight[:0], dtype=torch.float32)  # even of 16-bit W
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
+            weight, part = weight.to(logits.dtype), part.to(logits.dtype)  # once, not in each chunk
             logits[:, vocab_size:] = -math.inf
             kept, index = (target >= 0)[:, None], target.clamp_min(0)[:, None]
             log_probs = F.log_softmax(logits.float(), dim=-1)
@@ -426,10 +429,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad = log_probs.exp_()
                     grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
                 grad = grad.mul_(kept).to(logits.dtype)
-                grad_x[begin : begin + rows] = grad @ weight.to(grad.dtype)
+                grad_x[begin : begin + rows] = grad @ weight
                 if trained:
-                    grad_weight += grad.t() @ part.to(grad.dtype)
-        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+                    grad_weight += grad.t() @ part
+        ctx.save_for_backward(grad_x, grad_weight.to(dtype))
         return total
 
     @staticmethod

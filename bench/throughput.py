@@ -20,11 +20,14 @@ import torch
 from common import GPT2, alternate, finish, load_nanogpt, parser_for, sides
 
 # layers, heads, width, context, vocabulary, sequences, steps a turn: nanoGPT's README job for a CPU; its character-
-# level job for a GPU, in smaller batches; GPT-2 with nanoGPT's padded vocabulary
+# level job for a GPU, in smaller batches; GPT-2 with nanoGPT's padded vocabulary; larger batches, for bfloat16
 SIZES = {
     "tiny": (4, 4, 128, 64, 65, 12, 20),
     "small": (6, 6, 384, 256, 65, 8, 2),
     "124m": (12, 12, 768, 1024, 50304, 1, 1),
+    "27m": (8, 8, 512, 512, 2048, 8, 1),
+    "87m": (12, 12, 768, 1024, 2048, 4, 1),
+    "124m-4": (12, 12, 768, 1024, 50304, 4, 1),
 }
 TARGET = 1.2
 

@@ -7,10 +7,10 @@ import os
 import re
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ PEAK_TFLOPS = {
 }  # fmt: skip
 # Words of a card's name that do not matter for its peak: the maker, the series, the memory, the socket.
 WORDS_WITHOUT_PEAK = re.compile(r"NVIDIA|TESLA|GEFORCE|\d+GB?|HBM\d\w?|SXM\d")
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,6 +157,11 @@ class Precision:
                 stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
             stack.enter_context(self.autocast())
             yield
+
+    def casting_once(self, parts: Iterable[T]) -> Iterator[T]:
+        """The same `parts`; autocasts in the body of a loop over them, between which no weight changes, share casts."""
+        with torch.autocast(self.device.type, enabled=False):  # torch forgets casts when the outermost one ends
+            yield from parts
 
 
 class Copied:

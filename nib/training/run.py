@@ -106,7 +106,7 @@ class Run:
         self.optimizers = make_optimizers(
             model, kind=settings.optimizer, learning_rate=settings.learning_rate,
             betas=(settings.beta1, settings.beta2), muon_learning_rate=settings.muon_learning_rate,
-            muon_momentum=settings.muon_momentum, weight_decay=settings.weight_decay,
+            muon_momentum=settings.muon_momentum, weight_decay=settings.weight_decay, dtype=self.precision.dtype,
         )  # fmt: skip
         if checkpoint is not None:
             restore(self, checkpoint)

@@ -32,7 +32,7 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
     objective: Any = run.objective
     (counted,) = cluster.total([sum(map(objective.weight, batch))])
     total = torch.zeros((), device=cluster.device)
-    for index, part in enumerate(batch):
+    for index, part in enumerate(run.precision.casting_once(batch)):
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are averaged over the processes, only in the last backward pass of a step.
         with exchanging(model, index == len(batch) - 1):

@@ -1,0 +1,99 @@
+"""Causal attention in bfloat16 on a CPU, by oneDNN's batched products instead of torch's own kernel.
+
+torch's kernel takes two fifths of a bfloat16 training step of GPT-2's shape at 1,024 positions and is no faster there
+than in float32. Batched products of a block of queries with all keys before it do the same work in half of its time.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 256  # queries at a time: of 64, 128, 256 and 512 the fastest at 512 and at 1024 positions (bench/NOTES.md)
+_library: torch.library.Library | None = None  # the kernel lives as long as it does
+
+
+def use_products_for_attention() -> None:
+    """Let causal attention under autocast to bfloat16 be computed here, in backward passes too, for all this process.
+
+    Attention in float32, or with a mask, dropout or cached keys, stays torch's own.
+    """
+    global _library
+    if _library is None:
+        _library = torch.library.Library("aten", "IMPL")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a kernel is replaced
+            _library.impl("scaled_dot_product_attention", attention, "AutocastCPU")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False, *,
+    scale: float | None = None, enable_gqa: bool = False,
+) -> Tensor:  # fmt: skip
+    """As F.scaled_dot_product_attention under autocast."""
+    dtype = torch.get_autocast_dtype("cpu")
+    q, k, v = (each.to(dtype) if each.dtype != torch.float64 else each for each in (q, k, v))
+    plain = causal and mask is None and not dropout and q.ndim == 4 and q.shape[2] == k.shape[2] and q.numel() > 0
+    heads = q.shape[:2] == k.shape[:2] or (enable_gqa and q.shape[1] % k.shape[1] == 0)
+    with torch.autocast("cpu", enabled=False):
+        if plain and heads and q.dtype == torch.bfloat16 and k.shape[1] == v.shape[1] and k.shape[0] == q.shape[0]:
+            return CausalAttention.apply(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scale, enable_gqa=enable_gqa)
+
+
+class CausalAttention(torch.autograd.Function):
+    """Attention of q (B, H, T, D) to k and v (B, K, T, D), each shared by G = H / K heads.
+
+    The scores are rounded to bfloat16, and the softmax is computed in float32. Only the inputs are kept for the
+    backward pass, which computes the softmax again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        k, v = k.contiguous(), v.contiguous()  # read once a block
+        ctx.save_for_backward(q, k, v)
+        ctx.scale = scale
+        B, H, T, _ = q.shape
+        y = q.new_empty(B, T, H, v.shape[-1])  # as the output projection reads it
+        for rows, probabilities, _ in blocks(q, k, scale):
+            values = v[:, :, : rows.stop].flatten(0, 1)
+            y[:, rows] = torch.bmm(probabilities, values).view(B, H, -1, v.shape[-1]).transpose(1, 2)
+        return y.transpose(1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v = ctx.saved_tensors
+        grad_q, (grad_k, grad_v) = torch.empty_like(q), (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
+        for rows, probabilities, queries in blocks(q, k, ctx.scale):
+            keys, values = (each[:, :, : rows.stop].flatten(0, 1) for each in (k, v))
+            grads = grouped(grad, k, rows)
+            grad_v[:, :, : rows.stop] += torch.bmm(probabilities.mT, grads).view_as(v[:, :, : rows.stop])
+            grad_p = torch.bmm(grads, values.mT)
+            grad_s = torch._softmax_backward_data(grad_p, probabilities, -1, q.dtype)
+            grad_q[:, :, rows] = torch.bmm(grad_s, keys).mul_(ctx.scale).view_as(q[:, :, rows])
+            grad_k[:, :, : rows.stop] += torch.bmm(grad_s.mT, queries).view_as(k[:, :, : rows.stop])
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+def grouped(x: Tensor, k: Tensor, rows: slice) -> Tensor:
+    """Some rows of x (B, H, T, D), those of heads that share keys together: (B K, G rows, D)."""
+    return x[:, :, rows].reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+
+
+def blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each block of rows, its probabilities (B K, G rows, positions up to its end), and its queries times `scale`."""
+    T = q.shape[2]
+    ahead = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
+    for begin in range(0, T, BLOCK):
+        rows = slice(begin, min(begin + BLOCK, T))
+        size = rows.stop - begin
+        queries = grouped(q, k, rows) * scale
+        scores = torch.bmm(queries, k[:, :, : rows.stop].flatten(0, 1).mT)
+        scores.view(len(scores), -1, size, rows.stop)[..., begin:].add_(ahead[:size, :size])
+        yield rows, torch.softmax(scores, -1), queries
