@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+MAX_FLOAT_LOGITS = 2**24  # logits that the loss has in float32 at a time: 64 MB
+
 
 @dataclass
 class GPTConfig:
@@ -247,7 +249,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, next-token logits or the loss out."""
 
-    max_logits = 2**24  # elements; the loss of more is computed in chunks (64 MB in float32). 0: chunks for a compiler
+    max_logits = MAX_FLOAT_LOGITS  # elements; the loss of more is computed in chunks. 0: chunks for a compiler
     vocab_multiple = 1  # the loss pads the head with zero rows to a multiple of this, for GPUs
     sinusoid: Tensor
     rope_cos: Tensor
@@ -385,7 +387,7 @@ class GPT(nn.Module):
         # With max_logits 0, sqrt(N C) rows: compiled code holds the logits (rows, V) of one chunk and the head's
         # gradients of all N / rows chunks.
         rows, padding = self.max_logits // V or math.isqrt(x.numel()), -V % self.vocab_multiple
-        if x.shape[0] <= rows and not padding:
+        if x.shape[0] <= min(rows, MAX_FLOAT_LOGITS // V) and not padding:
             logits = self.logits(x).float()
             return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
         weight = (self.head or self.wte).weight
@@ -409,34 +411,52 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[no-untyped-def]
         ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
     ) -> Tensor:
-        trained, dtype = needs_grad and weight.requires_grad, weight.dtype
+        ctx.dtype, trained = weight.dtype, needs_grad and weight.requires_grad
         weight = weight.detach()  # otherwise autocast would keep this cast, which has no gradient, for other layers
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x = torch.empty_like(x if needs_grad else x[:0])
-        grad_weight = torch.zeros_like(weight if trained else weight[:0], dtype=torch.float32)  # even of 16-bit W
+        grad_x, grad_weight = torch.empty_like(x if needs_grad else x[:0]), weight[:0]
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
-            weight, part = weight.to(logits.dtype), part.to(logits.dtype)  # once, not in each chunk
+            weight = weight.to(logits.dtype)  # once, not in each chunk
             logits[:, vocab_size:] = -math.inf
-            kept, index = (target >= 0)[:, None], target.clamp_min(0)[:, None]
-            log_probs = F.log_softmax(logits.float(), dim=-1)
-            total = total - (log_probs.gather(1, index) * kept).sum()  # not in place: torch 2.11 cannot compile that
-            if needs_grad:  # softmax - one_hot, zero for ignored targets
-                if torch.compiler.is_compiling():  # one pass over the logits; scatter_add_ would need three
-                    grad = log_probs.exp() - (torch.arange(weight.shape[0], device=x.device) == index).float()
-                else:
-                    grad = log_probs.exp_()
-                    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-                grad = grad.mul_(kept).to(logits.dtype)
-                grad_x[begin : begin + rows] = grad @ weight
+            loss, grad = cross_entropy(logits, target, needs_grad)
+            total = total + loss  # not in place: torch 2.11 cannot compile that
+            if needs_grad:
+                kept = (target >= 0)[:, None]
+                grad_x[begin : begin + rows] = (grad @ weight).mul_(kept)
                 if trained:
-                    grad_weight += grad.t() @ part
-        ctx.save_for_backward(grad_x, grad_weight.to(dtype))
+                    product = grad.t() @ (part * kept).to(grad.dtype)
+                    grad_weight = grad_weight.float().add_(product) if begin else product  # sums in float32
+        ctx.save_for_backward(grad_x, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
         grad_x, grad_weight = ctx.saved_tensors
-        grad_weight = grad_weight * grad_total if ctx.needs_input_grad[1] else None
-        return grad_x * grad_total, grad_weight, None, None, None, None
+        if torch.compiler.is_compiling():
+            grad_x, grad_weight = grad_x * grad_total, grad_weight * grad_total
+        else:  # in place, as they may be large; a second backward pass is refused, because what was kept has changed
+            grad_x, grad_weight = grad_x.mul_(grad_total), grad_weight.mul_(grad_total)
+        return grad_x, grad_weight.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -log softmax(logits)[target], and softmax(logits) - one_hot(targets); the logits are lost.
+
+    Targets of -1 add nothing to the sum; their rows of the gradient are of no use. Uncompiled, the gradient takes the
+    place of the logits (rows, V), and not more than MAX_FLOAT_LOGITS of them are in float32 at a time.
+    """
+    kept, index = targets >= 0, targets.clamp_min(0)[:, None]
+    if torch.compiler.is_compiling():
+        log_probs = F.log_softmax(logits.float(), dim=-1)
+        loss = -(log_probs.gather(1, index)[:, 0] * kept).sum()
+        hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass where a scatter makes three
+        return loss, (log_probs.exp() - hot.float()).to(logits.dtype) if needs_grad else logits
+    losses = []
+    for part, at in zip(*(each.split(max(1, MAX_FLOAT_LOGITS // 4 // logits.shape[1])) for each in (logits, index)), strict=True):
+        log_probs = F.log_softmax(part.float(), dim=-1)
+        losses.append(log_probs.gather(1, at))
+        if needs_grad:
+            torch.exp(log_probs, out=part).scatter_(1, at, losses[-1].expm1().to(part.dtype))
+    return -(torch.cat(losses)[:, 0] * kept).sum(), logits

@@ -56,9 +56,9 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        k, v = k.contiguous(), v.contiguous()  # read once a block
         ctx.save_for_backward(q, k, v)
         ctx.scale = scale
+        k, v = k.contiguous(), v.contiguous()  # read once a block
         B, H, T, _ = q.shape
         y = q.new_empty(B, T, H, v.shape[-1])  # as the output projection reads it
         for rows, probabilities, _ in blocks(q, k, scale):
@@ -68,7 +68,8 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors  # not the copies made in forward: their memory is worth more than the time
+        k, v = k.contiguous(), v.contiguous()
         grad_q, (grad_k, grad_v) = torch.empty_like(q), (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
         for rows, probabilities, queries in blocks(q, k, ctx.scale):
             keys, values = (each[:, :, : rows.stop].flatten(0, 1) for each in (k, v))

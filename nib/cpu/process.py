@@ -32,8 +32,8 @@ def tune_for_sampling() -> None:
 def keep_freed_memory() -> None:
     """Make glibc keep freed memory for the next step, instead of returning it to the kernel, which would zero it again.
 
-    Blocks up to 32 MB, the largest limit, come from the heap, which is trimmed only above 2 GB of free memory.
+    All blocks come from the heap, which is trimmed only above 2 GB of free memory.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "gnu_get_libc_version"):
-        for parameter, size in ((-3, 2**25), (-1, 2**31 - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+        for parameter, size in ((-4, 0), (-1, 2**31 - 1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(parameter, size)

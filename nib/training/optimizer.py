@@ -28,8 +28,8 @@ ENOUGH = 2**24
 SINGLE_ROWS = 128
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Approximately the nearest semi-orthogonal matrix to each of `matrices` (K, rows, columns); in 16 bits on a GPU.
+def orthogonalise(matrices: Tensor, dtype: torch.dtype = torch.float32, steps: int = 5) -> Tensor:
+    """Approximately the nearest semi-orthogonal matrix to each of `matrices` (K, rows, columns); matmuls in `dtype`.
 
     Newton-Schulz iteration: singular values end between about 0.7 and 1.2, which trains as well as exactly 1.
     """
@@ -38,8 +38,8 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    x = x.to(pick_dtype("auto", x.device))  # after normalising: gradients may be too small for float16
-    if x.device.type == "cpu" and x.shape[-2] >= SINGLE_ROWS:
+    x = x.to(dtype)  # after normalising: gradients may be too small for float16
+    if x.device.type == "cpu" and dtype == torch.float32 and x.shape[-2] >= SINGLE_ROWS:
         x = torch.stack([orthogonalise_one(each, steps) for each in x])
     else:
         for _ in range(steps):
@@ -94,19 +94,20 @@ class Muon(UncompiledOptimizer):
 
     The update of a matrix is scaled by sqrt(max(1, rows / columns)). Weight decay is decoupled and multiplied by the
     learning rate. `parts` gives the row counts of parameters that hold several concatenated matrices (queries, keys and
-    values), each of which is orthogonalised separately. With several processes each orthogonalises its share, and they
-    exchange the results; parameters sharded by FSDP are gathered for that, a few at a time. As in torch's fused
-    optimizers, a tensor `found_inf` of 1 makes a step change nothing, without synchronisation.
+    values), each of which is orthogonalised separately, by matmuls in `dtype`. With several processes each
+    orthogonalises its share, and they exchange the results; parameters sharded by FSDP are gathered for that, a few at
+    a time. As in torch's fused optimizers, a tensor `found_inf` of 1 makes a step change nothing, without
+    synchronisation.
     """
 
     found_inf: Tensor | None = None
 
     def __init__(
         self, parameters: Iterable[nn.Parameter], parts: dict[nn.Parameter, list[int]], lr: float, weight_decay: float,
-        momentum: float = 0.95,
+        momentum: float = 0.95, dtype: torch.dtype = torch.float32,
     ) -> None:  # fmt: skip
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        self.parts = parts
+        self.parts, self.dtype = parts, dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -127,7 +128,8 @@ class Muon(UncompiledOptimizer):
         torch._foreach_lerp_(buffers, updates, 1 - group["momentum"])
         torch._foreach_lerp_(updates, buffers, group["momentum"])  # Nesterov, in the place of the gradients
         pairs = zip(parameters, updates, strict=True)
-        matrices = shared_orthogonalise([each for p, update in pairs for each in self.split(p, whole(update))])
+        matrices = [each for p, update in pairs for each in self.split(p, whole(update))]
+        matrices = shared_orthogonalise(matrices, self.dtype)
         torch._foreach_mul_(matrices, [max(1.0, each.shape[0] / each.shape[1]) ** 0.5 for each in matrices])
         decay: Any = 1 - group["lr"] * group["weight_decay"]
         if skip is not None:
@@ -166,30 +168,30 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """`orthogonalise` for matrices of any shapes, batched by shape; the results have the dtype of the matrices."""
     by_shape: dict[torch.Size, list[int]] = {}
     for i, matrix in enumerate(matrices):
         by_shape.setdefault(matrix.shape, []).append(i)
     done = list(matrices)
     for alike in by_shape.values():
-        found = orthogonalise(torch.stack([matrices[i] for i in alike])).to(matrices[0].dtype).contiguous()
+        found = orthogonalise(torch.stack([matrices[i] for i in alike]), dtype).to(matrices[0].dtype).contiguous()
         for i, result in zip(alike, found, strict=True):
             done[i] = result
     return done
 
 
-def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
+def shared_orthogonalise(matrices: list[Tensor], products: torch.dtype) -> list[Tensor]:
     """`orthogonalise_all` for matrices that all processes hold: each computes its share and sends it to the others."""
     world = processes()
     if world == 1:
-        return orthogonalise_all(matrices)
+        return orthogonalise_all(matrices, products)
     by_size = sorted(range(len(matrices)), key=lambda i: matrices[i].numel())
     shares = [by_size[rank::world] for rank in range(world)]
     lengths = [[matrices[i].numel() for i in share] for share in shares]
-    mine = orthogonalise_all([matrices[i] for i in shares[dist.get_rank()]])
+    mine = orthogonalise_all([matrices[i] for i in shares[dist.get_rank()]], products)
     dtype, device = matrices[0].dtype, matrices[0].device
-    sent = torch.zeros(max(map(sum, lengths)), device=device, dtype=pick_dtype("auto", device))  # orthogonalise's
+    sent = torch.zeros(max(map(sum, lengths)), device=device, dtype=products)
     if mine:
         torch.cat([matrix.flatten() for matrix in mine], out=sent[: sum(matrix.numel() for matrix in mine)])
     everyone = [torch.empty_like(sent) for _ in range(world)]
@@ -203,12 +205,13 @@ def shared_orthogonalise(matrices: list[Tensor]) -> list[Tensor]:
 
 def make_optimizers(
     model: nn.Module, *, kind: str, learning_rate: float, muon_learning_rate: float, weight_decay: float,
-    betas: tuple[float, float], muon_momentum: float = 0.95, fused: bool = True,
+    betas: tuple[float, float], muon_momentum: float = 0.95, fused: bool = True, dtype: torch.dtype = torch.float32,
 ) -> list[torch.optim.Optimizer]:  # fmt: skip
     """The optimizers of `model`; each parameter group has its peak learning rate as `peak_lr`.
 
     Weight decay applies only to matrices (two dimensions or more). With "muon", Muon updates the matrices in the
     blocks, except those of an adapter: there the product B A would have to be orthogonalised, and it starts at 0.
+    Muon's matmuls are in 16 bits on a GPU, and on a CPU if `dtype` is bfloat16.
     """
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     blocks = [(name, p) for name, p in named if name.startswith("blocks.") and MARK not in name]
@@ -224,7 +227,10 @@ def make_optimizers(
     if groups:
         optimizers.append(AdamW(groups, lr=learning_rate, betas=betas, fused=fused))
     if hidden:
-        optimizers.append(Muon(hidden, stacked_matrices(model), muon_learning_rate, weight_decay, muon_momentum))
+        bfloat16 = hidden[0].device.type == "cpu" and dtype == torch.bfloat16
+        products = dtype if bfloat16 else pick_dtype("auto", hidden[0].device)
+        parts = stacked_matrices(model)
+        optimizers.append(Muon(hidden, parts, muon_learning_rate, weight_decay, muon_momentum, products))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

@@ -20,6 +20,8 @@ from nib.training.step import exchanging
 # The largest useful micro-batch on a CPU, in tokens x width x layers. About 17 such numbers are kept for the backward
 # pass, so this is 1 GB, or one sequence of GPT-2. Larger micro-batches are not faster.
 CPU_ACTIVATIONS = 2**24
+# In 16 bits logits are small, so the head's gradient is computed at once. In chunks it is summed in float32: slower.
+CPU_LOGITS_16 = 2**26
 # So many tokens should keep a GPU busy (not measured). With more, the loss unrolls into more chunks.
 GPU_TOKENS = 2**16
 # Tensor cores need whole tiles: nanoGPT's author measured a quarter less speed with GPT-2's vocabulary of 50257.
@@ -54,7 +56,7 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
 
     With FSDP, blocks are moved one by one, so that no device ever holds the whole model.
     """
-    set_limits(model, settings, cluster.device)
+    set_limits(model, settings, precision)
     if settings.parallel == "ddp" or cluster.world == 1:
         return model.to(cluster.device)
     if precision.dtype == torch.float16:
@@ -75,11 +77,13 @@ def place(model: nn.Module, settings: TrainSettings, precision: Precision, clust
     return model
 
 
-def set_limits(model: Any, settings: TrainSettings, device: torch.device) -> None:
+def set_limits(model: Any, settings: TrainSettings, precision: Precision) -> None:
     """Set the model's memory limits for the device."""
     model.activation_checkpointing = settings.activation_checkpointing
-    if device.type == "cuda":
+    if precision.device.type == "cuda":
         model.max_logits, model.vocab_multiple = 0, GPU_VOCAB_MULTIPLE
+    elif precision.dtype != torch.float32:
+        model.max_logits = CPU_LOGITS_16
 
 
 def fit_to_device(
