@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MAX_FLOAT_LOGITS = 2**24  # logits that the loss has in float32 at a time: 64 MB
+MAX_FLOAT_LOGITS = 2**24  # that the loss holds at once: 64 MB
 
 
 @dataclass
@@ -412,9 +412,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
     ) -> Tensor:
         ctx.dtype, trained = weight.dtype, needs_grad and weight.requires_grad
-        weight = weight.detach()  # otherwise autocast would keep this cast, which has no gradient, for other layers
+        weight = weight.detach()  # so that autocast does not cache this cast, which has no gradient, for other layers
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x, grad_weight = torch.empty_like(x if needs_grad else x[:0]), weight[:0]
+        grad_x, grad_weight = torch.empty_like(x if needs_grad else x[:0]), weight.new_empty(0)
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             logits = F.linear(part, weight)  # (rows, V)
@@ -436,25 +436,25 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad_x, grad_weight = grad_x * grad_total, grad_weight * grad_total
-        else:  # in place, as they may be large; a second backward pass is refused, because what was kept has changed
+        else:  # in place, since they may be large; torch refuses a second backward pass
             grad_x, grad_weight = grad_x.mul_(grad_total), grad_weight.mul_(grad_total)
         return grad_x, grad_weight.to(ctx.dtype) if ctx.needs_input_grad[1] else None, None, None, None, None
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Tensor, Tensor]:
-    """Sum over rows of -log softmax(logits)[target], and softmax(logits) - one_hot(targets); the logits are lost.
+    """The loss summed over the rows of logits (rows, V), and its gradient, softmax(logits) - one_hot(targets).
 
-    Targets of -1 add nothing to the sum; their rows of the gradient are of no use. Uncompiled, the gradient takes the
-    place of the logits (rows, V), and not more than MAX_FLOAT_LOGITS of them are in float32 at a time.
+    Uncompiled, the gradient overwrites the logits, and only a few rows are in float32 at a time. Targets of -1 add
+    nothing to the sum; their rows of the gradient are not zeroed.
     """
     kept, index = targets >= 0, targets.clamp_min(0)[:, None]
     if torch.compiler.is_compiling():
         log_probs = F.log_softmax(logits.float(), dim=-1)
         loss = -(log_probs.gather(1, index)[:, 0] * kept).sum()
-        hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass where a scatter makes three
+        hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass; scatter_add_ would need three
         return loss, (log_probs.exp() - hot.float()).to(logits.dtype) if needs_grad else logits
-    losses = []
-    for part, at in zip(*(each.split(max(1, MAX_FLOAT_LOGITS // 4 // logits.shape[1])) for each in (logits, index)), strict=True):
+    losses, rows = [], max(1, MAX_FLOAT_LOGITS // 4 // logits.shape[1])
+    for part, at in zip(logits.split(rows), index.split(rows), strict=True):
         log_probs = F.log_softmax(part.float(), dim=-1)
         losses.append(log_probs.gather(1, at))
         if needs_grad:

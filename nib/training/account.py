@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nib.common.device import Precision, device_name, free_memory, is_out_of_memory, pick_device, pick_dtype
+from nib.common.device import device_name, free_memory, is_out_of_memory, pick_device, pick_dtype
 from nib.common.exits import InputError, RunError
 from nib.common.options import Parsed
 from nib.common.streams import write_result
@@ -36,7 +36,7 @@ from nib.training.distributed import Cluster, own_place
 from nib.training.lora import MARK, add_adapter
 from nib.training.objective import LanguageModelling, settle_objective
 from nib.training.optimizer import Muon, make_optimizers
-from nib.training.placement import large_enough, micro_batch_sizes, set_limits
+from nib.training.placement import large_enough, micro_batch_sizes, set_limits, training_precision
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
@@ -162,15 +162,15 @@ def memory_of_step(make: Callable[[], Any], settings: TrainSettings, cluster: Cl
     The memory of Python, torch and their libraries is not included. If the model's operations depend on values,
     activations and peak are None.
     """
-    precision = Precision(settings.dtype, cluster.device)
     with FakeTensorMode(), LiveBytes() as live:
         with torch.device(cluster.device):
             model = make()
-        set_limits(model, settings, cluster.device)
+        precision = training_precision(settings, model.config.n_embd, cluster, None)
+        set_limits(model, settings, precision)
         weights = live.now
         optimizers = make_optimizers(
             model, kind=settings.optimizer, learning_rate=1.0, muon_learning_rate=1.0, weight_decay=0.0,
-            betas=(0.9, 0.95), fused=False,
+            betas=(0.9, 0.95), fused=False, dtype=precision.dtype,
         )  # fmt: skip
         kinds: dict[str, int] = {}
         for optimizer in optimizers:

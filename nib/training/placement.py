@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from nib.common.device import Precision, is_out_of_memory
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted
+from nib.cpu.bfloat16 import LEAST_WIDTH, has_bfloat16
+from nib.formats.checkpoint import Checkpoint
 from nib.training.distributed import Cluster, is_sharded
 from nib.training.report import Reporter
 from nib.training.settings import TrainSettings
@@ -49,6 +51,21 @@ def micro_batch_sizes(batch_size: int, micro_batch_size: int, world: int) -> lis
             f"Use {allowed}, or 0 for an automatic one"
         )
     return [micro_batch_size]
+
+
+def training_precision(
+    settings: TrainSettings, width: int, cluster: Cluster, checkpoint: Checkpoint | None
+) -> Precision:
+    """The setting dtype for a model of `width` channels. On a CPU, auto depends on the first process's CPU.
+
+    A run on CPUs resumes in the dtype in which it began, on any kind of CPU.
+    """
+    name, native = settings.dtype, has_bfloat16()
+    if name == "auto" and cluster.device.type == "cpu":
+        name = "bfloat16" if cluster.from_first(native) and width >= LEAST_WIDTH else "float32"
+        if checkpoint is not None:
+            name = "bfloat16" if checkpoint.state.get("cpu_dtype") == "bfloat16" else "float32"
+    return Precision(name, cluster.device)
 
 
 def place(model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster) -> nn.Module:

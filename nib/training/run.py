@@ -18,6 +18,7 @@ from nib.common.device import Copied, Precision, device_name, peak_flops, peak_m
 from nib.common.exits import RunError
 from nib.common.signals import StopSignal
 from nib.common.wording import amount, counted, typed
+from nib.cpu.bfloat16 import has_bfloat16
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
 from nib.data.sequences import BatchesAhead, describe
@@ -28,7 +29,7 @@ from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
 from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
-from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place
+from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place, training_precision
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.saving import Saver, finish_saving, lock_run, save, unchanged
 from nib.training.schedule import finished, rate_factor
@@ -47,13 +48,13 @@ class Run:
     lock: IO[str] | None = None
     stop: StopSignal | None = None
     model: Any  # model.GPT
+    precision: Precision
     ready: nn.Module  # the model wrapped in DDP and compiled, if asked
     optimizers: list[torch.optim.Optimizer]
     micro_batch_size: int
 
     def __init__(self, settings: TrainSettings, dataset: Dataset | Mixture, cluster: Cluster) -> None:
         self.settings, self.dataset, self.cluster = settings, dataset, cluster
-        self.precision = Precision(settings.dtype, cluster.device)
         self.out_dir = Path(settings.out_dir)
         self.report = Reporter(self.out_dir, cluster.first, record=not settings.eval_only)
         self.progress = Progress()
@@ -101,6 +102,13 @@ class Run:
         Raises InputError, and RunError if the model does not fit into memory.
         """
         settings, cluster = self.settings, self.cluster
+        shape: Any = model.config
+        self.precision = training_precision(settings, shape.n_embd, cluster, checkpoint)
+        if cluster.device.type == "cpu" and self.precision.dtype == torch.bfloat16 and not has_bfloat16():
+            slow = "training in bfloat16 is slow on this CPU, which has no instructions for it"
+            self.report.say(
+                f"warning: {slow}. A new run with --dtype=float32 --init_from={self.out_dir} goes on faster"
+            )
         self.model = place(model, settings, self.precision, cluster)
         self.objective.prepare(model)
         self.optimizers = make_optimizers(

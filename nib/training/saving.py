@@ -128,6 +128,7 @@ def save(run: Run) -> None:
     run.saved_step, run.saved_at = run.progress.step, time.monotonic()
     if not run.cluster.first:
         return
+    dtype = str(run.precision.dtype).removeprefix("torch.")
     state = {
         "model_config": asdict(run.model.config),
         "progress": asdict(run.progress),
@@ -141,6 +142,7 @@ def save(run: Run) -> None:
         "processes": run.cluster.world,
         "micro_batch_size": run.micro_batch_size,
         "threads": torch.get_num_threads(),
+        **({"cpu_dtype": dtype} if run.cluster.device.type == "cpu" else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

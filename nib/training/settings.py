@@ -120,7 +120,7 @@ class TrainSettings(ModelSettings):
     keep_checkpoints: int = option(2, "checkpoints to keep, besides the best; 0: all", at_least=0, group="checkpoint")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
-    dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: bfloat16 on a GPU that supports it",
+    dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: bfloat16 where it pays",
                         choices=("auto", "float32", "bfloat16", "float16"), group="system")
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=SWITCH, group="system")
     parallel: str = option("ddp", "how several processes (torchrun) share the work", choices=("ddp", "fsdp"),

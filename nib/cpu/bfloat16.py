@@ -1,7 +1,7 @@
-"""Causal attention in bfloat16 on a CPU, by oneDNN's batched products instead of torch's own kernel.
+"""Training in bfloat16 on a CPU: where it pays, and causal attention by oneDNN's batched matmuls.
 
-torch's kernel takes two fifths of a bfloat16 training step of GPT-2's shape at 1,024 positions and is no faster there
-than in float32. Batched products of a block of queries with all keys before it do the same work in half of its time.
+torch's own attention takes two fifths of a bfloat16 training step of GPT-2's shape at 1,024 positions, and is no faster
+than in float32. Batched matmuls of a block of queries with all keys before it take half of its time.
 """
 
 from __future__ import annotations
@@ -15,20 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 256  # queries at a time: of 64, 128, 256 and 512 the fastest at 512 and at 1024 positions (bench/NOTES.md)
+BLOCK = 256  # queries at a time: the fastest of 64, 128, 256 and 512 at 512 and at 1024 positions (bench/NOTES.md)
+# The least n_embd of models that are trained in bfloat16 if dtype is auto. Narrower ones gain less (bench/NOTES.md).
+LEAST_WIDTH = 512
 _library: torch.library.Library | None = None  # the kernel lives as long as it does
 
 
-def use_products_for_attention() -> None:
-    """Let causal attention under autocast to bfloat16 be computed here, in backward passes too, for all this process.
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 matmuls (AVX512-BF16 or AMX), which oneDNN then uses."""
+    kinds = (getattr(torch.cpu, f"_is_{kind}_supported", lambda: False) for kind in ("avx512_bf16", "amx_tile"))
+    return torch.backends.mkldnn.is_available() and any(supported() for supported in kinds)
 
-    Attention in float32, or with a mask, dropout or cached keys, stays torch's own.
+
+def use_matmuls_for_attention() -> None:
+    """In this process, compute causal attention under autocast to bfloat16 by `attention`, and its gradients too.
+
+    Attention in float32, or with a mask, dropout or cached keys, remains torch's own.
     """
     global _library
     if _library is None:
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a kernel is replaced
+            warnings.simplefilter("ignore")  # the one about replacing a kernel
             _library.impl("scaled_dot_product_attention", attention, "AutocastCPU")
 
 
@@ -50,13 +58,13 @@ def attention(
 class CausalAttention(torch.autograd.Function):
     """Attention of q (B, H, T, D) to k and v (B, K, T, D), each shared by G = H / K heads.
 
-    The scores are rounded to bfloat16, and the softmax is computed in float32. Only the inputs are kept for the
+    The scores are rounded to bfloat16, and the softmax is computed in float32. Only q, k and v are saved for the
     backward pass, which computes the softmax again.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v)  # views of one tensor: contiguous copies would take more memory
         ctx.scale = scale
         k, v = k.contiguous(), v.contiguous()  # read once a block
         B, H, T, _ = q.shape
@@ -67,8 +75,8 @@ class CausalAttention(torch.autograd.Function):
         return y.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        q, k, v = ctx.saved_tensors  # not the copies made in forward: their memory is worth more than the time
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
         k, v = k.contiguous(), v.contiguous()
         grad_q, (grad_k, grad_v) = torch.empty_like(q), (torch.zeros_like(each, dtype=torch.float32) for each in (k, v))
         for rows, probabilities, queries in blocks(q, k, ctx.scale):
@@ -83,12 +91,12 @@ class CausalAttention(torch.autograd.Function):
 
 
 def grouped(x: Tensor, k: Tensor, rows: slice) -> Tensor:
-    """Some rows of x (B, H, T, D), those of heads that share keys together: (B K, G rows, D)."""
+    """Some rows of x (B, H, T, D), grouped by the keys and values that heads share: (B K, G rows, D)."""
     return x[:, :, rows].reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
 
 
 def blocks(q: Tensor, k: Tensor, scale: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Each block of rows, its probabilities (B K, G rows, positions up to its end), and its queries times `scale`."""
+    """Each block of rows, its probabilities (B K, G rows, positions up to its end), and its scaled queries."""
     T = q.shape[2]
     ahead = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype).triu(1)
     for begin in range(0, T, BLOCK):
