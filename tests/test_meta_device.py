@@ -57,7 +57,7 @@ def test_a_training_step_mixes_no_devices_and_reads_no_value(
     settings = TrainSettings(batch_size=4, micro_batch_size=2, block_size=24, optimizer=optimizer)
     dataset: Any = None
     run = Run(settings, dataset, Cluster(0, 1, META))
-    run.objective = LanguageModelling(settings, None)
+    run.objective, run.precision = LanguageModelling(settings, None), Precision("float32", META)
     run.queued, run.micro_batch_size = True, 2
     run.model = run.ready = GPT(tiny(**shape)).to(META)
     run.model.max_logits, run.model.vocab_multiple = 5 * 40, 64

@@ -159,8 +159,9 @@ class Precision:
             yield
 
     def casting_once(self, parts: Iterable[T]) -> Iterator[T]:
-        """The same `parts`; autocasts in the body of a loop over them, between which no weight changes, share casts."""
-        with torch.autocast(self.device.type, enabled=False):  # torch forgets casts when the outermost one ends
+        """Iterate over `parts`; all autocasts in the loop's body share their casts. No weight may change meanwhile."""
+        outer = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, enabled=False)
+        with outer:  # torch forgets the casts at the end of the outermost autocast
             yield from parts
 
 

@@ -181,7 +181,7 @@ def orthogonalise_all(matrices: list[Tensor], dtype: torch.dtype) -> list[Tensor
     return done
 
 
-def shared_orthogonalise(matrices: list[Tensor], products: torch.dtype) -> list[Tensor]:
+def shared_orthogonalise(matrices: list[Tensor], products: torch.dtype = torch.float32) -> list[Tensor]:
     """`orthogonalise_all` for matrices that all processes hold: each computes its share and sends it to the others."""
     world = processes()
     if world == 1:

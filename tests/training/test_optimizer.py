@@ -64,13 +64,12 @@ def test_singular_values_come_near_one(shape: tuple[int, int], size: float) -> N
     assert (diagonal - diagonal.diag().diag()).abs().max() < 1e-3
 
 
-def test_float16_takes_gradients_that_are_too_small_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on cards without tensor cores for bfloat16."""
-    monkeypatch.setattr("nib.training.optimizer.pick_dtype", lambda *_: torch.float16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_take_gradients_that_are_too_small_for_float16(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    found = orthogonalise(1e-9 * torch.randn(1, 32, 96))[0]
+    found = orthogonalise(1e-9 * torch.randn(1, 32, 96), dtype)[0]
     values = torch.linalg.svdvals(found.float())
-    assert found.dtype == torch.float16 and values.max() < 1.25 and values.min() > 0.6
+    assert found.dtype == dtype and values.max() < 1.25 and values.min() > 0.6
 
 
 def test_zero_gradient_stays_zero() -> None:
