@@ -1,9 +1,10 @@
 """Training tokens per second of the same GPT-2-shaped model and batch: nib's step against nanoGPT's.
 
     python bench/throughput.py --nanogpt PATH_TO_CLONE [--size tiny --size small --size 124m]
+    python bench/throughput.py --nanogpt PATH_TO_CLONE --dtype=bfloat16 [--size 27m --size 87m --size 124m-4]
 
-Float32, eager, AdamW, gradient clipping; nib runs train.py's own `optimizer_step`, nanoGPT the body of its loop. The
-two take turns, in a process each. Prints a table and one JSON line last.
+Eager, AdamW, gradient clipping; nib runs train.py's own `optimizer_step`, nanoGPT the body of its loop, in float32. In
+bfloat16 nib's own float32 runs beside them. They take turns, in a process each. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SIZES = {
     "87m": (12, 12, 768, 1024, 2048, 4, 1),
     "124m-4": (12, 12, 768, 1024, 50304, 4, 1),
 }
-TARGET = 1.2
+TARGETS = {"float32": 1.2, "bfloat16": 3.5}
 
 
 def timed(step: Callable[[], Any], steps: int, clock: str = "wall") -> Callable[[], tuple[float, float]]:
@@ -51,7 +52,9 @@ def random_batch(vocab: int, batch: int, context: int) -> tuple[torch.Tensor, to
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
-def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tuple[float, float]]:
+def make_nib(
+    size: str, clock: str = "wall", micro: int = 0, dtype: str = "float32", optimizer: str = "adamw"
+) -> Callable[[], tuple[float, float]]:
     from model import GPT, GPTConfig
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
@@ -63,8 +66,8 @@ def make_nib(size: str, clock: str = "wall", micro: int = 0) -> Callable[[], tup
 
     layers, heads, width, context, vocab, sequences, steps = SIZES[size]
     settings = TrainSettings(
-        batch_size=sequences, micro_batch_size=micro, block_size=context, device="cpu", optimizer="adamw",
-        learning_rate=6e-4,
+        batch_size=sequences, micro_batch_size=micro, block_size=context, device="cpu", optimizer=optimizer,
+        learning_rate=6e-4, dtype=dtype,
     )  # fmt: skip
     shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
     shape = GPT2 | shape | dict(mlp="gelu")
@@ -110,15 +113,17 @@ def main() -> None:
     parser = parser_for(__doc__, peer=False)
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of nib's matmuls")
     parser.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of all threads, busy machine"
     )
     arguments: argparse.Namespace = parser.parse_args()
     if arguments.nanogpt is None:
         sys.exit("give --nanogpt PATH_TO_CLONE")
-    ratios, rates = {}, {}
+    ratios, rates, to_float32 = {}, {}, {}
+    sizes = ["tiny", "small", "124m"] if arguments.dtype == "float32" else ["27m", "87m", "124m-4"]
     print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}   page faults a step, nib and nanoGPT")
-    for size in arguments.size or SIZES:
+    for size in arguments.size or sizes:
         tokens, faults = SIZES[size][3] * SIZES[size][5], {}
 
         def seconds(name: str, turn: Callable[[], Any], faults: dict[str, float] = faults) -> float:
@@ -126,14 +131,21 @@ def main() -> None:
             return taken
 
         theirs = (make_nanogpt, size, arguments.nanogpt.resolve(), arguments.clock)
-        with sides(nib=(make_nib, size, arguments.clock), nanogpt=theirs) as turns:
+        made = dict(nib=(make_nib, size, arguments.clock, 0, arguments.dtype), nanogpt=theirs)
+        if arguments.dtype != "float32":
+            made["float32"] = (make_nib, size, arguments.clock)
+        with sides(**made) as turns:
             named = {name: lambda name=name, turn=turn: seconds(name, turn) for name, turn in turns.items()}
             found = alternate(named, arguments.rounds)
         rates[size] = {name: tokens / taken for name, taken in found.items()}
         ratios[size] = found["nanogpt"] / found["nib"]
         print(f"{size:8}{rates[size]['nib']:16,.0f}{rates[size]['nanogpt']:12,.0f}{ratios[size]:8.2f}", end="   ")
         print(f"{faults['nib']:,.0f}, {faults['nanogpt']:,.0f}", flush=True)
-    finish(dict(ratios=ratios, tokens_per_second=rates), min(ratios.values()) >= TARGET, arguments.check)
+        if "float32" in found:
+            to_float32[size] = found["float32"] / found["nib"]
+            print(f"{'':36}{to_float32[size]:8.2f}   x nib's float32", flush=True)
+    result = dict(ratios=ratios, to_float32=to_float32, tokens_per_second=rates)
+    finish(result, min(ratios.values()) >= TARGETS[arguments.dtype], arguments.check)
 
 
 if __name__ == "__main__":
