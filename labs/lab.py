@@ -34,6 +34,7 @@ from nib.common.exits import InputError, RunError, run_script
 from nib.common.options import Parsed, option, parse
 from nib.training.settings import TrainSettings
 
+SCRIPTS = ("train.py", "sample.py", "evaluate.py", "look.py", "export.py")  # that also run with the model of a lab
 DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds on an idle machine
 Variants = dict[str, dict[str, Any]]  # name: the variant's options, the baseline first
 Measures = Mapping[str, Callable[[Any], str]]  # column heading: a function of a trained model
@@ -56,7 +57,7 @@ def main(
     for name, part in parts.items():
         setattr(model, name, part)
     arguments = sys.argv[1:]
-    if arguments and (ROOT / arguments[0]).is_file() and "/" not in arguments[0]:
+    if arguments and arguments[0] in SCRIPTS:
         sys.argv = arguments
         run_script(importlib.import_module(Path(arguments[0]).stem).main)
     if not arguments or arguments[0].startswith("-"):

@@ -24,8 +24,8 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 HOW = "Prepare it again with: python prepare_data.py ... --overwrite"
 KINDS = ("text", "chat", "preference")
-# The most shards of a split mapped at a time, each of which is an open file; at most a quarter of the process's limit
-# of open files. Opening a shard takes 40 us, reading a window of an open one 4 us.
+# The most shards that a process keeps mapped, each of which is an open file. Opening a shard takes 40 us, reading a
+# window of an open one 4 us.
 OPEN_SHARDS = 128
 
 
@@ -77,10 +77,9 @@ class Dataset:
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
                 raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, how)}") from None
-        streams = 4 * len(dtypes)
-        stream = TokenStream(MappedShards(shards[".bin"], dtypes[".bin"], streams), size)
+        stream = TokenStream(MappedShards(shards[".bin"], dtypes[".bin"]), size)
         if self.chat:
-            stream.mask = TokenStream(MappedShards(shards[".mask"], dtypes[".mask"], streams), size)
+            stream.mask = TokenStream(MappedShards(shards[".mask"], dtypes[".mask"]), size)
             lengths = np.concatenate(rows)
             stream.starts = np.cumsum(lengths, dtype=np.int64)
             if stream.starts[-1] != tokens or (lengths[1:] == 0).any():
@@ -167,34 +166,40 @@ class Shard:
         self.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-class MappedShards(Sequence[NDArray[Any]]):
-    """Shards that are memory-mapped when they are read; the most recently used stay mapped.
+def most_mapped() -> int:
+    """OPEN_SHARDS, or half of the files that this process may open, if that is less."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // 2)
+
+
+@functools.lru_cache(most_mapped())
+def map_shard(shard: Shard, dtype: np.dtype) -> NDArray[Any]:
+    """Memory-map the shard. Of all datasets of this process, the most recently used shards stay mapped.
 
     Raises RunError for a shard that was replaced since the dataset was opened: the data would mix two corpora.
     """
+    try:
+        mapped = np.memmap(shard.path, dtype=dtype, mode="r")
+        if Shard(shard.path).identity == shard.identity:
+            return mapped
+        reason, how = "it was replaced meanwhile", "Run the same command again"
+    except (OSError, ValueError) as error:
+        how = way_out(error, "Run the same command again")
+        reason = str(getattr(error, "strerror", None) or error)
+    raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 
-    def __init__(self, shards: list[Shard], dtype: np.dtype, streams: int = 4) -> None:
+
+class MappedShards(Sequence[NDArray[Any]]):
+    """Shards that are mapped when they are read."""
+
+    def __init__(self, shards: list[Shard], dtype: np.dtype) -> None:
         self.shards, self.dtype = shards, dtype
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self.map = functools.lru_cache(OPEN_SHARDS if limit < 0 else min(OPEN_SHARDS, limit // streams))(self._map)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.map(index)
-
-    def _map(self, index: int) -> NDArray[Any]:
-        shard = self.shards[index]
-        try:
-            mapped = np.memmap(shard.path, dtype=self.dtype, mode="r")
-            if Shard(shard.path).identity == shard.identity:
-                return mapped
-            reason, how = "it was replaced meanwhile", "Run the same command again"
-        except (OSError, ValueError) as error:
-            how = way_out(error, "Run the same command again")
-            reason = str(getattr(error, "strerror", None) or error)
-        raise RunError(f"cannot read {shard.path}: {reason}. {how}")
+        return map_shard(self.shards[index], self.dtype)
 
 
 class TokenStream:

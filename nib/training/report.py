@@ -147,11 +147,11 @@ class Reporter:
         if not self.active:
             return
         path = self.out_dir / "wandb_id.txt"
-        if not path.exists():
-            path.write_text(secrets.token_hex(4))
         try:
             import wandb
 
+            if not path.exists():
+                path.write_text(secrets.token_hex(4))
             mode: Any = None if os.environ.get("WANDB_MODE") or logged_in(wandb) else "offline"
             self.wandb = wandb.init(
                 project=project, name=name, config=config, id=path.read_text(), resume="allow", dir=self.out_dir,

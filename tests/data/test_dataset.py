@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -240,21 +241,29 @@ def open_files() -> int:
     return count
 
 
-@pytest.mark.parametrize("limit, most", [(1024, 128), (24, 6), (2, 0), (-1, 128)])
-def test_a_dataset_may_have_more_shards_than_a_process_may_open(
+def keep_mapped(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    mapper = nib.data.dataset.map_shard.__wrapped__
+    monkeypatch.setattr(nib.data.dataset, "map_shard", functools.lru_cache(most)(mapper))
+
+
+@pytest.mark.parametrize("limit, most", [(1024, 128), (24, 12), (2, 1), (1, 0), (-1, 128)])
+def test_datasets_may_have_more_shards_than_a_process_may_open(
     limit: int, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_dataset(tmp_path, TRAIN[:600], VAL[:20], shard_tokens=4)
     monkeypatch.setattr(nib.data.dataset.resource, "getrlimit", lambda _: (limit, limit))
-    before = open_files()
-    dataset = Dataset(tmp_path)
-    assert dataset.train.read(0, 9999).tolist() == TRAIN[:600].tolist()
-    assert open_files() - before <= most + 1  # the last one of val, whose length was asked for
-    assert dataset.train.read(3, 9).tolist() == TRAIN[3:9].tolist()
+    keep_mapped(monkeypatch, nib.data.dataset.most_mapped())
+    before, datasets = open_files(), []
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        write_dataset(tmp_path / name, TRAIN[:600], VAL[:20], shard_tokens=4)
+        datasets.append(Dataset(tmp_path / name))
+        assert datasets[-1].train.read(0, 9999).tolist() == TRAIN[:600].tolist()
+    assert open_files() - before <= most
+    assert datasets[0].train.read(3, 9).tolist() == TRAIN[3:9].tolist()
 
 
 def test_a_shard_that_is_replaced_while_it_is_in_use_ends_the_run(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nib.data.dataset, "OPEN_SHARDS", 1)
+    keep_mapped(monkeypatch, 1)
     dataset = Dataset(data)
     shard = data / "train-00001.bin"
     content = shard.read_bytes()
