@@ -15,6 +15,7 @@ from conftest import ROOT, run_script
 from test_train import TINY, losses, metrics, tensors, train
 
 from nib.common.exits import InputError
+from nib.training.report import Reporter
 from nib.training.slurm import adopt_slurm, first_host
 
 STEPS = [*TINY, "--max_iters=6", "--schedule=constant"]
@@ -85,6 +86,12 @@ def test_without_a_login_wandb_is_offline_and_a_resumed_run_goes_on_under_its_id
     config = next(record.run.config for record in records(first) if record.WhichOneof("record_type") == "run")
     kept = {item.key: json.loads(item.value_json) for item in config.update}
     assert kept["n_layer"] == 2 and kept["model_config"]["norm"] == "rmsnorm" and kept["parameters"] > 1000
+
+
+def test_an_id_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "wandb_id.txt").symlink_to(tmp_path / "missing" / "id")
+    Reporter(tmp_path, active=True).start_wandb("project", "name", {})
+    assert "warning: wandb did not start, so nothing is logged there" in "".join(capsys.readouterr())
 
 
 def test_wandb_offline_gets_the_same_numbers(tmp_path: Path) -> None:
