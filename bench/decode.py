@@ -60,6 +60,15 @@ def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, flo
     return first, samples[0].tokens_per_second or 0.0
 
 
+def fast_model(model: GPT, int8: bool = False) -> GPT:
+    """The model prepared for a CPU as sample.py prepares it, changed in place."""
+    if int8:
+        quantize(model)
+    (pack_int8 if int8 else pack_linears)(model)
+    fuse_blocks(model)
+    return model
+
+
 def read_speed(size: int) -> Callable[[], float]:
     memory = torch.ones(size // 4)
 
@@ -179,12 +188,8 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         llamas = {kind: open_llama(model, Path(name), kind == "q8_0") for kind in ("f32", "q8_0")}
-    small = copy.deepcopy(model)
-    pack_linears(model)
-    quantize(small)
-    pack_int8(small)
-    for engine in (model, small):
-        fuse_blocks(engine)
+    small = fast_model(copy.deepcopy(model), int8=True)
+    fast_model(model)
     for round_number in range(arguments.rounds + 1):  # the first one warms up
         taken: dict[str, float] = {}
         for label, engine in (("nib f32", model), ("nib int8", small)):

@@ -2,11 +2,12 @@
 
     python bench/shared_machine.py [--jobs train,sample] [--sizes 0.8m,1.1m,10m,124m] [--old CHECKOUT] [--rounds 3]
 
-The jobs are train.py and sample.py as a user starts them, best on 2 cores. A loop is `while True: pass`; the other run
-is train.py with config/small.py's model. With --old, another checkout of nib alternates with this one; with --nanogpt,
-a clone trains the smallest model under the same conditions; with --jobs peers, transformers' generate and llama.cpp (if
-transformers, llama-cpp-python and gguf are installed) decode 124 M. Prints the speeds relative to an idle machine
-(medians over the rounds), then the speeds, and one JSON line last.
+The jobs are train.py and sample.py as a user starts them, best on 2 cores; torchrun is train.py in two processes. A
+loop is `while True: pass`; the other run is train.py with config/small.py's model. With --old, another checkout of nib
+alternates with this one; with --nanogpt, a clone trains the smallest model under the same conditions. With
+`--jobs peers`, nib, transformers and llama.cpp (if transformers, llama-cpp-python and gguf are installed) decode a
+GPT-2 of 124 M. Prints the speeds relative to an idle machine (medians over the rounds), then the speeds, and one JSON
+line last; --plot draws the relative speeds of nib and its peers.
 """
 
 from __future__ import annotations
@@ -37,19 +38,28 @@ SIZES = {
     "124m": "--n_layer=17 --n_head=12 --n_embd=768 --block_size=256 --batch_size=1 --optimizer=adamw",
 }
 TOKENS = {"0.8m": 6000, "1.1m": 8000, "10m": 2000, "124m": 150}  # sampled in a turn, some seconds' worth
+PEERS = ("nib", "nib int8", "transformers", "llama.cpp f32", "llama.cpp q8_0")
+PLOTTED = {
+    "training 0.8 M parameters": {"nib train 0.8m": "tab:blue", "nanoGPT train 0.8m": "tab:gray"},
+    "generating text, GPT-2 (124 M)": {
+        "nib gpt2": "tab:blue", "llama.cpp f32 gpt2": "tab:green", "transformers gpt2": "tab:gray",
+    },
+}  # fmt: skip
 SAMPLES = {"sample": "", "sample_int8": "--quantize=int8", "sample_x8": "--num-samples=8"}
 
 
-def python(checkout: Path, script: str, *arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(checkout / script), *arguments, "--device=cpu"]
+def python(checkout: Path, script: str, *arguments: str, cwd: Path, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
+    command = [sys.executable, *launcher, str(checkout / script), *arguments, "--device=cpu"]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def training(checkout: Path, size: str, data: Path, out: Path) -> subprocess.Popen[str]:
+def training(checkout: Path, size: str, data: Path, out: Path, processes: int = 1) -> subprocess.Popen[str]:
     """train.py without an end."""
     shape = SIZES[size].replace("config/", f"{checkout}/config/").split()
     endless = "--max_iters=1000000 --eval_interval=0 --checkpoint_interval=0 --log_interval=1".split()
-    return python(checkout, "train.py", *shape, *endless, f"--dataset={data}", f"--out_dir={out}", cwd=out.parent)
+    arguments = [*shape, *endless, f"--dataset={data}", f"--out_dir={out}"]
+    return python(checkout, "train.py", *arguments, cwd=out.parent, processes=processes)
 
 
 @contextmanager
@@ -57,7 +67,10 @@ def ended(process: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        process.kill()
+        if "torch.distributed.run" in process.args:
+            process.terminate()  # it ends its processes, which kill() would leave behind
+        else:
+            process.kill()
         process.wait()
 
 
@@ -69,11 +82,11 @@ def metrics(out: Path) -> list[tuple[float, int]]:
     return [(line["seconds"], line["tokens"]) for line in lines]
 
 
-def training_speed(checkout: Path, size: str, data: Path, seconds: float) -> float:
+def training_speed(checkout: Path, size: str, data: Path, seconds: float, processes: int = 1) -> float:
     """Tokens a second of train.py, by its own count, once it is warm."""
     with tempfile.TemporaryDirectory() as name:
         out = Path(name, "run")
-        with ended(training(checkout, size, data, out)) as process:
+        with ended(training(checkout, size, data, out, processes)) as process:
             while True:
                 time.sleep(0.2)
                 found = [each for each in metrics(out) if each[0] > WARM_SECONDS]
@@ -98,7 +111,7 @@ def sampling_speed(checkout: Path, size: str, run: Path, options: str) -> float:
 
 
 def nanogpt_speed(clone: Path, seconds: float) -> float:
-    """Steps a second of nanoGPT's README job on its own random tokens, from the times it prints."""
+    """Tokens a second of nanoGPT's README job, from the times it prints."""
     shape = "--device=cpu --compile=False --eval_interval=100000 --eval_iters=1 --log_interval=5 --block_size=64"
     shape += " --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0 --max_iters=100000"
     command = [sys.executable, "-u", "train.py", "config/train_shakespeare_char.py", *shape.split()]
@@ -111,20 +124,24 @@ def nanogpt_speed(clone: Path, seconds: float) -> float:
                 times.append(float(match[1]) / 1000)
                 if len(times) > 10 and time.perf_counter() - began > 2 * seconds:
                     break
-    return 1 / statistics.mean(times[3:])
+    return 12 * 64 / statistics.mean(times[3:])
 
 
-def peer_speed(name: str, tokens: int = 60) -> float:
+def peer_speed(name: str, tokens: int = 100) -> float:
     """Tokens a second of a peer's decoding of 124 M random weights, in a process of its own."""
     command = [sys.executable, __file__, "--peer", name, "--tokens", str(tokens)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
 
 
 def decode_as(name: str, tokens: int) -> None:
-    """Print how fast transformers, or llama.cpp with weights of f32 or q8_0, decodes: run in its own process."""
+    """Print how fast this engine decodes a GPT-2 of random weights: run in its own process."""
     sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+    if name.startswith("nib"):
+        from nib.cpu.threads import choose_threads
+
+        choose_threads()  # as sample.py does, before torch is imported
     from common import GPT2
-    from decode import llama_speed, open_llama, transformers_speed
+    from decode import fast_model, llama_speed, open_llama, transformers_speed, write
 
     if name == "transformers":
         from transformers import GPT2Config, GPT2LMHeadModel
@@ -134,13 +151,20 @@ def decode_as(name: str, tokens: int) -> None:
         return
     from model import GPT, GPTConfig
 
+    model = GPT(GPTConfig(**GPT2)).eval()
+    if name.startswith("nib"):
+        from nib.cpu.process import tune_for_sampling
+
+        tune_for_sampling()
+        print(write(fast_model(model, int8=name.endswith("int8")), (64,), tokens)[1])
+        return
     with tempfile.TemporaryDirectory() as directory:
-        llama = open_llama(GPT(GPTConfig(**GPT2)), Path(directory), name.endswith("q8_0"))
+        llama = open_llama(model, Path(directory), name.endswith("q8_0"))
         print(llama_speed(llama, 64, tokens)[1])
 
 
 def installed(name: str) -> bool:
-    modules = "transformers" if name == "transformers" else "llama_cpp, gguf"
+    modules = {"nib": "torch", "transformers": "transformers"}.get(name.split()[0], "llama_cpp, gguf")
     return not subprocess.run([sys.executable, "-c", f"import {modules}"], capture_output=True).returncode
 
 
@@ -158,24 +182,48 @@ def beside(neighbour: str, checkout: Path, data: Path) -> Iterator[None]:
         yield
 
 
+def plot(shares: dict[str, dict[str, float]], path: Path) -> None:
+    """Bars of the share that is left of each program's speed alone: training on the left, decoding on the right."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axes, (title, tasks) in zip(panels, PLOTTED.items(), strict=True):
+        tasks = {task: colour for task, colour in tasks.items() if task in shares}
+        for number, (task, colour) in enumerate(tasks.items()):
+            row = {each: share for each, share in shares[task].items() if each != "alone"}
+            width = 0.8 / len(tasks)
+            at = [group + (number + 0.5) * width - 0.4 for group in range(len(row))]
+            bars = axes.bar(at, list(row.values()), width * 0.92, color=colour, label=task.split()[0])
+            axes.bar_label(bars, [f"{share:.2f}" for share in row.values()], fontsize=8, color="dimgray")
+            axes.set_xticks(range(len(row)), [f"beside a {each}" if "two" not in each else "two loops" for each in row])
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set(ylabel="speed / speed alone", ylim=(0, 1.05))
+    figure.savefig(path)
+
+
 def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each job; the figures are medians")
     parser.add_argument("--seconds", type=float, default=5.0, help="of training that a turn measures")
-    parser.add_argument(
-        "--jobs", default=",".join(["train", *SAMPLES]), help="of train, sample, sample_int8, sample_x8 and peers"
-    )
+    jobs = ",".join(["train", *SAMPLES])
+    parser.add_argument("--jobs", default=jobs, help="of train, torchrun, sample, sample_int8, sample_x8 and peers")
     parser.add_argument("--sizes", default=",".join(SIZES), help="of nib's models")
     parser.add_argument("--neighbours", default=",".join(NEIGHBOURS))
     parser.add_argument("--data", type=Path, help="a prepared dataset; default: the built-in stdlib, prepared here")
     parser.add_argument("--runs", type=Path, help="where the sampled models are, or will be made")
     parser.add_argument("--old", type=Path, help="another checkout of nib, to take turns with this one")
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT with its data prepared")
+    parser.add_argument("--plot", type=Path, help="draw the peers' relative speeds into this file")
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--peer", help="used by the script itself")
-    parser.add_argument("--tokens", type=int, default=60, help="used by the script itself")
+    parser.add_argument("--tokens", type=int, default=100, help="used by the script itself")
     arguments = parser.parse_args()
     if arguments.peer:
         decode_as(arguments.peer, arguments.tokens)
@@ -196,6 +244,9 @@ def main() -> None:
             for who, checkout in checkouts.items():
                 if "train" in jobs:
                     tasks[f"{who} train {size}"] = (checkout, training_speed, checkout, size, data, arguments.seconds)
+                if "torchrun" in jobs:
+                    how = (checkout, size, data, arguments.seconds, 2)
+                    tasks[f"{who} torchrun {size}"] = (checkout, training_speed, *how)
                 for job in [job for job in jobs if job in SAMPLES]:
                     tasks[f"{who} {job} {size}"] = (checkout, sampling_speed, checkout, size, runs / size, SAMPLES[job])
             if any(job in SAMPLES for job in jobs) and not (runs / size).exists():
@@ -206,9 +257,9 @@ def main() -> None:
         if arguments.nanogpt:
             tasks["nanoGPT train 0.8m"] = (ROOT, nanogpt_speed, arguments.nanogpt.resolve(), arguments.seconds)
         if "peers" in jobs:
-            for peer in ("transformers", "llama.cpp f32", "llama.cpp q8_0"):
+            for peer in PEERS:
                 if installed(peer):
-                    tasks[f"{peer} 124m"] = (ROOT, peer_speed, peer)
+                    tasks[f"{peer} gpt2"] = (ROOT, peer_speed, peer)
                 else:
                     print(f"{peer} was left out: it is not installed")
         found: dict[str, dict[str, list[float]]] = {task: {each: [] for each in neighbours} for task in tasks}
@@ -223,6 +274,8 @@ def main() -> None:
         print(f"{title:28}" + "".join(f"{each:>12}" for each in neighbours))
         for task, row in table.items():
             print(f"{task:28}" + "".join(f"{value:{form}}" for value in row.values()), flush=True)
+    if arguments.plot:
+        plot(shares, arguments.plot)
     ours = [(share, TARGETS[each]) for task, row in shares.items() if task.startswith("nib")
             for each, share in row.items() if each in TARGETS]  # fmt: skip
     met = all(share >= target for share, target in ours)
