@@ -147,9 +147,10 @@ def load_model(
 
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
+    from nib.cpu.build import kernels
     from nib.cpu.fused_blocks import fuse_blocks
     from nib.cpu.int8 import pack_int8, quantize
-    from nib.cpu.linear import pack_linears
+    from nib.cpu.linear import pack_bfloat16, pack_linears
     from nib.cpu.process import tune_for_sampling
     from nib.formats.adapter import AdaptedModel
     from nib.formats.load import build, open_source, read_config
@@ -167,14 +168,22 @@ def load_model(
     config = read_config(source, GPTConfig)
     model = build(source, lambda: GPT(config), sampling=True)
     model.to(device)
-    int8 = quantized == "int8"
+    int8, hidden = quantized == "int8", dtype  # hidden: of all but the matrices
+    native = kernels() if device.type == "cpu" and dtype == torch.bfloat16 else None
+    if native:  # it reads matrices of fewer bits and computes in float32
+        hidden = torch.float32
     if int8:
-        quantize(model, dtype)
+        quantize(model, hidden)
+    elif native:
+        pack_bfloat16(model, native)
     for parameter in model.parameters():  # not RoPE's tables: 16 bits are too few for angles
-        parameter.data = parameter.data.to(dtype, copy=True)
-    (pack_int8 if int8 else pack_linears)(model)
+        parameter.data = parameter.data.to(hidden, copy=True)
+    if int8:
+        pack_int8(model)
+    elif not native:
+        pack_linears(model)
     model.eval()
-    if device.type == "cpu" and dtype == torch.float32 and (reason := fuse_blocks(model)):
+    if device.type == "cpu" and hidden == torch.float32 and (reason := fuse_blocks(model)):
         print(f"sampling with model.py's own blocks: {reason}", file=sys.stderr)
     origin = f"{source.directory} on {device}, {str(dtype).removeprefix('torch.')}{', int8' * int8}"
     return model, source.tokenizer(), origin + ", compiled" * compiled

@@ -27,9 +27,10 @@ import torch
 from common import GPT2
 
 from model import GPT, GPTConfig
+from nib.cpu.build import kernels
 from nib.cpu.fused_blocks import fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
-from nib.cpu.linear import pack_linears
+from nib.cpu.linear import pack_bfloat16, pack_linears
 from nib.cpu.process import keep_freed_memory
 from nib.generation.engine import stream_text
 from nib.generation.request import Sample, SamplingSettings
@@ -60,11 +61,16 @@ def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, flo
     return first, samples[0].tokens_per_second or 0.0
 
 
-def fast_model(model: GPT, int8: bool = False) -> GPT:
-    """The model prepared for a CPU as sample.py prepares it, changed in place."""
-    if int8:
+def fast_model(model: GPT, bits: int = 32) -> GPT:
+    """The model prepared for a CPU as sample.py prepares it, with weights of so many bits, changed in place."""
+    native = kernels()
+    if bits == 8:
         quantize(model)
-    (pack_int8 if int8 else pack_linears)(model)
+        pack_int8(model)
+    elif bits == 16 and native:
+        pack_bfloat16(model, native)
+    else:
+        pack_linears(model)
     fuse_blocks(model)
     return model
 
@@ -188,11 +194,11 @@ def main() -> None:
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         llamas = {kind: open_llama(model, Path(name), kind == "q8_0") for kind in ("f32", "q8_0")}
-    small = fast_model(copy.deepcopy(model), int8=True)
+    small, half = (fast_model(copy.deepcopy(model), bits) for bits in (8, 16))
     fast_model(model)
     for round_number in range(arguments.rounds + 1):  # the first one warms up
         taken: dict[str, float] = {}
-        for label, engine in (("nib f32", model), ("nib int8", small)):
+        for label, engine in (("nib f32", model), ("nib bf16", half), ("nib int8", small)):
             before = speed() / size
             taken[label] = write(engine, (64,), tokens)[1]
             if engine is model:
@@ -226,6 +232,7 @@ def report(middle: dict[str, float], check: bool) -> None:
     ratios = {  # name: (found, target)
         "share of the limit": (middle["share"], 0.9),
         "to transformers": (f32 / middle["transformers"], 1.6),
+        "bf16 to f32": (middle["nib bf16"] / f32, 1.5),
         "int8 to f32": (int8 / f32, 2.5),
         "8 streams to one": (middle["nib f32, 8 streams"] / f32, 4.0),
         "first token, transformers to nib": (middle["transformers, first of 512"] / middle["nib f32, first of 512"], 1),

@@ -160,7 +160,7 @@ def decode_as(name: str, tokens: int) -> None:
         from nib.cpu.process import tune_for_sampling
 
         tune_for_sampling()
-        print(write(fast_model(model, int8=name.endswith("int8")), (64,), tokens)[1])
+        print(write(fast_model(model, 8 if name.endswith("int8") else 32), (64,), tokens)[1])
         return
     with tempfile.TemporaryDirectory() as directory:
         llama = open_llama(model, Path(directory), name.endswith("q8_0"))

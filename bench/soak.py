@@ -7,7 +7,8 @@ also during a save, and sometimes damages the newest checkpoint (a flipped bit, 
 The same command resumes each run until it is done. Final weights, optimizer state and the loss of every step must equal
 those of the undisturbed run bit for bit. With --change the number of processes changes too (1, 2, or 2 with FSDP), and
 the losses must agree up to rounding. With --dataset=chats the run trains on conversations with a loss mask, with
---dataset=chats:0.3,words:0.7 on a mixture.
+--dataset=chats:0.3,words:0.7 on a mixture. With --load every start has train.py's own number of threads, and 0, 1 or 2
+busy loops beside it. Options of train.py may be added.
 
 Dropout, accumulation, Muon and AdamW are on. Prints a table and one JSON line last; exit status 1 at any difference.
 """
@@ -81,9 +82,14 @@ def command_for(processes: int, parallel: str, settings: list[str], run: str) ->
     return [*launcher, str(ROOT / "train.py"), *SETTINGS, *settings, f"--out_dir=out/{run}", f"--parallel={parallel}"]
 
 
-def train_for(command: list[str], root: Path, seconds: float | None) -> int | None:
-    """Run the command to its end and return its status, or kill it and all its children after `seconds`: None."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def train_for(command: list[str], root: Path, seconds: float | None, loops: int | None = None) -> int | None:
+    """Run the command to its end and return its status, or kill it and all its children after `seconds`: None.
+
+    On one thread, or beside so many busy loops.
+    """
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if loops is None else {})
+    busy = [sys.executable, "-c", "while True: pass"]
+    neighbours = [subprocess.Popen(busy, start_new_session=True) for _ in range(loops or 0)]
     with (root / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -93,6 +99,10 @@ def train_for(command: list[str], root: Path, seconds: float | None) -> int | No
             os.kill(pid, signal.SIGKILL)
         process.wait()
         return None
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.wait()
 
 
 def descendants(pid: int) -> list[int]:
@@ -161,11 +171,13 @@ def main() -> None:
     parser.add_argument("--damage", type=float, default=0.25, help="how often the newest checkpoint is damaged")
     parser.add_argument("--change", action="store_true", help="change the number of processes at every start")
     parser.add_argument("--job", choices=JOBS, default="text", help="what is trained; lora and dpo on a model of text")
+    parser.add_argument("--load", action="store_true", help="change the load of the machine at every start")
     parser.add_argument("--seed", type=int, default=1)
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     dice = random.Random(arguments.seed)
     dropout = 0.0 if arguments.change else arguments.dropout
     settings = [f"--dataset={arguments.dataset}", f"--max_iters={arguments.steps}", f"--dropout={dropout}"]
+    settings += options
     ways = [(1, "ddp"), (2, "ddp"), (2, "fsdp")] if arguments.change else [(1, "ddp")]
     kills = writing = damaged = runs = compared = differ = 0
     largest = 0.0
@@ -178,17 +190,18 @@ def main() -> None:
             train_for(command_for(1, "ddp", ["--dataset=words", "--max_iters=20"], "base"), root, None)
             settings += JOBS[arguments.job]
         began = time.monotonic()
-        if train_for(command_for(1, "ddp", settings, "whole"), root, None) != 0:
+        if train_for(command_for(1, "ddp", settings, "whole"), root, None, 0 if arguments.load else None) != 0:
             sys.exit((root / "log").read_text())
         # Kills fall from the import of torch to the last save; torchrun and fsdp take longer to begin.
-        longest = (time.monotonic() - began) * (3 if arguments.change else 1.2)
+        longest = (time.monotonic() - began) * (3 if arguments.change or arguments.load else 1.2)
         while kills < arguments.kills:
             runs += 1
             run = root / "out" / f"killed-{runs}"
             while True:
                 before = last_step(run)
                 alive = dice.uniform(0.2, 1.0) * longest
-                status = train_for(command_for(*dice.choice(ways), settings, run.name), root, alive)
+                loops = dice.choice((0, 1, 2)) if arguments.load else None
+                status = train_for(command_for(*dice.choice(ways), settings, run.name), root, alive, loops)
                 if status == 0:
                     break
                 if status is not None:

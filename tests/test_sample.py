@@ -255,7 +255,10 @@ def test_a_chat_that_is_too_long_goes_on_without_its_beginning(run):
 def test_dtype_is_that_of_the_weights_and_the_angles_of_rope_stay_exact(place, monkeypatch):
     monkeypatch.chdir(place)
     model, _, origin = sample.load_model(["odd/rope"], "cpu", "bfloat16")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    matrices = {layer.weight.dtype for block in model.blocks for layer in block.modules() if hasattr(layer, "few_rows")}
+    others = {parameter.dtype for parameter in model.parameters()}
+    # kernels.c reads matrices in 16 bits and computes in float32; without it all is in 16 bits.
+    assert (matrices, others) in [({torch.bfloat16}, {torch.float32}), (set(), {torch.bfloat16})]
     assert model.rope_cos.dtype == torch.float32 and origin.endswith("on cpu, bfloat16") and not model.training
 
 

@@ -31,11 +31,11 @@ SOURCES = [Path(__file__).with_name(name) for name in ("blocks.c", "kernels.c")]
 FLAGS = ["-O3", "-march=native", "-fPIC", "-fno-math-errno", "-fno-trapping-math"]
 SECONDS = 60  # time limit for the compiler
 # With more rows than these a matmul is compute-bound, and torch is faster (bench/NOTES.md).
-MOST_ROWS = {torch.float32: 48, torch.int8: 256}
+MOST_ROWS = {torch.float32: 48, torch.bfloat16: 256, torch.int8: 256}
 
 
 class Matrix(ctypes.Structure):
-    """The addresses of a matrix (N, K) of float32 or int8, and of the scale and bias (N,) of its output."""
+    """The addresses of a matrix (N, K) of float32, bfloat16 or int8, and of the scale and bias (N,) of its output."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "bias")),
@@ -73,7 +73,7 @@ class Linear:
 
 
 class Kernels:
-    """Matmul with matrices of float32 or int8, on torch's own threads."""
+    """Matmul with matrices of float32, bfloat16 or int8, on torch's own threads."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -95,9 +95,13 @@ class Kernels:
             integers = torch.randint(-127, 128, (N, K), generator=generator).to(torch.int8)
             scale = torch.rand(N, generator=generator) / 127
             weight = integers * scale[:, None]
-            expected = F.linear(x, weight, bias)
-            for product in (self.linear(weight, None, bias), self.linear(integers, scale, bias)):
-                if not torch.allclose(product(x), expected, rtol=1e-4, atol=1e-3):
+            rounded = weight.bfloat16()
+            for product, exact in (
+                (self.linear(weight, None, bias), weight),
+                (self.linear(rounded, None, bias), rounded.float()),
+                (self.linear(integers, scale, bias), weight),
+            ):
+                if not torch.allclose(product(x), F.linear(x, exact, bias), rtol=1e-4, atol=1e-3):
                     return False
         return True
 

@@ -1,4 +1,4 @@
-/* A few rows times a matrix of float32 or 8-bit weights, at the speed at which the matrix is read.
+/* A few rows times a matrix of float32, bfloat16 or 8-bit weights, at the speed at which the matrix is read.
 
    y (R, N) = x (R, K) W^T * scale + bias, where W (N, K) is row-major, and scale and bias (N,) may be null. One thread
    computes each number of y as one sum, in an order that depends only on K: it is identical for any number of threads
@@ -33,6 +33,14 @@ static inline floats load_float32(const float *at) {
     return v;
 }
 
+static inline floats load_bfloat16(const uint16_t *at) { /* the upper half of a float32 */
+    typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+    typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+    halves v;
+    memcpy(&v, at, sizeof v);
+    return (floats)(__builtin_convertvector(v, words) << 16);
+}
+
 static inline floats load_int8(const int8_t *at) {
 #if defined(__AVX512F__)
     return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)at)));
@@ -57,9 +65,11 @@ static inline float total(floats v) {
 
 #define INLINE static inline __attribute__((always_inline)) /* so that the numbers of rows are constants */
 
-/* Weights of 4 bytes are float32, of 1 byte int8. */
+/* Weights of 4 bytes are float32, of 2 bytes bfloat16, of 1 byte int8. */
 INLINE floats load_weights(const char *at, int size) {
-    return size == 4 ? load_float32((const float *)at) : load_int8((const int8_t *)at);
+    return size == 4   ? load_float32((const float *)at)
+           : size == 2 ? load_bfloat16((const uint16_t *)at)
+                       : load_int8((const int8_t *)at);
 }
 
 /* The same of the last `count` weights of a row, and of x, with zeros after them. */
@@ -82,7 +92,7 @@ INLINE void tile(const int ROWS, const int COLUMNS, const float *x, const char *
     const char *next = w + COLUMNS * k * size + AHEAD;
     long i = 0;
     for (; i + LANES <= k; i += LANES, next += COLUMNS * LANES * size) {
-        if (ROWS < 8 || size == 1) /* in the order in which W lies; for a single use, so that other data stays cached */
+        if (ROWS < 8 || size < 4) /* in the order in which W lies; for a single use, so that other data stays cached */
             for (int b = 0; b < COLUMNS * LANES * size; b += LINE) __builtin_prefetch(next + b, 0, 0);
         else if (i * size % LINE == 0) { /* in the order in which it is taken, from this tile or the next */
             const char *later = w + (i + LATER + (i + LATER < k ? 0 : (COLUMNS - 1) * k)) * size;
@@ -120,7 +130,7 @@ INLINE void rows(const int ROWS, const int COLUMNS, const float *x, const char *
 struct matrix {
     const char *weight; /* (N, K) */
     const float *scale, *bias;
-    long n, k, size; /* size: 4 for float32, 1 for int8 */
+    long n, k, size; /* size: bytes of a weight */
 };
 
 /* y (R, N) of all threads together, each of which calls this; then it is added to `sum` (R, N), unless that is null. */
@@ -147,6 +157,8 @@ INLINE void share(const struct matrix m, const int size, const float *x, float *
 static __attribute__((noinline)) void product(const struct matrix *m, const float *x, float *y, float *sum, long count) {
     if (m->size == 4)
         share(*m, 4, x, y, sum, count);
+    else if (m->size == 2)
+        share(*m, 2, x, y, sum, count);
     else
         share(*m, 1, x, y, sum, count);
 }

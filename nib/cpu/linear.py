@@ -1,13 +1,14 @@
-"""Faster float32 linear layers for sampling on a CPU, with the same results.
+"""Faster linear layers for sampling on a CPU: float32 activations times matrices of float32 or bfloat16.
 
 For one to eight rows of input torch calls the general matmul, which reads the matrix at a fraction of the memory
-bandwidth. kernels.c reads it at full bandwidth; if it cannot be compiled, torch's own layers stay. Measurements are in
-bench/NOTES.md.
+bandwidth. kernels.c reads it at full bandwidth; if it cannot be compiled, torch's own layers stay. Matrices in bfloat16
+are half as large, and are converted to float32 as they are read, which is exact. Measurements are in bench/NOTES.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,31 @@ def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class RowsLinear(nn.Module):
-    """A float32 nn.Linear on the CPU that uses kernels.c for few rows."""
+    """Replaces an nn.Linear: `weight` (N, K) float32 or bfloat16, x and the result float32; kernels.c for few rows."""
+
+    weight: Tensor
 
     def __init__(self, native: Kernels, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(weight.detach().contiguous(), requires_grad=False), bias
-        self.few_rows, self.few = native.linear(self.weight, None, bias), MOST_ROWS[torch.float32] * weight.shape[1]
+        self.register_buffer("weight", weight.detach().contiguous())
+        self.bias = bias
+        self.few_rows, self.few = native.linear(self.weight, None, bias), MOST_ROWS[weight.dtype] * weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.few_rows(x) if x.numel() <= self.few else many_rows(x, self.weight, self.bias)
+        return self.few_rows(x) if x.numel() <= self.few else many_rows(x, self.weight.float(), self.bias)
+
+
+class Bfloat16Embedding(nn.Module):
+    """Replaces an nn.Embedding by a table in bfloat16, whose rows are looked up in float32."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach().to(torch.bfloat16, copy=True))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].float()
 
 
 def replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
@@ -53,3 +70,14 @@ def pack_linears(model: nn.Module) -> bool:
     if model.head is None:
         model.head = RowsLinear(native, model.wte.weight, None)
     return True
+
+
+def pack_bfloat16(model: Any, native: Kernels) -> None:
+    """Round the matrices and the token embedding of a model on the CPU to bfloat16, one by one, and use kernels.c.
+
+    All other parameters are to be float32.
+    """
+    replace_linears(model, lambda layer: RowsLinear(native, layer.weight.to(torch.bfloat16, copy=True), layer.bias))
+    model.wte = Bfloat16Embedding(model.wte.weight)
+    if model.head is None:
+        model.head = RowsLinear(native, model.wte.weight, None)

@@ -45,11 +45,12 @@ def test_products_are_right_for_every_number_of_rows_and_size(tmp_path, monkeypa
         weight, integers, scale, bias = matrices(N, K)
         for rows in (1, 2, 3, 7, 8, 13, 20):
             x = torch.randn(rows, K)
-            for product, whole in (
-                (made.linear(weight, None, None), weight),
-                (made.linear(integers, scale, bias), integers * scale[:, None]),
+            for product, whole, added in (
+                (made.linear(weight, None, None), weight, None),
+                (made.linear(weight.bfloat16(), None, bias), weight.bfloat16(), bias),
+                (made.linear(integers, scale, bias), integers * scale[:, None], bias),
             ):
-                expected = F.linear(x.double(), whole.double(), None if whole is weight else bias.double())
+                expected = F.linear(x.double(), whole.double(), None if added is None else added.double())
                 # A float32 sum of K products, each below 25: far more than its rounding, far less than one term.
                 assert (product(x) - expected).abs().max() < 1e-5 * (1 + K**0.5)
 
@@ -59,7 +60,8 @@ def test_products_are_right_for_every_number_of_rows_and_size(tmp_path, monkeypa
 def test_a_row_is_the_same_to_the_bit_whatever_its_batch_and_the_threads():
     weight, integers, scale, bias = matrices(100, 771)
     x, threads = torch.randn(2, 11, 771), torch.get_num_threads()
-    for product in (kernels().linear(weight, None, bias), kernels().linear(integers, scale, bias)):
+    for matrix, factor in ((weight, None), (weight.bfloat16(), None), (integers, scale)):
+        product = kernels().linear(matrix, factor, bias)
         together = product(x)
         assert together.shape == (2, 11, 100)
         for begin, end in ((3, 4), (2, 5), (0, 7), (3, 11)):

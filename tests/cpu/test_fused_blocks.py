@@ -19,7 +19,7 @@ from nib.cpu import fused_blocks
 from nib.cpu.build import Kernels, compiled
 from nib.cpu.fused_blocks import FusedBlocks, fuse_blocks
 from nib.cpu.int8 import pack_int8, quantize
-from nib.cpu.linear import pack_linears
+from nib.cpu.linear import pack_bfloat16, pack_linears
 from nib.generation.engine import generate_text, take_rows
 from nib.generation.request import SamplingSettings
 from nib.tokenizer.tokenizer import ByteTokenizer
@@ -44,11 +44,15 @@ SHAPES = {
 }
 
 
-def packed(joined: bool, int8: bool = False, **changes) -> GPT:
+def packed(joined: bool, bits: int = 32, **changes) -> GPT:
     model = random_model(**changes)
-    if int8:
+    if bits == 32:
+        pack_linears(model)
+    elif bits == 16:
+        pack_bfloat16(model, fused_blocks.kernels())
+    else:
         quantize(model)
-    (pack_int8 if int8 else pack_linears)(model)
+        pack_int8(model)
     assert not joined or not fuse_blocks(model)
     return model
 
@@ -69,11 +73,11 @@ def steps(model: GPT, cache: KVCache) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("name", SHAPES)
 @torch.inference_mode()
-def test_logits_and_cache_are_those_of_the_blocks(name, int8):
-    model, plain = (packed(joined, int8, **SHAPES[name]) for joined in (True, False))
+def test_logits_and_cache_are_those_of_the_blocks(name, bits):
+    model, plain = (packed(joined, bits, **SHAPES[name]) for joined in (True, False))
     assert isinstance(model.blocks[0], FusedBlocks)
     ours, theirs = model.make_cache(3), model.make_cache(3)
     for found, expected in zip(steps(model, ours), steps(plain, theirs), strict=True):
@@ -93,15 +97,15 @@ def test_other_processors_compute_the_same(tmp_path_factory, monkeypatch, flags,
     made = Kernels(ctypes.CDLL(str(compiled(directory))))
     for module in ("cpu.linear", "cpu.int8", "cpu.fused_blocks"):
         monkeypatch.setattr(f"nib.{module}.kernels", lambda: made)
-    for int8 in (False, True):
-        packed(True, int8, **SHAPES[name])
+    for bits in (32, 16, 8):
+        packed(True, bits, **SHAPES[name])
 
 
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("bits", [32, 16, 8])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @torch.inference_mode()
-def test_a_row_is_the_same_to_the_bit_whatever_its_batch_its_width_and_the_threads(name, int8):
-    model, tokens = packed(True, int8, **SHAPES[name]), random_tokens(4, 9)
+def test_a_row_is_the_same_to_the_bit_whatever_its_batch_its_width_and_the_threads(name, bits):
+    model, tokens = packed(True, bits, **SHAPES[name]), random_tokens(4, 9)
 
     def logits(rows: list[int], widths: list[int], threads: int = 1) -> Tensor:
         torch.set_num_threads(threads)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from model_helpers import LLAMA, random_model, random_tokens
 
+from nib.cpu.build import kernels
 from nib.cpu.int8 import Int8Linear, pack_int8, quantize, quantize_rows
-from nib.cpu.linear import RowsLinear, pack_linears
+from nib.cpu.linear import RowsLinear, pack_bfloat16, pack_linears
 
 SHAPES = [{}, LLAMA, dict(qk_norm=True, n_kv_head=2, bias=False)]
 
@@ -27,6 +28,25 @@ def test_packed_weights_give_the_same_logits(shape):
     # Sums of some ten products in another order: a few units in the last place of the largest logit.
     for logits in (packed(tokens)[0], steps):
         assert (logits - expected).abs().max() < 3e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.inference_mode()
+def test_16_bit_weights_compute_what_float32_does_with_the_rounded_numbers(shape):
+    packed, plain, tokens = random_model(**shape), random_model(**shape), random_tokens(3, 200)
+    if not (native := kernels()):
+        pytest.skip("there are no kernels")
+    pack_bfloat16(packed, native)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Linear) or module is plain.wte:
+            module.weight.copy_(module.weight.bfloat16())
+    for part in (tokens[:, :9], tokens[:1, :1]):
+        expected, found = plain(part)[0], packed(part)[0]
+        assert found.dtype == torch.float32
+        assert (found - expected).abs().max() < 3e-6 * expected.abs().max()
+    layer, x = packed.blocks[0].mlp.up, torch.randn(1000, packed.config.n_embd)  # by oneDNN, few by kernels.c
+    assert torch.allclose(layer(x)[:5], layer(x[:5]), rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer(x[:5])[3], layer(x[3:4])[0])
 
 
 def test_a_row_of_integers_is_within_half_a_step_of_the_weights():
