@@ -24,12 +24,14 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NEIGHBOURS = ("alone", "loop", "two loops", "run")
 TARGETS = {"loop": 0.5, "two loops": 0.3, "run": 0.5}
 WARM_SECONDS = 1.5  # of training, not counted
 PATIENCE = 12.0  # seconds that sample.py may take, its start included
+OWN: dict[str, Any] = dict(start_new_session=True)  # as in a terminal of its own: Linux shares cores among sessions
 # For train.py; 124 M in deeper blocks than GPT-2's, since the vocabulary is config/small.py's.
 SIZES = {
     "0.8m": "--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --mlp=gelu --optimizer=adamw",
@@ -51,7 +53,7 @@ SAMPLES = {"sample": "", "sample_int8": "--quantize=int8", "sample_x8": "--num-s
 def python(checkout: Path, script: str, *arguments: str, cwd: Path, processes: int = 1) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
     command = [sys.executable, *launcher, str(checkout / script), *arguments, "--device=cpu"]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **OWN)
 
 
 def training(checkout: Path, size: str, data: Path, out: Path, processes: int = 1) -> subprocess.Popen[str]:
@@ -59,6 +61,8 @@ def training(checkout: Path, size: str, data: Path, out: Path, processes: int = 
     shape = SIZES[size].replace("config/", f"{checkout}/config/").split()
     endless = "--max_iters=1000000 --eval_interval=0 --checkpoint_interval=0 --log_interval=1".split()
     arguments = [*shape, *endless, f"--dataset={data}", f"--out_dir={out}"]
+    if "--batch_size=1" in arguments and processes > 1:
+        arguments.append(f"--batch_size={processes}")  # a sequence for each
     return python(checkout, "train.py", *arguments, cwd=out.parent, processes=processes)
 
 
@@ -178,7 +182,8 @@ def beside(neighbour: str, checkout: Path, data: Path) -> Iterator[None]:
             while len(metrics(out)) < 5:
                 time.sleep(0.1)
         for _ in range({"loop": 1, "two loops": 2}.get(neighbour, 0)):
-            stack.enter_context(ended(subprocess.Popen([sys.executable, "-c", "while True: pass"], text=True)))
+            loop = [sys.executable, "-c", "while True: pass"]
+            stack.enter_context(ended(subprocess.Popen(loop, text=True, **OWN)))
         yield
 
 
