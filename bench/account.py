@@ -1,4 +1,4 @@
-"""The memory that `train.py --dry-run` predicts against the memory that training takes: three sizes, float32, CPU.
+"""Compare the memory that `train.py --dry-run` predicts with what training takes: three sizes, float32, CPU.
 
     python bench/account.py [--size small --size 10m --size 124m]
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from common import GPT2, finish, parser_for, sides
 
-# GPTConfig, and settings of training
+# The options of GPTConfig and of TrainSettings
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "small": (
         dict(vocab_size=2048, block_size=256, n_layer=4, n_head=4, n_embd=128),
@@ -28,7 +28,7 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "124m": (GPT2 | dict(block_size=512), dict(batch_size=1, optimizer="adamw")),
 }
-TARGET = 0.15  # of the measured peak
+TARGET = 0.15  # largest relative error of the prediction
 
 
 def arguments_of(size: str) -> tuple[Any, ...]:
@@ -53,7 +53,7 @@ def measured(size: str) -> Callable[[], int]:
 
     account.TRIAL_SECONDS = 0.0
     SIZES["first"] = (SIZES["small"][0] | dict(block_size=16), SIZES[size][1])
-    account.timed_steps(*arguments_of("first"))  # loads what the first step of a process loads
+    account.timed_steps(*arguments_of("first"))  # loads the libraries that a first step loads
 
     def turn() -> int:
         before = resident("VmRSS")
@@ -70,7 +70,7 @@ def main() -> None:
     from nib.training.account import memory_of_step
 
     found, off = {}, 0.0
-    print(f"{'size':8}{'account, MB':>14}{'measured':>12}{'ratio':>8}", flush=True)
+    print(f"{'size':8}{'predicted, MB':>14}{'measured':>12}{'ratio':>8}", flush=True)
     for size in arguments.size or list(SIZES):
         said = memory_of_step(*arguments_of(size))["peak"]
         with sides(side=(measured, size)) as turns:

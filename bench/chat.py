@@ -1,4 +1,4 @@
-"""Ask a model questions that were held out of the training data of config/chat.py, and count the right answers.
+"""Ask a model the held-out questions of config/chat.py, and count the right answers.
 
     python bench/chat.py chat
 
@@ -27,7 +27,7 @@ from nib.generation.request import SamplingSettings, make_samples
 from sample import load_model
 
 TARGET = 0.95
-SEED = 7  # another than that of the corpus
+SEED = 7  # not the training corpus's
 
 
 def main() -> int:
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def answer_all(asked: list[list[dict[str, Any]]], model: Any, tokenizer: Any) -> list[list[str | None]]:
-    """The answers to the questions of each conversation, turn by turn; None for one that did not end by itself."""
+    """The answers of each conversation, turn by turn; None for an answer that the model did not end."""
     encode, settings = open_chat(tokenizer), SamplingSettings(temperature=0, max_new_tokens=50)
     answers: list[list[str | None]] = [[] for _ in asked]
     said: list[list[dict[str, Any]]] = [[] for _ in asked]

@@ -104,7 +104,7 @@ def make_tokenizer(templates: dict[str, str], directory: Path) -> None:
 
 
 def compare(templates: dict[str, str], directory: Path) -> dict[str, dict[str, list[str]]]:
-    """What came out, by template and kind: "equal", "error", "refused: ..." or a difference."""
+    """The results by template and kind of check: "equal", "error", "refused: ..." or the difference."""
     from transformers import AutoTokenizer
 
     theirs, ours = AutoTokenizer.from_pretrained(directory), read_tokenizer(directory)
@@ -138,7 +138,7 @@ def compare_texts(theirs: Any, chat: Chat, messages: Any, tools: Any, prompt: bo
 
 
 def compare_masks(theirs: Any, chat: Chat, messages: Any, tools: Any, same_ids: bool) -> str:
-    """Ids of a conversation in which special tokens were typed are not transformers': there they stay text."""
+    """`same_ids` is false if a message contains special tokens: nib encodes them as text, transformers does not."""
     try:
         ids, mask = chat.encode_conversation(messages, tools)
     except InputError as error:

@@ -32,7 +32,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--check", action="store_true", help="exit 1 when blocking takes over 1.5 times the copy")
+    parser.add_argument("--check", action="store_true", help="exit 1 if saving blocks for over 1.5 times the copy")
     arguments = parser.parse_args()
     model = GPT(GPTConfig(**GPT2 | {"n_layer": arguments.layers}))
     optimizers = make_optimizers(

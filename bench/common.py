@@ -1,4 +1,4 @@
-"""Shared by the bench scripts: nanoGPT's model file, sides that alternate in their own processes, the JSON line."""
+"""Shared by the bench scripts: nanoGPT's model file, alternating measurements in separate processes, the JSON line."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ GPT2 = dict(
 
 
 def parser_for(text: str, peer: bool = True) -> argparse.ArgumentParser:
-    """A parser with the options that every script has."""
+    """A parser with the options that most scripts have."""
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if peer:
         parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side; the figures are medians")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements of each program; medians are reported")
     parser.add_argument("--check", action="store_true", help="exit 1 when the target is missed")
     return parser
 
 
 def load_nanogpt(clone: Path) -> ModuleType:
-    """nanoGPT's model.py as a module of another name than nib's."""
+    """nanoGPT's model.py as the module nanogpt_model, since nib has a model.py too."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", clone / "model.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -56,10 +56,10 @@ def serve(pipe: Any, make: Callable[..., Callable[[], Any]], arguments: tuple[An
 
 @contextmanager
 def sides(**makers: tuple[Any, ...]) -> Iterator[dict[str, Callable[[], Any]]]:
-    """Start a process for each side, given as a function and its arguments; yields functions that run one turn in each.
+    """Start a process for each program to compare; yields, by name, functions that run one measurement there.
 
-    The function returns another one, which runs a turn. Settings of one side (allocator, threads) do not affect the
-    others.
+    Each is given as a function and its arguments. Called in its process, the function returns the one that measures.
+    So the settings of one (allocator, threads) do not affect the others.
     """
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
@@ -83,7 +83,7 @@ def sides(**makers: tuple[Any, ...]) -> Iterator[dict[str, Callable[[], Any]]]:
 
 
 def alternate(turns: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
-    """The median of each side's figures over `rounds` rounds; in each round every side runs once."""
+    """The median of each program's results over `rounds` rounds, in each of which every program runs once."""
     figures: dict[str, list[float]] = {name: [] for name in turns}
     for turn in turns.values():
         turn()  # warm up

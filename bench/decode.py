@@ -1,11 +1,11 @@
-"""Decoding a GPT-2 of 124 M random weights on the CPU: nib against memory bandwidth, transformers and llama.cpp.
+"""Decoding speed of a GPT-2 of 124 M random weights on the CPU: nib, transformers, llama.cpp, memory bandwidth.
 
     python bench/decode.py [--rounds 5] [--layers 12]
 
 Needs transformers; llama.cpp is included if llama-cpp-python and gguf are installed. All engines alternate in this
 process, with torch's number of threads; medians over the rounds. The read-bandwidth limit is the speed of summing as
-many bytes as the weights have: the mean of the best of three just before and just after nib's text, since the speed of
-shared memory changes from second to second. Prints a table and one JSON line last.
+many bytes as the weights have. It is measured just before and just after nib's text (mean of the best of three each),
+since the bandwidth of a shared machine changes from second to second. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ RAGGED = (40, 33, 57, 64, 12, 48, 25, 61)  # tokens in the prompts of the eight 
 
 
 class Numbers(Tokenizer):
-    """A tokenizer without text, as wide as GPT-2's."""
+    """A placeholder tokenizer with the vocabulary size of GPT-2's."""
 
     def __init__(self) -> None:
         super().__init__("numbers", [b"."] * 50257, end_of_text=None)
@@ -52,7 +52,7 @@ def prompt_of(length: int) -> list[int]:
 
 
 def write(model: GPT, lengths: tuple[int, ...], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and all streams' tokens a second after it, as sample.py writes them."""
+    """Seconds to the first token, and tokens per second after it over all streams, generated as by sample.py."""
     settings = SamplingSettings(max_new_tokens=tokens)
     samples = [Sample("", i, 0, prompt_of(n), Numbers(), settings) for i, n in enumerate(lengths)]
     began, first = time.perf_counter(), 0.0
@@ -90,7 +90,7 @@ def read_speed(size: int) -> Callable[[], float]:
 
 
 def transformers_speed(model: Any, length: int, tokens: int) -> tuple[float, float]:
-    """Seconds to the first token and tokens a second after it."""
+    """Seconds to the first token, and tokens per second after it."""
     prompt = torch.tensor([prompt_of(length)])
     seconds = []
     for count in (1, tokens):
@@ -104,7 +104,7 @@ def transformers_speed(model: Any, length: int, tokens: int) -> tuple[float, flo
 
 
 def write_gguf(model: GPT, path: Path, eight_bits: bool) -> None:
-    """The same weights as llama.cpp reads them, with a vocabulary of numbers."""
+    """Write the weights for llama.cpp, with a placeholder vocabulary."""
     import gguf
     import numpy as np
 
@@ -153,7 +153,7 @@ def open_llama(model: GPT, directory: Path, eight_bits: bool) -> Any:
 
 
 def llama_speed(llama: Any, length: int, tokens: int) -> tuple[float, float]:
-    """Its forward passes alone, without the choice of tokens."""
+    """Seconds to the first token, and tokens per second after it: forward passes only, without sampling."""
     llama.reset()
     began = time.perf_counter()
     llama.eval(prompt_of(length))
@@ -165,7 +165,7 @@ def llama_speed(llama: Any, length: int, tokens: int) -> tuple[float, float]:
 
 
 def choice_seconds(rows: int) -> float:
-    """Of choosing one token a row with top-k and top-p on."""
+    """Seconds to sample one token per row with top-k and top-p."""
     logits, settings = torch.randn(rows, 50257) * 3, SamplingSettings(top_k=200, top_p=0.95)
     uniforms = torch.rand(rows)
     began = time.perf_counter()
@@ -177,7 +177,7 @@ def choice_seconds(rows: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48, help="written in each measurement")
+    parser.add_argument("--tokens", type=int, default=48, help="generated in each measurement")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     arguments = parser.parse_args()
@@ -196,7 +196,7 @@ def main() -> None:
         llamas = {kind: open_llama(model, Path(name), kind == "q8_0") for kind in ("f32", "q8_0")}
     small, half = (fast_model(copy.deepcopy(model), bits) for bits in (8, 16))
     fast_model(model)
-    for round_number in range(arguments.rounds + 1):  # the first one warms up
+    for round_number in range(arguments.rounds + 1):  # the first is a warm-up
         taken: dict[str, float] = {}
         for label, engine in (("nib f32", model), ("nib bf16", half), ("nib int8", small)):
             before = speed() / size
@@ -210,7 +210,7 @@ def main() -> None:
         taken["transformers, first of 512"] = transformers_speed(theirs, 512, 2)[0]
         for kind, llama in llamas.items():
             if llama:
-                time.sleep(0.05)  # until torch's threads no longer wait actively
+                time.sleep(0.05)  # until torch's threads stop spinning
                 taken[f"llama.cpp {kind}"] = llama_speed(llama, 64, tokens)[1]
                 taken[f"llama.cpp {kind}, first of 512"] = llama_speed(llama, 512, 2)[0]
         taken["choice, 1 row"], taken["choice, 8 rows"] = choice_seconds(1), choice_seconds(8)

@@ -1,10 +1,10 @@
-"""Compare nib's DPO with TRL's: loss, rewards and gradient norm on 20 pairs of different lengths, the same models.
+"""Compare nib's DPO with TRL's on the same models: loss, rewards and gradient norm on 20 pairs of various lengths.
 
     pip install trl peft          (in an environment that has nib's torch already)
     python bench/dpo_trl.py
 
-The reference is a small Llama with random weights, the policy the same with other weights. TRL tokenizes the pairs and
-computes the loss with its own trainer. Prints a table and one JSON line last.
+The reference and the policy are small Llamas of the same shape with different random weights. TRL tokenizes the pairs
+and computes the loss with its own trainer. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make_pairs() -> list[dict[str, str]]:
 
 
 def ours_of(rows: list[dict[str, str]]) -> dict[str, float]:
-    """The first step of train.py on all pairs. Writes the two models for TRL."""
+    """The loss, rewards and gradient norm of train.py's first step on all pairs. Writes the two models for TRL."""
     import prepare_data
     import train as script
     from model import GPT, GPTConfig

@@ -1,11 +1,11 @@
-"""Check all of nib's claims on a GPU in nine minutes, or three with --quick: limits, invariants, training, decoding.
+"""Check nib on a GPU in nine minutes, or three with --quick: the card's limits, invariants, training, decoding.
 
     python bench/gpu.py [--quick] [--nanogpt CLONE] [--output DIR] [--device cuda] [--part training]...
 
 Each part runs in its own process with a deadline, so that a part that fails, hangs or runs out of memory does not stop
 the others. Every result is appended to DIR/results-gpu.jsonl at once, and DIR/RESULTS-GPU.md is rewritten after each
 part (DIR: bench/ on CUDA). Prints the same tables and one JSON line last. With --device cpu --quick everything runs on
-tiny shapes, as a test without a GPU; the numbers then mean nothing.
+tiny shapes, to test the script without a GPU; the numbers then mean nothing.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from gpu_training import clock, training
 
 from nib.common.device import device_name, peak_flops, pick_device
 
-# Seconds of each part, in full and with --quick, twice as many on a CPU; what one leaves over, the next ones may use.
+# Time limits in seconds, in full and with --quick, doubled on a CPU. What a part does not use, later parts may.
 PARTS = {"machine": (25, 15), "tests": (130, 50), "small": (75, 30), "training": (210, 60), "decoding": (100, 25)}
 # Tokens/s of GPT-2's 124 M on an H100 or H200, context 1024, bfloat16.
 TARGET = 500_000
 
 
 def machine(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The card, and the limits for what follows: its memory's speed, its products', and what a kernel's start costs."""
+    """The card and its limits: memory bandwidth, matmul speed, and the cost of a kernel launch."""
     device = pick_device(options.device)
     cuda = device.type == "cuda"
     about: dict[str, Any] = dict(device=device_name(device), torch=torch.__version__, python=sys.version.split()[0])
@@ -53,7 +53,7 @@ def machine(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield about
     size = 2**30 if cuda else 2**22
     memory, other = torch.ones(size, device=device), torch.empty(size, device=device)
-    # Each as GB/s of all bytes that are read and written.
+    # In GB/s of bytes read plus bytes written.
     yield dict(read=memory.nbytes / clock(memory.sum, device) / 1e9)
     yield dict(copy=2 * memory.nbytes / clock(functools.partial(other.copy_, memory), device) / 1e9)
     del memory, other
@@ -66,13 +66,13 @@ def machine(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         m, k, n = m // scale // (1 if cuda else 4), k // scale, n // scale
         a, b = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
         seconds = clock(lambda a=a, b=b: a @ b, device)
-        yield dict(product=name, shape=f"{m} x {k} x {n}", tflops=2 * m * k * n / seconds / 1e12, ms=1e3 * seconds)
+        yield dict(matmul=name, shape=f"{m} x {k} x {n}", tflops=2 * m * k * n / seconds / 1e12, ms=1e3 * seconds)
     tiny = torch.zeros(1, device=device)
     yield dict(microseconds_a_kernel=1e4 * clock(lambda: [tiny.add_(1) for _ in range(100)], device))
 
 
 def tests(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The suite's core invariants on the device; with --quick on a GPU those for which nothing is compiled."""
+    """The test suite's core invariants on the device; with --quick on a GPU, only those that need no torch.compile."""
     chosen = ["tests/test_gpu.py", "-m", "gpu", "--device", options.device, "-vv", "-rfE", "--tb=line"]
     chosen += ["-k", "not compiled and not true"] if options.quick and options.device == "cuda" else []
     for line in lines_of([sys.executable, "-m", "pytest", *chosen, "-p", "no:cacheprovider"]):
@@ -85,7 +85,7 @@ def tests(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def small(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The main job of the README, config/small.py, from its data to its loss; on a CPU only its beginning."""
+    """The README's main example, config/small.py, from its data to its loss; on a CPU only a few steps."""
     with tempfile.TemporaryDirectory() as place:
         less = [] if options.device == "cuda" else ["--max_iters=5", "--eval_tokens=5000"]
         if (ROOT / "data/stdlib").is_dir():
@@ -100,7 +100,7 @@ def small(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def lines_of(command: list[str], cwd: str | Path = ROOT) -> Iterator[str]:
-    """A process's output as it comes; the same to our standard error."""
+    """The lines of a process's output as they come, also copied to standard error."""
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         for line in process.stdout or ():
             print(line, end="", file=sys.stderr, flush=True)
@@ -116,7 +116,7 @@ MARK = "result: "
 
 
 def run_part(name: str, options: list[str], seconds: float, write: Callable[[dict[str, Any]], None]) -> None:
-    """One part in a process of its own; writes each of its results, and how it ended where that was not well."""
+    """Run one part in its own process; `write` gets each of its results, and an error if it failed or was stopped."""
     command = [sys.executable, "-u", __file__, *options, "--run", name]
     environment = {**os.environ, "PART_ENDS": str(time.time() + seconds)}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
@@ -142,7 +142,7 @@ def shown(value: object) -> str:
 
 
 def tables(results: list[dict[str, Any]], headline: str) -> str:
-    """All results as Markdown: rows that have the same columns, one after the other, are a table."""
+    """All results as Markdown: consecutive rows with the same columns form a table."""
     parts, columns = [headline], None
     for number, result in enumerate(results):
         row = {key.replace("_", " "): shown(value) for key, value in result.items() if key != "part"}
@@ -158,11 +158,11 @@ def tables(results: list[dict[str, Any]], headline: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three minutes: what decides, without the switches")
+    parser.add_argument("--quick", action="store_true", help="only the most important measurements: three minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT, to be measured beside")
-    parser.add_argument("--output", type=Path, help="where the results go")
-    parser.add_argument("--part", action="append", choices=PARTS, help="only this one; may be given several times")
+    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT, to measure it too")
+    parser.add_argument("--output", type=Path, help="directory for the results; default: bench/ or out/gpu/")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given several times")
     parser.add_argument("--check", action="store_true", help="exit 1 when the target is missed")
     parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -181,7 +181,7 @@ def main() -> None:
     command = f"python bench/gpu.py {shlex.join(sys.argv[1:])}".strip()
     headline = f"# nib on a GPU\n\n{time.strftime('%Y-%m-%d')}, commit {commit.strip()}: `{command}`"
     if options.device == "cpu":
-        headline += "\n\nOn a CPU, at tiny sizes, to see that the script runs: these numbers say nothing."
+        headline += "\n\nOn a CPU, at tiny sizes, to test the script: these numbers mean nothing."
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the machine may be busy, and nothing is measured
     results: list[dict[str, Any]] = []
     with (place / "results-gpu.jsonl").open("w") as file:

@@ -1,4 +1,4 @@
-"""The part of bench/gpu.py that measures decoding, as shares of the memory bandwidth: each token reads all weights."""
+"""The part of bench/gpu.py that measures decoding, relative to the memory bandwidth: a token reads all weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nib.generation.request import Sample, SamplingSettings
 
 
 class BiasApart(nn.Linear):
-    """A linear layer with a separate bias: only then the compiler makes one kernel of it for one row."""
+    """A linear layer that adds its bias separately: only then does the compiler fuse it into one kernel for one row."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x @ self.weight.mT + self.bias

@@ -1,7 +1,7 @@
-"""The part of bench/gpu.py that measures training: whole steps and their parts, with options that may be faster.
+"""The part of bench/gpu.py that measures training: whole steps, their parts, and changes that may be faster.
 
 Results are yielded as they are found, the most important first. The environment variable PART_ENDS says when the part
-is stopped, so that no measurement starts that could not finish.
+is stopped; no measurement starts that could not finish by then.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ MODERN = dict(
 )  # fmt: skip
 GPT2_350M = GPT2 | dict(n_layer=24, n_head=16, n_embd=1024)
 TINY = dict(n_layer=2, n_head=2, n_embd=64, block_size=64, vocab_size=500)  # for a CPU
-# Kernels by their names, in this order; the rest is "other".
+# Kinds of kernels by name; the first match counts, and the rest is "other".
 KINDS = {
     "attention": r"flash|fmha|sdpa|cudnn.*(attn|attention)|attention|softmax_flash",
-    "products": r"gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|bmm|wgmma|matmul",
+    "matmuls": r"gemm|nvjet|cutlass|xmma|cublas|::mm|addmm|bmm|wgmma|matmul",
     "optimizer": r"adam|multi_tensor|foreach|lerp",
     "pointwise, norms and loss": r"triton|softmax|elementwise|layer_norm|rms_norm|reduce|cross_entropy|gather|scatter",
     "copies": r"memcpy|memset|copy",
@@ -57,7 +57,7 @@ def wait(device: torch.device) -> None:
 
 
 def clock(action: Callable[[], object], device: torch.device, rounds: int = 5) -> float:
-    """Seconds of the best of a few rounds, after one to warm up."""
+    """Seconds of the fastest of some rounds, after a warm-up."""
     action()
     wait(device)
     found = []
@@ -74,7 +74,7 @@ def time_left() -> float:
 
 
 class Said(Reporter):
-    """What a run says, kept: a compiler that failed for example."""
+    """Keeps the messages of a run, such as that the compiler failed."""
 
     def __init__(self) -> None:
         super().__init__(Path(), active=False)
@@ -103,7 +103,7 @@ def make_run(device: torch.device, shape: dict[str, Any], optimizer: str, batch:
 
 
 def steps_of(run: Run) -> Callable[[], None]:
-    """What takes one step as train.py's loop does, always on the same batch."""
+    """A function that takes one step as train.py's loop does, always on the same batch."""
     shape, device = (run.settings.batch_size, run.settings.block_size + 1), run.cluster.device
     tokens = torch.randint(run.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
     batch = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(run.micro_batch_size)]
@@ -119,7 +119,7 @@ def steps_of(run: Run) -> Callable[[], None]:
 
 
 def rate_of(step: Callable[[], None], device: torch.device, seconds: float) -> tuple[float, float]:
-    """Seconds of a step, over as many as fill the time, and of one until the host is through with an idle device."""
+    """Seconds per step, averaged over `seconds`, and the host's seconds to launch one step on an idle device."""
     step()
     wait(device)
     began = time.perf_counter()
@@ -148,7 +148,7 @@ def measure(run: Run, seconds: float) -> dict[str, Any]:
 
 
 def profile(run: Run) -> Iterator[dict[str, Any]]:
-    """Where the time of a step goes: by the kernels' names, with their number and what waits for the device."""
+    """The time of a step by kind of kernel, with their number, and how often the host waits for the device."""
     from torch.profiler import ProfilerActivity
 
     device, step = run.cluster.device, steps_of(run)
@@ -178,7 +178,7 @@ def profile(run: Run) -> Iterator[dict[str, Any]]:
 def nanogpt_rate(
     device: torch.device, clone: Path, shape: dict[str, Any], batch: int, micro: int, seconds: float
 ) -> Any:
-    """Seconds of a step of nanoGPT's own loop, compiled, in bfloat16, with nib's micro-batch."""
+    """The speed of nanoGPT's own loop, compiled, in bfloat16, with nib's micro-batch."""
     module, cuda = load_nanogpt(clone), device.type == "cuda"
     names = ("n_layer", "n_head", "n_embd", "block_size")
     vocab = -(-shape["vocab_size"] // 64) * 64  # its own padding
@@ -209,7 +209,7 @@ def nanogpt_rate(
 
 @contextlib.contextmanager
 def placed(change: Callable[[Any], object]) -> Iterator[None]:
-    """Models are changed as soon as they are on their device."""
+    """Within this context `change` is applied to each model once it is on its device."""
     real = run_module.place
 
     def place(*arguments: Any) -> nn.Module:
@@ -222,12 +222,12 @@ def placed(change: Callable[[Any], object]) -> Iterator[None]:
 
 
 def flash(precision: Any, masked: bool) -> Any:
-    """Instead of Precision.training."""
+    """Replaces Precision.training, which selects cuDNN's attention."""
     return precision.autocast()
 
 
 def switches(vocab: int) -> dict[str, Any]:
-    """What may pay on a GPU, each as a context to make and measure a run in. The first is nothing."""
+    """Changes that may be faster on a GPU, as contexts for making and measuring a run. The first changes nothing."""
 
     def rows(count: int) -> Any:
         return placed(lambda model: setattr(model, "max_logits", count * vocab))
@@ -260,9 +260,9 @@ def freed() -> None:
 
 
 def case(name: str, make: Callable[[], dict[str, Any]], least: float) -> Iterator[dict[str, Any]]:
-    """One case's result, or what went wrong; none where less than `least` seconds are left."""
+    """The result of one case or its error; skipped if fewer than `least` seconds are left."""
     if time_left() < (least if torch.cuda.is_available() else least / 20):
-        yield dict(left_out=name, for_want_of_time=f"{time_left():.0f} s left")
+        yield dict(skipped=name, reason=f"only {time_left():.0f} s left")
         return
     began = time.perf_counter()
     try:
@@ -275,7 +275,7 @@ def case(name: str, make: Callable[[], dict[str, Any]], least: float) -> Iterato
 
 
 def training(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Tokens a second at 124 M and 350 M, the parts of a step, nanoGPT's, the switches, a sweep of micro-batches."""
+    """Tokens/s at 124 M and 350 M and of nanoGPT, the parts of a step, the switches, and a sweep of micro-batches."""
     device = pick_device(options.device)
     tune_for_training(device)
     cuda, seconds = device.type == "cuda", (1.5 if options.quick else 4.0) if options.device == "cuda" else 0.2
@@ -298,7 +298,7 @@ def training(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield from case("nanoGPT", peer, 25)
     if options.quick and cuda:
         return
-    # Four layers are compiled in a third of the time that twelve take, and hold all that a switch could change.
+    # Four layers compile in a third of the time of twelve, and contain everything that a switch changes.
     four, batch = GPT2 | dict(n_layer=4), 128 if cuda else 4
     for name, switch in switches(50257 if cuda else TINY["vocab_size"]).items():
 

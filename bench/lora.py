@@ -1,11 +1,11 @@
-"""LoRA here and by peft with transformers: peak memory and tokens/s, on the same model and tokens, float32 on the CPU.
+"""LoRA in nib and in peft with transformers: peak memory and tokens/s for the same model and sizes, float32, CPU.
 
     pip install peft
     python bench/smollm2.py smollm2
     python bench/lora.py smollm2 [--rounds 3] [--steps 6]
 
-Rank 16, all linear layers, 2 sequences of 256 tokens per step. Both sides alternate in their own processes; the peak is
-that of the whole process. Prints a table and one JSON line last.
+Rank 16, all linear layers, 2 sequences of 256 tokens per step. The two alternate, each in its own process, whose peak
+resident memory is reported. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ print(sequences * length / statistics.median(seconds[1:]))
 
 
 def measured(command: list[str], cwd: str) -> tuple[str, float]:
-    """What the command prints, and the most memory that it held, in bytes."""
+    """The output of the command, and its peak resident memory in bytes."""
     process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout
     said = process.stdout.read()

@@ -1,9 +1,9 @@
-"""Peak resident memory of training GPT-2's 124 M parameters, 4 x 1024 tokens a step, on a CPU: nib, nanoGPT.
+"""Peak resident memory of training GPT-2 (124 M), 4 x 1024 tokens per step, on a CPU: nib and nanoGPT.
 
     python bench/memory.py --nanogpt PATH_TO_CLONE [--size 124m]
 
-Each trains a few steps in its own process, which then reads its high-water mark (VmHWM), including imports. nanoGPT
-runs unchanged, and with gradient accumulation over single sequences. Prints a table and one JSON line.
+Each trains a few steps in its own process, which then reads its peak (VmHWM), including imports. nanoGPT runs as it is,
+and with gradient accumulation over single sequences. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TARGET, SEQUENCES, STEPS = 0.6, 4, 2
 
 
 def high_water() -> int:
-    """The most bytes of this process that were ever resident."""
+    """The peak resident bytes of this process."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -30,7 +30,7 @@ def make(maker: Callable[..., Any], size: str, *arguments: Any) -> Callable[[], 
     step = maker(size, *arguments)
 
     def turn() -> tuple[float, int]:
-        """Seconds of the last of some steps, and the high-water mark after them."""
+        """Seconds of the last step, and the peak resident bytes."""
         for _ in range(STEPS):
             began = time.perf_counter()
             step()

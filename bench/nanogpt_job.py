@@ -1,9 +1,9 @@
-"""The CPU example of nanoGPT's README in both: character level, 4 layers, 4 heads, width 128, context 64, batch 12.
+"""The CPU example of nanoGPT's README in nib and in nanoGPT: loss and seconds of a character-level model.
 
     python bench/nanogpt_job.py --nanogpt PATH_TO_CLONE --text input.txt [--rounds 3]
 
-Both train 2000 steps on the same text with the same split, each with its own train.py. nib evaluates both models on the
-whole validation split, in the same windows. Prints a table and one JSON line last.
+4 layers, 4 heads, width 128, context 64, batch 12. Both train 2000 steps on the same text and split, each with its own
+train.py. nib evaluates both models on the whole validation split. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ NANOGPT = (
 
 
 def timed(command: list[str], cwd: Path) -> tuple[float, str]:
-    """Seconds of the whole process, and what it printed."""
+    """Seconds of the whole process, and its output."""
     began = time.perf_counter()
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
     if done.returncode:
@@ -44,7 +44,7 @@ def timed(command: list[str], cwd: Path) -> tuple[float, str]:
 
 @torch.no_grad()
 def full_loss(logits_of, dataset: Dataset, block_size: int) -> float:  # type: ignore[no-untyped-def]
-    """Mean loss over the whole validation split in windows side by side."""
+    """Mean loss over the whole validation split, in consecutive windows."""
     total, count, batch = 0.0, 0, 64
     windows = ValidationWindows(dataset.val, block_size, 0)
     for first in range(0, windows.size, batch):
@@ -76,7 +76,7 @@ def nanogpt_model(clone: Path, out: Path) -> nn.Module:
 
 def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tuple[float, float]:
     out = directory / f"nanogpt-{seed}"
-    # nanoGPT fixes its seed in the source; the runs of several rounds differ by that one number.
+    # nanoGPT's seed is a constant in its source: change it for each round.
     source = (clone / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
     (clone / "train_seeded.py").write_text(source)
     seconds, _ = timed([sys.executable, "train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
@@ -87,9 +87,9 @@ def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of karpathy/nanoGPT")
-    parser.add_argument("--text", type=Path, required=True, help="the text, such as tiny Shakespeare's input.txt")
+    parser.add_argument("--text", type=Path, required=True, help="a text, such as tiny Shakespeare's input.txt")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help="exit 1 when nib's median loss is beyond nanoGPT's spread")
+    parser.add_argument("--check", action="store_true", help="exit 1 if nib's loss is above nanoGPT's spread")
     arguments = parser.parse_args()
     clone, text = arguments.nanogpt.resolve(), arguments.text.resolve()
 

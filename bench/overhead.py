@@ -1,10 +1,9 @@
-"""The time a run spends on anything but training: start-up, logging, progress, validation's set-up, checkpoints.
+"""The time that a run spends outside training steps: start-up, logging, progress, checkpoints.
 
     python bench/overhead.py [--config config/small.py] [--steps 200]
 
-Runs train.py with the config for some steps, with its intervals of checkpoints and metrics (at least one checkpoint),
-and measures inside the process the time per step outside `optimizer_step` and the validation passes. A first, short run
-prepares the corpus. Prints a table and one JSON line last.
+Trains with the config for some steps and four checkpoints, and measures in the process the time outside
+`optimizer_step` and validation. A first, short run prepares the corpus. Prints a table and one JSON line last.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ START_SECONDS, SHARE = 5.0, 0.02
 
 
 def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
-    """Train in this process with a clock around the parts; seconds by part."""
+    """Train in this process and time its parts. Returns the seconds of each part."""
     import train
     from nib.training import objective, run, saving, step
 
@@ -50,12 +49,12 @@ def run(config: str, steps: int, out_dir: str) -> dict[str, float]:
     arguments = [config, f"--max_iters={steps}", f"--checkpoint_interval={max(1, steps // 4)}", f"--out_dir={out_dir}"]
     settings = train.read_settings([*arguments, "--eval_tokens=20000", "--device=cpu"])
     train.train(settings)
-    first = spent["step"] / steps  # the first step's own begin is not seen
+    first = spent["step"] / steps  # one step more, since the clock starts at the end of the first
     return {**spent, "loop": time.perf_counter() - ends[0] + first}
 
 
 def seconds_to_first_step(config: str, out_dir: Path) -> float:
-    """From the start of the process to the first line of metrics.jsonl, with one step a line."""
+    """Seconds from the start of the process to the first line of metrics.jsonl, written after one step."""
     options = ["--log_interval=1", "--eval_interval=0", "--checkpoint_interval=0", f"--out_dir={out_dir}"]
     command = [sys.executable, str(ROOT / "train.py"), config, *options, "--device=cpu"]
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The share of the functions sampled from a model of Python source that are valid Python (accepted by ast.parse).
+"""The share of valid Python (accepted by ast.parse) among functions sampled from a model of Python source.
 
     python bench/parse_share.py out/small
 
@@ -24,7 +24,7 @@ from nib.formats.checkpoint import find_checkpoint, open_checkpoint
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 
-PROMPT = "\n\ndef"  # as functions begin in files; the tokenizers put the space before a name into its token
+PROMPT = "\n\ndef"  # without the space: tokenizers make it part of the next token
 
 
 def first_function(text: str) -> str | None:
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max-new-tokens", type=int, default=250)
-    parser.add_argument("--open", action="store_true", help="leave out functions that had not ended")
-    parser.add_argument("--check", type=float, default=None, metavar="SHARE", help="exit 1 when the share is lower")
+    parser.add_argument("--open", action="store_true", help="count only functions that ended")
+    parser.add_argument("--check", type=float, default=None, metavar="SHARE", help="exit 1 if the share is lower")
     arguments = parser.parse_args()
 
     checkpoint = open_checkpoint(find_checkpoint(arguments.run))

@@ -2,8 +2,8 @@
 
     python bench/prefer_parsing.py out/small [--samples 800] [--out parsing]
 
-Uses only a run and nib's own commands: sample functions, pair each valid one with some invalid ones, prepare the pairs,
-train, and count the valid functions among new samples before and after. Prints one JSON line last.
+Uses only a run and nib's own commands: sample functions, pair each valid one with invalid ones, prepare the pairs and
+train. The share of valid functions is measured on new samples, before and after. Prints one JSON line last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--max-new-tokens", type=int, default=200)
-    parser.add_argument("--out", default="parsing", help="name of the pairs, their dataset and the run")
+    parser.add_argument("--out", default="parsing", help="name of the pairs' file, of their dataset and of the run")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--epochs", type=float, default=2)
     options = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
 
 
 def sample(run: str, count: int, length: int, seed: int) -> list[str]:
-    """What the run writes after PROMPT, `count` times."""
+    """`count` samples of the run that continue PROMPT."""
     lines = call("sample.py", run, f"--prompt={PROMPT}", f"--num-samples={count}", f"--max-new-tokens={length}",
                  f"--seed={seed}", "--json", show=False)  # fmt: skip
     return [json.loads(line)["text"] for line in lines.splitlines()]
@@ -68,7 +68,7 @@ def is_whole(text: str) -> bool:
 
 
 def ended(text: str) -> str:
-    """The text up to the line after its function, with which the function has ended."""
+    """The text up to the end of the line after its function: that line shows that the function has ended."""
     function = first_function((PROMPT + text).lstrip())
     if function is None:
         return text

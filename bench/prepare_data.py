@@ -1,4 +1,4 @@
-"""Speed and memory of prepare_data.py, compared with tiktoken's batch encoding and the BPE training of tokenizers.
+"""Speed and memory of prepare_data.py, compared with tiktoken's batch encoding and the tokenizers library's training.
 
 Prints a table and one JSON line last. `--check` fails if a number misses its target.
 """
@@ -27,11 +27,11 @@ TRAINING_TARGET = 2.0  # times the seconds that tokenizers takes to train
 
 @dataclass
 class Settings:
-    megabytes: int = option(100, "size of the corpus for the speed", at_least=1)
-    memory_megabytes: int = option(2000, "size of the one text file for the memory; 0 leaves it out", at_least=0)
+    megabytes: int = option(100, "size of the corpus for the speed, in MB", at_least=1)
+    memory_megabytes: int = option(2000, "size of the text file for the memory; 0 skips that part", at_least=0)
     tokenizer: str = option("bpe:4096", "a tokenizer name; bpe:N is trained once, beforehand")
-    workers: int = option(2, "processes, and threads of tiktoken", at_least=1)
-    rounds: int = option(3, "the two take turns this often; medians are compared", at_least=1)
+    workers: int = option(2, "worker processes of nib, and threads of tiktoken", at_least=1)
+    rounds: int = option(3, "measurements of each, alternating; medians are compared", at_least=1)
     check: bool = option(False, "exit 1 when a target is missed")
 
 
@@ -72,7 +72,7 @@ def standard_library() -> list[str]:
 
 
 def documents(megabytes: int) -> list[str]:
-    """The standard library's files over and over, each time a little different."""
+    """The standard library's files, repeated with small changes."""
     found, size, texts = [], 0, standard_library()
     while size < megabytes * 1_000_000:
         found.append(f"# copy {len(found)}\n" + texts[len(found) % len(texts)])
@@ -130,7 +130,7 @@ def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[
 
 
 def measure_training(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:
-    """What `bpe:N` adds to the preparation of one file, beside tokenizers' own training on that file."""
+    """Seconds that training `bpe:N` adds to preparing a file, relative to the tokenizers library's training on it."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     one, out = directory / "one.txt", f"--out={directory / 'out'}"
@@ -153,7 +153,7 @@ def measure_training(directory: Path, tokenizer: Path, settings: Settings) -> di
 
 
 def measure_memory(directory: Path, settings: Settings) -> dict[str, float]:
-    """The peak for one large text file, with the training of the tokenizer."""
+    """The peak memory for one large text file, including the training of the tokenizer."""
     text = "".join(standard_library()).encode()
     big = directory / "big.txt"
     with open(big, "wb") as file:
@@ -175,7 +175,7 @@ def measure_memory(directory: Path, settings: Settings) -> dict[str, float]:
 
 
 class Peak:
-    """Watches the resident memory of a process and all its descendants (Linux), twenty times a second."""
+    """The peak resident memory of a process with its descendants (Linux), polled twenty times a second."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.bytes, self.running = pid, 0, True
@@ -194,7 +194,7 @@ class Peak:
 
 
 def tree_bytes(root: int) -> int:
-    """The resident bytes of a process and its descendants, shared pages counted in each."""
+    """The resident bytes of a process and its descendants; shared pages are counted once per process."""
     parents, sizes = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

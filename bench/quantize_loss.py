@@ -1,9 +1,9 @@
-"""The cost of 8-bit weights in validation loss: the whole split in float32 and quantized.
+"""How much 8-bit weights raise the loss on the whole validation split.
 
     python bench/quantize_loss.py [MODEL] [--dataset data/stdlib]
 
-The dataset is prepared with the model's own tokenizer; a text is cut into windows of at most 1,024 tokens.
-Prints a table and one JSON line last.
+The dataset must have been prepared with the model's own tokenizer. Windows have at most 1,024 tokens. Prints both
+losses and one JSON line last.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def main() -> None:
         "model", nargs="?", help="a run, a checkpoint or a Hugging Face directory (default: the newest run)"
     )
     parser.add_argument("--dataset", type=Path, default=Path("data/stdlib"))
-    parser.add_argument("--tokens", type=int, default=0, help="only so many validation tokens; 0: all")
-    parser.add_argument("--check", action="store_true", help="exit 1 when the loss rises by 0.01 nats or more")
+    parser.add_argument("--tokens", type=int, default=0, help="validation tokens to use; 0: all")
+    parser.add_argument("--check", action="store_true", help="exit 1 if the loss rises by 0.01 nats or more")
     arguments = parser.parse_args()
     source, dataset = open_source(arguments.model), Dataset(arguments.dataset)
     config = read_config(source, GPTConfig)
@@ -59,7 +59,7 @@ def main() -> None:
 
 @torch.no_grad()
 def round_to_int8(model: GPT) -> None:
-    """Give the matrices the values that they have as 8-bit integers: of all else --quantize int8 changes nothing."""
+    """Round the matrices to their 8-bit values. --quantize int8 changes nothing else."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and module is not getattr(model, "wpe", None):
             integers, scale = quantize_rows(module.weight)

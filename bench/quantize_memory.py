@@ -25,7 +25,7 @@ from model import GPT, GPTConfig
 from nib.formats.checkpoint import write_checkpoint
 from nib.tokenizer.load import make_tokenizer
 
-# With the model still there after it wrote a little: what the process holds, and the most that it held.
+# The resident bytes after generating 20 tokens, with the model still in memory, and their peak.
 MEASURE = """
 import re, sys, torch
 if len(sys.argv) > 1:
@@ -59,7 +59,7 @@ def main() -> None:
         found["float32"] = measure(str(saved))
         found["int8"] = measure(str(saved), "int8")
     for kind, numbers in found.items():
-        print("{:12} {:5.0f} MB resident, {:5.0f} MB at the most".format(kind, *(number / 1e6 for number in numbers)))
+        print("{:12} {:5.0f} MB resident, {:5.0f} MB at the peak".format(kind, *(number / 1e6 for number in numbers)))
     print(json.dumps(found))
 
 

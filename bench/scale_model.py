@@ -29,20 +29,20 @@ from model import GPT, GPTConfig
 from nib.training.cost import flops_per_token, num_parameters
 
 GPUS = (1, 2, 4, 8, 16, 64, 256, 1024)
-# Published runs: what they are, with which hardware, tokens a step, GPUs, and seconds a step or tokens/s of a GPU.
+# The sources of the published runs.
 LLM_C = "github.com/karpathy/llm.c, scripts/run_gpt2_{}.sh"
 TITAN = "github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3, torch.compile"
 
 
 @dataclass
 class Hardware:
-    """GB/s are of one direction, as nccl reaches them (its bus bandwidth), about 80 % of what the data sheets say."""
+    """GB/s in one direction, as NCCL reaches them (its bus bandwidth): about 80 % of the data sheets' figures."""
 
     name: str
     peak: float  # dense bfloat16, FLOP/s
     gigabytes: float
-    inside: float  # GB/s of a GPU to the others of its machine
-    between: float  # GB/s of a machine to the others, all of its network cards together
+    inside: float  # GB/s from a GPU to the others in its machine
+    between: float  # GB/s from a machine to the others, over all its network cards
     latency: float = 5e-6  # of one hop, in seconds
     machine: int = 8  # GPUs
 
@@ -54,7 +54,7 @@ RTX4090 = Hardware("RTX 4090, PCIe 4, 25 Gb/s", 165e12, 24, 20, 2.5)
 
 @dataclass
 class Shape:
-    """What the model of a step needs to know of a model: see `shape_of` for those that nib can build."""
+    """What the estimate of a step needs to know about a model; `shape_of` makes it from nib's."""
 
     name: str
     parameters: float
@@ -80,17 +80,17 @@ def exchange(size: float, gpus: int, on: Hardware, kind: str) -> float:
     passes = 2 if kind == "sum" else 1
     ring = passes * ((gpus - 1) / gpus * size / speed + (gpus - 1) * on.latency)
     tree = passes * (size / speed + 2 * math.log2(gpus) * on.latency)
-    return min(ring, tree) if kind == "sum" else ring  # nccl gathers and scatters by rings alone
+    return min(ring, tree) if kind == "sum" else ring  # NCCL gathers and scatters only over rings
 
 
 def step_seconds(
     shape: Shape, on: Hardware, gpus: int, tokens: int, micro: int, mfu: float, parallel: str, overlap: bool = True
 ) -> tuple[float, float]:
-    """Seconds of a step of `tokens` over all GPUs, in micro-batches of `micro` tokens; and those of exchange in it.
+    """Seconds of a step of `tokens` over all GPUs, in micro-batches of `micro` tokens, and of exposed exchange in it.
 
-    DDP sums float32 gradients in the last backward pass, in buckets, of which the last is not hidden. FSDP2 gathers
-    16-bit weights block by block before each forward and each backward pass, while the block before is computed, and
-    scatters float32 gradients in the last backward pass. A backward pass is two thirds of the arithmetic.
+    DDP all-reduces float32 gradients in the last backward pass, in buckets; the last bucket does not overlap. FSDP2
+    gathers each block's 16-bit weights before each forward and backward pass, while the block before is computed. It
+    reduce-scatters float32 gradients in the last backward pass. A backward pass is two thirds of the arithmetic.
     """
     parts = max(1, round(tokens / gpus / micro))
     compute = tokens / gpus * shape.flops / (on.peak * mfu)
@@ -99,7 +99,7 @@ def step_seconds(
     if parallel == "ddp":
         size = 4 * shape.parameters
         shown = exchange(size, gpus, on, "sum")
-        if overlap:  # the embedding's gradient is the last to be known
+        if overlap:  # the embedding's gradient comes last
             last = exchange(4 * max(25e6 / 4, shape.vocabulary * shape.width), gpus, on, "sum")
             shown = min(shown, last + max(0.0, shown - last - backward))
     else:
@@ -110,12 +110,12 @@ def step_seconds(
         back = shape.layers * max(0.0, gather - a_block * 2 / 3)
         last = shape.layers * max(0.0, gather + scatter - a_block * 2 / 3)
         shown = parts * (root + gather + forward) + (parts - 1) * back + last + 2 * root + scatter
-    agreements = 4 * gpus * 30e-6  # two sums of a few numbers over gloo's ring: the host's, which is a step ahead
+    agreements = 4 * gpus * 30e-6  # two small all-reduces over gloo's ring, on the host, which is a step ahead
     return max(compute + shown, agreements), shown
 
 
 def gigabytes(shape: Shape, gpus: int, micro: int, parallel: str, accumulates: bool) -> float:
-    """Memory of one GPU: weights, gradients and AdamW's state in float32, activations, and the loss's chunks."""
+    """GB on one GPU: float32 weights, gradients and AdamW's state; activations; the loss's chunks."""
     held = 16.0 * shape.parameters / (1 if parallel == "ddp" else gpus)
     if accumulates:  # DDP's buckets beside the gradients; FSDP's gradients whole until they are exchanged
         held += 4.0 * shape.parameters
@@ -129,7 +129,7 @@ def gigabytes(shape: Shape, gpus: int, micro: int, parallel: str, accumulates: b
 
 
 def published() -> list[dict[str, Any]]:
-    """What the runs of others say of the two assumptions: the share of the peak, and what is lost by exchanging."""
+    """Published runs against the two assumptions: the MFU of a GPU, and what the exchange costs."""
     rows = []
     for name, on, changes, tokens, seconds in (
         ("124M", A100, {}, 524_288, 0.300),
@@ -140,7 +140,7 @@ def published() -> list[dict[str, Any]]:
         mfu = tokens * shape.flops / seconds / 8 / on.peak
         source = LLM_C.format(name)
         rows.append(dict(run=f"GPT-2 {name}, 8 x {on.name[:4]}", published=f"MFU {mfu:.2f}", source=source))
-    # Llama 3.1 8B, 2 x 8192 tokens a GPU; activations are recomputed in part, which the share of the peak contains.
+    # Llama 3.1 8B, 2 x 8192 tokens per GPU; the MFU includes partial activation recomputation.
     titan = Shape("Llama 3.1 8B", 8.03e9, 6 * 7.5e9 + 12 * 32 * 4096 * 8192, 32, 4096, 128_256)
     mfu = 6667 * titan.flops / H100.peak
     few, many = (step_seconds(titan, H100, n, 16384 * n, 16384, mfu, "fsdp")[0] for n in (8, 128))
@@ -153,11 +153,11 @@ def published() -> list[dict[str, Any]]:
     return rows
 
 
-# ---- two processes here --------------------------------------------------------------------------------------------
+# ---- two processes on this machine -----------------------------------------------------------------------------------
 
 
 def sum_over_two(size: int) -> None:
-    """One of two gloo processes: prints the seconds of a sum of `size` float32 numbers."""
+    """One of two gloo processes: prints the seconds of an all-reduce of `size` float32 numbers."""
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     numbers, found = torch.ones(size), []
@@ -171,7 +171,7 @@ def sum_over_two(size: int) -> None:
 
 
 def measured() -> dict[str, float]:
-    """A step of two gloo processes, and the model's: half of the batch on one, and a sum that hides in backward."""
+    """The seconds of a step of two gloo processes, and the estimate: half the batch on one, plus an all-reduce."""
     layers, width = 6, 384
     half, two = Group(1, [layers, width, 256, 4], 1), Group(2, [layers, width, 256, 8], 1)
     found = [(half.turn(), two.turn()) for _ in range(4)][1:]
@@ -192,14 +192,14 @@ def measured() -> dict[str, float]:
         for rank in range(2)
     ]  # fmt: skip
     summed = max(float(side.communicate()[0]) for side in sides)
-    # On cores that the products keep busy, nothing of the sum is hidden.
+    # The matmuls keep the cores busy, so the all-reduce does not overlap with them.
     return dict(one_half=compute, sum=summed, model=compute + summed, two=both)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="two gloo processes of this machine beside the model")
-    parser.add_argument("--mfu", type=float, default=0.42, help="share of the peak that one GPU is assumed to reach")
+    parser.add_argument("--measure", action="store_true", help="also measure two gloo processes on this machine")
+    parser.add_argument("--mfu", type=float, default=0.42, help="assumed model FLOPs utilisation of one GPU")
     parser.add_argument("--exchange", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exchange:
@@ -214,7 +214,7 @@ def main() -> None:
     }
     for on in (H100, A100, RTX4090):
         for name, (shape, micro, tokens) in shapes.items():
-            print(f"\n{name} on {on.name}, {tokens:,} tokens a step; efficiency against one GPU, GB")
+            print(f"\n{name} on {on.name}, {tokens:,} tokens per step; efficiency relative to one GPU, and GB per GPU")
             print(f"{'GPUs':>6}{'DDP':>8}{'GB':>8}{'FSDP':>8}{'GB':>8}   DDP without overlap")
             for gpus in GPUS:
                 part = min(micro if on.gigabytes > 30 else micro // 8, tokens // gpus)
@@ -230,9 +230,7 @@ def main() -> None:
                     f"{plain[0]:8.2f}"
                 )
                 result["tables"][f"{name}, {on.name}, {gpus}"] = dict(ddp=ddp, fsdp=fsdp, without_overlap=plain[0])
-    print(
-        "\n! is more than there is. DDP's largest model, with a tenth of the memory for all but 20 bytes a parameter:"
-    )
+    print("\n!: does not fit. The largest model for DDP, at 20 bytes per parameter in 90 % of the memory:")
     for on in (H100, A100, RTX4090):
         print(f"  {on.name}: {0.9 * on.gigabytes / 20:.1f} billion parameters")
     if options.measure:

@@ -1,10 +1,10 @@
-"""How a training step scales: over processes, over the context length and over the width.
+"""How a training step scales with the number of processes, the context length and the width.
 
     python bench/scaling.py [--rounds 3]
 
-Two processes of one thread each, connected as under torchrun, against one process of one thread: the same global batch,
-so that the target of 1.8 includes the exchange of gradients. Then the time of a step by context and width, on one
-thread, and its GFLOP/s: a cost that grows faster than the FLOPs would lower them.
+First two processes of one thread each, connected as by torchrun, relative to one process of one thread with the same
+global batch; the target of 1.8 times as fast includes the exchange of gradients. Then the time and GFLOP/s of a step
+by context and by width, on one thread; a cost that grows faster than the FLOPs would lower the GFLOP/s.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
 
 
 def make_step(world: int, layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
-    """What does one optimizer step of this process's share of `batch` sequences, and the model."""
+    """A function that takes one optimizer step on this process's share of `batch` sequences, and the model."""
     from model import GPT, GPTConfig
     from nib.cpu.process import tune_for_training
     from nib.training.distributed import start_cluster
@@ -54,7 +54,7 @@ def make_step(world: int, layers: int, width: int, context: int, batch: int) -> 
 
 
 def process(shape: list[int], steps: int) -> None:
-    """One of the processes: takes turns when a line comes, and says how long each took."""
+    """One of the processes: for each line of standard input, takes `steps` steps and prints the seconds of one."""
     torch.set_num_threads(1)
     step, _ = make_step(int(os.environ["WORLD_SIZE"]), *shape)
     step()
@@ -67,7 +67,7 @@ def process(shape: list[int], steps: int) -> None:
 
 
 class Group:
-    """`world` processes of one thread each that take turns together."""
+    """`world` connected processes of one thread each."""
 
     def __init__(self, world: int, shape: list[int], steps: int) -> None:
         with socket.socket() as probe:
@@ -98,7 +98,7 @@ class Group:
 
 
 def growth(values: tuple[int, ...], by: str, rounds: int) -> list[tuple[int, float, float]]:
-    """Seconds of a step, and GFLOP/s, by context length (2 layers, width 128) or by width (context 256)."""
+    """Seconds and GFLOP/s of a step of 2 layers, by context length (width 128) or by width (context 256)."""
     from nib.training.cost import flops_per_token
 
     rows = []

