@@ -41,6 +41,7 @@ SIZES = {
 }
 TOKENS = {"0.8m": 6000, "1.1m": 8000, "10m": 2000, "124m": 150}  # sampled in a turn, some seconds' worth
 PEERS = ("nib", "nib int8", "transformers", "llama.cpp f32", "llama.cpp q8_0")
+BESIDE = {"loop": "beside a busy process", "two loops": "beside two", "run": "beside a training run"}
 PLOTTED = {
     "training 0.8 M parameters": {"nib train 0.8m": "tab:blue", "nanoGPT train 0.8m": "tab:gray"},
     "generating text, GPT-2 (124 M)": {
@@ -203,7 +204,7 @@ def plot(shares: dict[str, dict[str, float]], path: Path) -> None:
             at = [group + (number + 0.5) * width - 0.4 for group in range(len(row))]
             bars = axes.bar(at, list(row.values()), width * 0.92, color=colour, label=task.split()[0])
             axes.bar_label(bars, [f"{share:.2f}" for share in row.values()], fontsize=8, color="dimgray")
-            axes.set_xticks(range(len(row)), [f"beside a {each}" if "two" not in each else "two loops" for each in row])
+            axes.set_xticks(range(len(row)), [BESIDE[each] for each in row])
         axes.set_title(title, fontsize=10)
         axes.legend(frameon=False, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)

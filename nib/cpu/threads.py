@@ -45,7 +45,7 @@ def choose_threads() -> None:
 def torchrun_chose() -> bool:
     """Whether OMP_NUM_THREADS is the 1 that torchrun sets if the user has not set it."""
     with suppress(OSError):
-        return not any(
+        return os.environ["OMP_NUM_THREADS"] == "1" and not any(
             line.startswith(b"OMP_NUM_THREADS=")
             for line in Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
         )

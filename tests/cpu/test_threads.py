@@ -93,7 +93,7 @@ def test_torchrun_that_got_no_number_gives_each_process_its_share_and_one_that_g
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "import nib.cpu.threads as t; t.physical_cores = lambda: 6\n"
-        "t.choose_threads(); import os; print('threads', os.environ['OMP_NUM_THREADS'])\n"
+        "t.choose_threads(); import os; sys.stdout.write(f\"threads {os.environ['OMP_NUM_THREADS']}\\n\")  # at once\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     before = {name: value for name, value in os.environ.items() if name not in NAMES}
