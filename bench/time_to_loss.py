@@ -5,8 +5,9 @@
 For each text and round: nanoGPT's own train.py (4 layers, width 128, context 64, 2000 steps of 12 sequences), then
 config/char_fast.py twice: with a tenth of the seconds that nanoGPT trained, in which nib also starts, and with all of
 them, start-up excluded. The start-up of both is measured by a run of one step; there is almost no validation on either
-side. Each round has another seed of nib's. Losses are of the whole validation split in the same windows. Prints a table
-and one JSON line last; with --check, exits with status 1 if a tenth of the time does not reach nanoGPT's loss.
+side. nib has another seed in each round, and trains in bfloat16 if the CPU has instructions for it. Losses are of the
+whole validation split in the same windows. Prints a table and one JSON line last; with --check, exits with status 1 if
+a tenth of the time does not reach nanoGPT's loss.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from pathlib import Path
 from common import ROOT, finish, parser_for
 from nanogpt_job import NANOGPT, full_loss, nanogpt_model, timed
 
+from nib.cpu.bfloat16 import has_bfloat16
 from nib.data.dataset import Dataset
 
 SHARE = 10
+DTYPE = ["--dtype=bfloat16"] if has_bfloat16() else []  # of nib's training
 
 
 def prepare(text: Path, directory: Path, clone: Path) -> Dataset:
@@ -41,14 +44,14 @@ def prepare(text: Path, directory: Path, clone: Path) -> Dataset:
 
 def train_nib(data: Path, out: Path, budget: list[str]) -> tuple[float, list[tuple[float, float]]]:
     """Seconds of the process, and (seconds of training, loss) along the way."""
-    options = [f"--dataset={data}", f"--out_dir={out}", "--eval_tokens=64", "--device=cpu", *budget]
+    options = [f"--dataset={data}", f"--out_dir={out}", "--eval_tokens=64", "--device=cpu", *DTYPE, *budget]
     seconds, _ = timed([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/char_fast.py"), *options], ROOT)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return seconds, [(line["seconds"], line["loss"]) for line in lines]
 
 
 def nib_loss(data: Path, out: Path, seed: str) -> float:
-    options = [seed, f"--dataset={data}", f"--out_dir={out}", "--eval_only", "--max_seconds=1", "--device=cpu"]
+    options = [seed, f"--dataset={data}", f"--out_dir={out}", "--eval_only", "--max_seconds=1", "--device=cpu", *DTYPE]
     _, text = timed([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/char_fast.py"), *options], ROOT)
     return float(re.findall(r"validation loss ([\d.]+)", text)[-1])
 
