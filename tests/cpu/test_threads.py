@@ -68,6 +68,11 @@ def chosen(**environment: str) -> list[str]:
 def test_a_users_number_of_threads_wins():
     assert chosen(OMP_NUM_THREADS="1") == ["1", "1"]
     assert chosen(OMP_NUM_THREADS="3")[1] == chosen(OMP_NUM_THREADS="3", LOCAL_WORLD_SIZE="2")[1] == "3"
+    # A shell that gives the number to this command alone does not have it itself.
+    script = "import nib.cpu.threads as t, os; t.choose_threads(); print(os.environ['OMP_NUM_THREADS'])"
+    command = f'LOCAL_WORLD_SIZE=2 OMP_NUM_THREADS=3 {sys.executable} -c "{script}"; exit $?'
+    before = {name: value for name, value in os.environ.items() if name not in NAMES}
+    assert subprocess.check_output(["sh", "-c", command], cwd=ROOT, env=before, text=True) == "3\n"
 
 
 def test_alone_there_are_as_many_threads_as_torch_has_by_itself_and_of_several_processes_each_has_its_share():
