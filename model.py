@@ -413,21 +413,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtype, trained = weight.dtype, needs_grad and weight.requires_grad
         weight = weight.detach()  # so that autocast does not cache this cast, which has no gradient, for other layers
+        dtype = F.linear(x[:0], weight[:0]).dtype  # autocast's, if it is on
         total = torch.zeros((), dtype=torch.float32, device=x.device)
-        grad_x, grad_weight = torch.empty_like(x if needs_grad else x[:0]), weight.new_empty(0)
+        grad_x = torch.empty_like(x if needs_grad else x[:0])
+        grad_weight = torch.empty_like(weight if trained else weight[:0], dtype=torch.float32)
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
-            logits = F.linear(part, weight)  # (rows, V)
-            weight = weight.to(logits.dtype)  # once, not in each chunk
+            cast = weight.to(dtype)  # and deleted before the head's gradient needs as much memory
+            logits = F.linear(part, cast)  # (rows, V)
             logits[:, vocab_size:] = -math.inf
             loss, grad = cross_entropy(logits, target, needs_grad)
             total = total + loss  # not in place: torch 2.11 cannot compile that
             if needs_grad:
                 kept = (target >= 0)[:, None]
-                grad_x[begin : begin + rows] = (grad @ weight).mul_(kept)
+                grad_x[begin : begin + rows] = (grad @ cast).mul_(kept)
+                del cast
                 if trained:
                     product = grad.t() @ (part * kept).to(grad.dtype)
-                    grad_weight = grad_weight.float().add_(product) if begin else product  # sums in float32
+                    grad_weight = grad_weight.add_(product) if begin else grad_weight.copy_(product)
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 
@@ -453,10 +456,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Te
         loss = -(log_probs.gather(1, index)[:, 0] * kept).sum()
         hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass; scatter_add_ would need three
         return loss, (log_probs.exp() - hot.float()).to(logits.dtype) if needs_grad else logits
-    losses, rows = [], max(1, MAX_FLOAT_LOGITS // 4 // logits.shape[1])
+    losses, rows = [], max(1, MAX_FLOAT_LOGITS // 8 // logits.shape[1])
+    wide, log_probs = torch.empty(2, rows, logits.shape[1], device=logits.device)
     for part, at in zip(logits.split(rows), index.split(rows), strict=True):
-        log_probs = F.log_softmax(part.float(), dim=-1)
+        wide, log_probs = wide[: len(part)], log_probs[: len(part)]
+        torch.log_softmax(wide.copy_(part), dim=-1, out=log_probs)
         losses.append(log_probs.gather(1, at))
         if needs_grad:
-            torch.exp(log_probs, out=part).scatter_(1, at, losses[-1].expm1().to(part.dtype))
+            log_probs.exp_()[torch.arange(len(at), device=at.device), at[:, 0]] = losses[-1][:, 0].expm1()
+            part.copy_(log_probs)
     return -(torch.cat(losses)[:, 0] * kept).sum(), logits

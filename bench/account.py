@@ -49,8 +49,10 @@ def resident(kind: str) -> int:
 
 
 def measured(size: str) -> Callable[[], int]:
+    from nib.cpu.process import tune_for_training
     from nib.training import account
 
+    tune_for_training(torch.device("cpu"))
     account.TRIAL_SECONDS = 0.0
     SIZES["first"] = (SIZES["small"][0] | dict(block_size=16), SIZES[size][1])
     account.timed_steps(*arguments_of("first"))  # loads the libraries that a first step loads

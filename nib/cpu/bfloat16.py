@@ -1,7 +1,11 @@
-"""Training in bfloat16 on a CPU: where it pays, and causal attention by oneDNN's batched matmuls.
+"""Training in bfloat16 on a CPU: where it pays, attention in less time, and linear layers in less memory.
 
 torch's own attention takes two fifths of a bfloat16 training step of GPT-2's shape at 1,024 positions, and is no faster
 than in float32. Batched matmuls of a block of queries with all keys before it take half of its time.
+
+Under torch's autocast all 16-bit copies of weights stay in memory until the backward pass. Here each is made when it is
+needed, twice per micro-batch, which takes about a hundredth of a step of a thousand tokens. Likewise the result of gelu
+is computed again instead of kept.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch.nn import functional as F
 BLOCK = 256  # queries at a time: the fastest of 64, 128, 256 and 512 at 512 and at 1024 positions (bench/NOTES.md)
 # The least n_embd of models that are trained in bfloat16 if dtype is auto. Narrower ones gain less (bench/NOTES.md).
 LEAST_WIDTH = 512
-_library: torch.library.Library | None = None  # the kernel lives as long as it does
+_library: torch.library.Library | None = None  # the kernels stay registered as long as this exists
 
 
 def has_bfloat16() -> bool:
@@ -27,17 +31,62 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and any(supported() for supported in kinds)
 
 
-def use_matmuls_for_attention() -> None:
-    """In this process, compute causal attention under autocast to bfloat16 by `attention`, and its gradients too.
-
-    Attention in float32, or with a mask, dropout or cached keys, remains torch's own.
-    """
+def replace_autocast_operations() -> None:
+    """In this process, use `attention`, `linear` and `gelu` under autocast on a CPU. Elsewhere torch's own remain."""
     global _library
     if _library is None:
         _library = torch.library.Library("aten", "IMPL")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the one about replacing a kernel
             _library.impl("scaled_dot_product_attention", attention, "AutocastCPU")
+            _library.impl("linear", linear, "AutocastCPU")
+            _library.impl("gelu", gelu, "AutocastCPU")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As F.linear under autocast."""
+    dtype = torch.get_autocast_dtype("cpu")
+    with torch.autocast("cpu", enabled=False):
+        if torch.float64 in (x.dtype, weight.dtype):
+            return F.linear(x, weight, bias)
+        x, bias = x.to(dtype), bias if bias is None else bias.to(dtype)
+        if dtype == torch.bfloat16 and weight.dtype == torch.float32 and torch.is_grad_enabled():
+            return Linear.apply(x, weight, bias, getattr(x, "gelu_of", None))
+        return F.linear(x, weight.to(dtype), bias)
+
+
+def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
+    """As F.gelu under autocast. From the result `linear` knows x, and keeps only x for the backward pass."""
+    with torch.autocast("cpu", enabled=False):
+        y = F.gelu(x, approximate=approximate)
+    y.gelu_of = (x.detach(), approximate, y._version)  # type: ignore[attr-defined]  # an attribute of our own
+    return y
+
+
+class Linear(torch.autograd.Function):
+    """x (..., inputs) in bfloat16 times a float32 weight (outputs, inputs), rounded to bfloat16 in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu_of: Any) -> Tensor:
+        ctx.approximate, kept = None, x if ctx.needs_input_grad[1] else None
+        if kept is not None and gelu_of and gelu_of[2] == x._version:  # not if x was changed in place
+            kept, ctx.approximate, _ = gelu_of
+        ctx.save_for_backward(kept, weight)
+        return F.linear(x, weight.to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x, grad_weight, grad_bias = None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = (rows @ weight.to(grad.dtype)).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[1]:
+            x = F.gelu(x, approximate=ctx.approximate) if ctx.approximate else x
+            grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def attention(

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from nib.cpu import threads
-from nib.cpu.bfloat16 import use_matmuls_for_attention
+from nib.cpu.bfloat16 import replace_autocast_operations
 from nib.cpu.onednn_matmul import use_onednn
 
 
@@ -18,7 +18,7 @@ def tune_for_training(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")  # TF32 for matmuls that stay float32
     elif device.type == "cpu":
         use_onednn()
-        use_matmuls_for_attention()
+        replace_autocast_operations()
         tune_for_sampling()
 
 

@@ -45,9 +45,9 @@ from nib.training.step import optimizer_step
 
 GPT2_VOCABULARY = 50257
 TOKENS_A_PARAMETER = 20  # compute-optimal by arXiv 2203.15556
-# Peak memory on a CPU over that of the tensors, from fragmentation of glibc's heap; measured 1.14 to 1.22
+# Peak memory on a CPU over that of the tensors, from fragmentation of glibc's heap; measured 1.00 to 1.22
 # (bench/account.py).
-HEAP = 1.16
+HEAP = 1.1
 TRIAL_SECONDS = 5.0  # after this no further step is timed
 
 
@@ -77,6 +77,7 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
         return model
 
     cluster = Cluster(0, 1, device := pick_device(settings.device))
+    tune_for_training(device)
     with torch.device("meta"):
         model = make()
     trained = MARK if settings.lora_rank else ""
@@ -173,11 +174,10 @@ def memory_of_step(make: Callable[[], Any], settings: TrainSettings, cluster: Cl
             betas=(0.9, 0.95), fused=False, dtype=precision.dtype,
         )  # fmt: skip
         kinds: dict[str, int] = {}
-        for optimizer in optimizers:
-            for parameter in (each for group in optimizer.param_groups for each in group["params"]):
-                for kind in ("momentum_buffer",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq"):
-                    optimizer.state[parameter][kind] = torch.zeros_like(parameter)
-                    kinds[kind] = kinds.get(kind, 0) + parameter.nbytes
+        for state in (each for optimizer in optimizers for each in optimizer.state.values()):
+            for kind, value in state.items():
+                if value.ndim:  # without the number of the step
+                    kinds[kind] = kinds.get(kind, 0) + value.nbytes
         gradients = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         found = dict(weights=weights, gradients=gradients, optimizer=kinds, activations=None, peak=None)
         tokens = torch.zeros(2, micro, settings.block_size, dtype=torch.int64, device=cluster.device)
@@ -210,7 +210,6 @@ def timed_steps(
     no_dataset: Any = None
     run = Run(replace(settings, batch_size=micro, micro_batch_size=micro), no_dataset, cluster)
     run.report, run.objective = Reporter(run.out_dir, active=False, record=False), LanguageModelling(settings, None)
-    tune_for_training(cluster.device)
     torch.manual_seed(settings.seed)
 
     def step(count: int) -> float:

@@ -84,7 +84,14 @@ class UncompiledOptimizer(torch.optim.Optimizer):
 
 
 class AdamW(UncompiledOptimizer, torch.optim.AdamW):
-    """torch.optim.AdamW (arXiv 1711.05101)."""
+    """torch.optim.AdamW (arXiv 1711.05101). All its memory is allocated at once, so that a trial pass counts it."""
+
+    def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(groups, **options)
+        for parameter in (each for group in groups for each in group["params"]):
+            step = torch.zeros((), device=parameter.device)
+            averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            self.state[parameter] = {"step": step} | averages
 
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
@@ -108,6 +115,8 @@ class Muon(UncompiledOptimizer):
     ) -> None:  # fmt: skip
         super().__init__(parameters, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
         self.parts, self.dtype = parts, dtype
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -117,9 +126,6 @@ class Muon(UncompiledOptimizer):
 
     def _update(self, parameters: Any, group: dict[str, Any]) -> None:
         """Update with operations on lists of tensors, which take few kernels on a GPU."""
-        for parameter in parameters:
-            if not self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers, skip = [self.state[parameter]["momentum_buffer"] for parameter in parameters], self.found_inf
         updates: Any = [parameter.grad for parameter in parameters]
         if skip is not None:  # select, since 0 times NaN would be NaN

@@ -172,25 +172,27 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 def trial(
     ready: nn.Module, model: Any, size: int, block_size: int, precision: Precision, accumulates: bool
 ) -> Exception | None:
-    """A forward and backward pass whose result is discarded, with as much memory allocated as AdamW's state will take.
+    """A forward and backward pass whose result is discarded, after the optimizers have allocated their state.
 
-    If a step accumulates gradients, memory for them is allocated too: FSDP holds them unsharded until the exchange. The
-    model's buffers, such as running means, are restored, so that the trial does not change the run.
+    If a step accumulates gradients, they are there before the pass too; FSDP holds them unsharded until the exchange.
+    The model's buffers, such as running means, are restored, so that the trial does not change the run.
 
     Returns the error of the pass, if any; without its traceback, which would hold memory, if memory ran out.
     """
     device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        room = [torch.empty_like(parameter) for parameter in trained for _ in range(2)]
-        if accumulates:
-            room += [torch.empty(parameter.shape, device=device) for parameter in trained]
+        if accumulates and is_sharded(model):
+            room = [torch.empty(parameter.shape, device=device) for parameter in trained]  # noqa: F841  only held
+        elif accumulates:
+            for parameter in trained:
+                parameter.grad = torch.zeros_like(parameter)
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         # DDP exchanges nothing here: a process that runs out of memory would leave the others waiting.
         with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
             _, loss = ready(tokens, targets)
         loss.sum().backward()
-        del room, loss
+        del loss
     except (RuntimeError, MemoryError) as error:
         return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:

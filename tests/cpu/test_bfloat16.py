@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from nib.common.device import Precision
-from nib.cpu.bfloat16 import BLOCK, LEAST_WIDTH, attention, use_matmuls_for_attention
+from nib.cpu.bfloat16 import BLOCK, LEAST_WIDTH, attention, gelu, linear, replace_autocast_operations
 from nib.training.distributed import Cluster
 from nib.training.placement import training_precision
 from nib.training.settings import TrainSettings
@@ -64,7 +64,7 @@ def test_what_is_not_plain_causal_attention_is_left_to_torch() -> None:
 
 
 def test_a_model_in_bfloat16_takes_that_attention_and_float32_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_matmuls_for_attention()
+    replace_autocast_operations()
     model = GPT(GPTConfig(vocab_size=40, n_layer=2, n_head=2, n_embd=16, block_size=24))
     seen: list[Any] = []
     real = torch.bmm
@@ -74,6 +74,55 @@ def test_a_model_in_bfloat16_takes_that_attention_and_float32_does_not(monkeypat
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(random_tokens(2, 24))
     assert seen
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (7, 5), (2, 7, 5)], ids=str)
+@pytest.mark.parametrize("approximate", [None, "none", "tanh"])
+def test_linear_layers_and_their_gradients_are_those_of_torchs_autocast(
+    approximate: str | None, shape: tuple[int, ...], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    given, direction = torch.randn(shape), torch.randn(*shape[:-1], 3)
+    weights = [torch.randn(3, 5), torch.randn(3)][: 1 + bias]
+
+    def results(ours: bool) -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in (given, *weights)]
+        x = leaves[0].bfloat16()
+        with torch.autocast("cpu"):
+            if approximate:
+                x = (gelu if ours else F.gelu)(x, approximate=approximate)
+            y = (linear if ours else F.linear)(x, *leaves[1:])
+        (y * direction).sum().backward()
+        return [y.detach(), *(each.grad for each in leaves if each.grad is not None)]
+
+    found, expected = results(True), results(False)
+    assert len(found) == len(expected) == 3 + bias
+    for ours, torchs in zip(found, expected, strict=True):
+        assert ours.dtype == torchs.dtype
+        torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=2**-7)
+
+
+def test_a_result_of_gelu_that_was_changed_in_place_is_kept_as_it_is() -> None:
+    x, weight = torch.randn(4, 5).bfloat16(), torch.randn(3, 5, requires_grad=True)
+    with torch.autocast("cpu"):
+        y = gelu(x).mul_(2)
+        linear(y, weight).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, y.float().sum(0).expand(3, 5), rtol=2**-7, atol=2**-7)
+
+
+def test_no_copy_of_a_weight_and_no_result_of_gelu_stays_until_the_backward_pass() -> None:
+    replace_autocast_operations()
+    model = GPT(GPTConfig(vocab_size=64, n_layer=4, n_head=2, n_embd=64, block_size=16, mlp="gelu"))
+    kept: list[Tensor] = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda each: (kept.append(each), each)[1], lambda each: each)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        model.hidden(random_tokens(1, 16, vocab_size=64))
+    shapes = {tuple(parameter.shape) for parameter in model.parameters() if parameter.ndim == 2}
+    assert not [each for each in kept if each.dtype == torch.bfloat16 and tuple(each.shape) in shapes]
+    wide = {each.data_ptr() for each in kept if each.shape[-1] == model.config.mlp_hidden and each.ndim == 3}
+    assert len(wide) == model.config.n_layer
 
 
 @pytest.mark.parametrize("native", [False, True])
