@@ -16,7 +16,7 @@ from typing import Any
 from common import finish, parser_for, sides
 from throughput import SIZES, make_nanogpt, make_nib
 
-TARGET, SEQUENCES, STEPS = 0.6, 4, 2
+TARGET, SEQUENCES, STEPS = 0.4, 4, 2  # the target is for bfloat16
 
 
 def high_water() -> int:
@@ -57,7 +57,7 @@ def main() -> None:
         print(f"{name:24}{found[name] / 1e6:10,.0f}{seconds:18.2f}", flush=True)
     ratios = {name: found[name] / found["nanogpt"] for name in ("nib", "nib, bfloat16")}
     print(*(f"{name}: {ratio:.2f} of nanoGPT's" for name, ratio in ratios.items()), sep="\n")
-    finish(dict(ratio=ratios["nib"], ratios=ratios, peak=found), ratios["nib"] <= TARGET, arguments.check)
+    finish(dict(ratios=ratios, peak=found), ratios["nib, bfloat16"] <= TARGET, arguments.check)
 
 
 if __name__ == "__main__":
