@@ -111,7 +111,7 @@ class Run:
             )
         self.model = place(model, settings, self.precision, cluster)
         self.objective.prepare(model)
-        self.optimizers = make_optimizers(
+        self.optimizers = [] if settings.eval_only else make_optimizers(
             model, kind=settings.optimizer, learning_rate=settings.learning_rate,
             betas=(settings.beta1, settings.beta2), muon_learning_rate=settings.muon_learning_rate,
             muon_momentum=settings.muon_momentum, weight_decay=settings.weight_decay, dtype=self.precision.dtype,
