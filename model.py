@@ -456,7 +456,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Te
         loss = -(log_probs.gather(1, index)[:, 0] * kept).sum()
         hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass; scatter_add_ would need three
         return loss, (log_probs.exp() - hot.float()).to(logits.dtype) if needs_grad else logits
-    losses, rows = [], max(1, MAX_FLOAT_LOGITS // 8 // logits.shape[1])
+    losses, rows = [], max(1, min(len(logits), MAX_FLOAT_LOGITS // 8 // logits.shape[1]))
     wide, log_probs = torch.empty(2, rows, logits.shape[1], device=logits.device)
     for part, at in zip(logits.split(rows), index.split(rows), strict=True):
         wide, log_probs = wide[: len(part)], log_probs[: len(part)]

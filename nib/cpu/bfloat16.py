@@ -56,10 +56,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """As F.gelu under autocast. From the result `linear` knows x, and keeps only x for the backward pass."""
+    """As F.gelu under autocast. The result carries x in an attribute: `linear` saves x, and computes gelu again."""
     with torch.autocast("cpu", enabled=False):
         y = F.gelu(x, approximate=approximate)
-    y.gelu_of = (x.detach(), approximate, y._version)  # type: ignore[attr-defined]  # an attribute of our own
+    if torch.is_grad_enabled() and not x.is_inference():
+        y.gelu_of = (x.detach(), approximate, x._version, y._version)  # type: ignore[attr-defined]  # our own
     return y
 
 
@@ -69,8 +70,8 @@ class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu_of: Any) -> Tensor:
         ctx.approximate, kept = None, x if ctx.needs_input_grad[1] else None
-        if kept is not None and gelu_of and gelu_of[2] == x._version:  # not if x was changed in place
-            kept, ctx.approximate, _ = gelu_of
+        if kept is not None and gelu_of and gelu_of[2:] == (gelu_of[0]._version, x._version):  # none changed in place
+            kept, ctx.approximate, *_ = gelu_of
         ctx.save_for_backward(kept, weight)
         return F.linear(x, weight.to(x.dtype), bias)
 
@@ -80,7 +81,7 @@ class Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x, grad_weight, grad_bias = None, None, None
         if ctx.needs_input_grad[0]:
-            grad_x = (rows @ weight.to(grad.dtype)).view(*grad.shape[:-1], -1)
+            grad_x = (rows @ weight.to(grad.dtype)).view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[1]:
             x = F.gelu(x, approximate=ctx.approximate) if ctx.approximate else x
             grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight.dtype)

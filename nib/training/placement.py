@@ -182,8 +182,9 @@ def trial(
     device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        room: list[torch.Tensor] = []
         if accumulates and is_sharded(model):
-            room = [torch.empty(parameter.shape, device=device) for parameter in trained]  # noqa: F841  only held
+            room = [torch.empty(parameter.shape, device=device) for parameter in trained]
         elif accumulates:
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
@@ -192,7 +193,7 @@ def trial(
         with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
             _, loss = ready(tokens, targets)
         loss.sum().backward()
-        del loss
+        del room, loss
     except (RuntimeError, MemoryError) as error:
         return error.with_traceback(None) if is_out_of_memory(error) else error
     finally:

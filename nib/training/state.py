@@ -44,11 +44,10 @@ def load_optimizer_tensors(
 ) -> None:
     """Load what `optimizer_tensors` returned. Raises BrokenCheckpoint for state of other parameters or shapes."""
     by_name: dict[str, dict[str, Tensor]] = {}
-    lacking = tensors and {names[p] for o in optimizers for g in o.param_groups for p in g["params"]} - {
-        key.rpartition(":")[0] for key in tensors
-    }
+    lacking = tensors and {*optimizer_tensors(optimizers, names)} - {*tensors}
     if lacking:
-        raise BrokenCheckpoint(f"there is no optimizer state of {min(lacking)}. Use another checkpoint")
+        name, _, kind = min(lacking).rpartition(":")
+        raise BrokenCheckpoint(f"there is no optimizer state of {name} ({kind}). Use another checkpoint")
     for key, value in tensors.items():
         name, _, kind = key.rpartition(":")
         by_name.setdefault(name, {})[kind] = value

@@ -103,10 +103,12 @@ def test_linear_layers_and_their_gradients_are_those_of_torchs_autocast(
         torch.testing.assert_close(ours, torchs, rtol=2**-7, atol=2**-7)
 
 
-def test_a_result_of_gelu_that_was_changed_in_place_is_kept_as_it_is() -> None:
+@pytest.mark.parametrize("of_input", [False, True])
+def test_a_result_of_gelu_that_was_changed_in_place_is_kept_as_it_is(of_input: bool) -> None:
     x, weight = torch.randn(4, 5).bfloat16(), torch.randn(3, 5, requires_grad=True)
     with torch.autocast("cpu"):
-        y = gelu(x).mul_(2)
+        y = gelu(x)
+        (x if of_input else y).mul_(2)
         linear(y, weight).sum().backward()
     assert weight.grad is not None
     torch.testing.assert_close(weight.grad, y.float().sum(0).expand(3, 5), rtol=2**-7, atol=2**-7)

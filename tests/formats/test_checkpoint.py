@@ -25,8 +25,9 @@ from nib.formats.checkpoint import (
     write_checkpoint,
 )
 from nib.tokenizer.load import make_tokenizer
+from nib.training.optimizer import AdamW
 from nib.training.saving import Saver
-from nib.training.state import load_optimizer_tensors
+from nib.training.state import load_optimizer_tensors, optimizer_tensors
 
 WEIGHTS = {"wte.weight": torch.arange(12.0).view(3, 4), "norm.weight": torch.ones(4)}
 STATE = {"step": 7, "model_config": {"n_layer": 1}, "settings": {}}
@@ -132,12 +133,17 @@ def test_a_pipe_in_place_of_a_file_is_refused(file: str, checkpoint: Path, tmp_p
         read_all(tmp_path / "forged")
 
 
-def test_optimizer_state_that_lacks_a_parameter_is_refused() -> None:
+@pytest.mark.parametrize("kind", ["step", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_optimizer_state_that_lacks_a_tensor_is_refused(name: str, kind: str) -> None:
     model = torch.nn.Linear(2, 2)
-    optimizers = [torch.optim.AdamW(model.parameters())]
+    optimizers: list[torch.optim.Optimizer] = [AdamW([{"params": [*model.parameters()]}])]
     names = {model.weight: "weight", model.bias: "bias"}
-    with pytest.raises(InputError, match="no optimizer state of bias"):
-        load_optimizer_tensors(optimizers, names, {"weight:exp_avg": torch.zeros(2, 2)})
+    tensors = optimizer_tensors(optimizers, names)
+    load_optimizer_tensors(optimizers, names, tensors)
+    del tensors[f"{name}:{kind}"]
+    with pytest.raises(InputError, match=f"no optimizer state of {name} .{kind}"):
+        load_optimizer_tensors(optimizers, names, tensors)
 
 
 def test_a_write_that_fails_in_any_way_is_told(tmp_path: Path) -> None:
