@@ -419,7 +419,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight if trained else weight[:0], dtype=torch.float32)
         for begin in range(0, x.shape[0], rows):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
-            cast = weight.to(dtype)  # and deleted before the head's gradient needs as much memory
+            cast = weight.to(dtype)  # anew in each chunk: freed before grad.t() @ part takes as much memory
             logits = F.linear(part, cast)  # (rows, V)
             logits[:, vocab_size:] = -math.inf
             loss, grad = cross_entropy(logits, target, needs_grad)

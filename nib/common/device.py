@@ -159,7 +159,10 @@ class Precision:
             yield
 
     def casting_once(self, parts: Iterable[T]) -> Iterator[T]:
-        """Iterate over `parts`; all autocasts in the loop's body share their casts. No weight may change meanwhile."""
+        """Iterate over `parts`; all autocasts in the loop's body share their casts. No weight may change meanwhile.
+
+        For training in bfloat16 on a CPU, nib.cpu.bfloat16.linear casts at each use instead.
+        """
         outer = nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, enabled=False)
         with outer:  # torch forgets the casts at the end of the outermost autocast
             yield from parts

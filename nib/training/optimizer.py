@@ -84,7 +84,7 @@ class UncompiledOptimizer(torch.optim.Optimizer):
 
 
 class AdamW(UncompiledOptimizer, torch.optim.AdamW):
-    """torch.optim.AdamW (arXiv 1711.05101). All its memory is allocated at once, so that a trial pass counts it."""
+    """torch.optim.AdamW (arXiv 1711.05101). Its state is allocated by the constructor, so that a trial counts it."""
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, **options)
