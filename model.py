@@ -114,11 +114,6 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
     return frequency / factor if config.rope_scaling == "linear" else frequency  # dynamic acts beyond block_size
 
 
-def dropped(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Dropout, skipped if it does nothing: the call would cost a microsecond per decoded token."""
-    return F.dropout(x, rate, training) if rate and training else x
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
 
@@ -206,7 +201,7 @@ class Attention(nn.Module):
         if shared > 1 and x.device.type != "cpu" and (mask is not None or q.dtype != torch.bfloat16):
             k, v = (each.repeat_interleave(shared, 1) for each in (k, v))  # no fused kernel supports shared heads here
         y = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal, enable_gqa=k.shape[1] < q.shape[1])
-        return dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
 class MLP(nn.Module):
@@ -228,7 +223,7 @@ class MLP(nn.Module):
             x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
         else:
             x = F.relu(x) if self.kind == "relu" else F.relu(x).square()  # relu2: arXiv 2109.08668
-        return dropped(self.down(x), self.dropout, self.training)
+        return F.dropout(self.down(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -318,7 +313,7 @@ class GPT(nn.Module):
             x = x + self.wpe(inputs[0])
         elif self.config.position == "sinusoidal":  # embeddings scaled as in arXiv 1706.03762, section 3.4
             x = x * math.sqrt(self.config.n_embd) + self.sinusoid[inputs[0]].to(x.dtype)
-        x = dropped(x, self.config.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
         recompute = self.activation_checkpointing and self.training
         for block in self.blocks:
             x = checkpoint(block, x, *inputs, use_reentrant=False) if recompute else block(x, *inputs)
@@ -427,10 +422,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if needs_grad:
                 kept = (target >= 0)[:, None]
                 grad_x[begin : begin + rows] = (grad @ cast).mul_(kept)
-                del cast
-                if trained:
-                    product = grad.t() @ (part * kept).to(grad.dtype)
-                    grad_weight = grad_weight.add_(product) if begin else grad_weight.copy_(product)
+            del cast
+            if trained:
+                product = grad.t() @ (part * kept).to(grad.dtype)
+                grad_weight = grad_weight.add_(product) if begin else grad_weight.copy_(product)
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 

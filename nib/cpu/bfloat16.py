@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 256  # queries at a time: the fastest of 64, 128, 256 and 512 at 512 and at 1024 positions (bench/NOTES.md)
@@ -44,7 +45,7 @@ def replace_autocast_operations() -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As F.linear under autocast."""
+    """As F.linear under autocast, for floating-point inputs. Second derivatives raise a RuntimeError."""
     dtype = torch.get_autocast_dtype("cpu")
     with torch.autocast("cpu", enabled=False):
         if torch.float64 in (x.dtype, weight.dtype):
@@ -56,7 +57,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    """As F.gelu under autocast. The result carries x in an attribute: `linear` saves x, and computes gelu again."""
+    """As F.gelu under autocast. The result has an attribute `gelu_of`, which holds x.
+
+    If the result is the input of `linear`, that saves x for its backward pass, and there computes gelu again.
+    """
     with torch.autocast("cpu", enabled=False):
         y = F.gelu(x, approximate=approximate)
     if torch.is_grad_enabled() and not x.is_inference():
@@ -65,7 +69,10 @@ def gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
 
 
 class Linear(torch.autograd.Function):
-    """x (..., inputs) in bfloat16 times a float32 weight (outputs, inputs), rounded to bfloat16 in both passes."""
+    """x (..., inputs) in bfloat16 times a float32 weight (outputs, inputs), which each pass rounds to bfloat16.
+
+    gelu_of: None, or for an x that is gelu(h): h, gelu's `approximate`, and the versions of h and of x at that time.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu_of: Any) -> Tensor:
@@ -76,6 +83,7 @@ class Linear(torch.autograd.Function):
         return F.linear(x, weight.to(x.dtype), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
@@ -125,6 +133,7 @@ class CausalAttention(torch.autograd.Function):
         return y.transpose(1, 2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
         k, v = k.contiguous(), v.contiguous()

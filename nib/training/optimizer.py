@@ -88,7 +88,7 @@ class AdamW(UncompiledOptimizer, torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], **options: Any) -> None:
         super().__init__(groups, **options)
-        for parameter in (each for group in groups for each in group["params"]):
+        for parameter in (each for group in self.param_groups for each in group["params"]):
             step = torch.zeros((), device=parameter.device)
             averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
             self.state[parameter] = {"step": step} | averages

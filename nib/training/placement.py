@@ -172,12 +172,14 @@ def large_enough(sizes: list[int], block_size: int, shape: Any, device: torch.de
 def trial(
     ready: nn.Module, model: Any, size: int, block_size: int, precision: Precision, accumulates: bool
 ) -> Exception | None:
-    """A forward and backward pass whose result is discarded, after the optimizers have allocated their state.
+    """Run a forward and a backward pass to see whether its memory suffices, and discard the result.
 
-    If a step accumulates gradients, they are there before the pass too; FSDP holds them unsharded until the exchange.
-    The model's buffers, such as running means, are restored, so that the trial does not change the run.
+    The optimizers must exist by then, since their constructors allocate their state. If a step accumulates gradients
+    over several micro-batches, memory for the gradients is taken before the pass, as in all but a step's first; FSDP
+    holds them unsharded until the exchange. The model's buffers, such as running means, are restored, so that the
+    trial does not change the run.
 
-    Returns the error of the pass, if any; without its traceback, which would hold memory, if memory ran out.
+    Returns the error of the pass, or None. An error for lack of memory has no traceback, which would hold memory.
     """
     device, before = precision.device, {name: buffer.clone() for name, buffer in model.named_buffers()}
     try:

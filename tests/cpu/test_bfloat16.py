@@ -114,6 +114,16 @@ def test_a_result_of_gelu_that_was_changed_in_place_is_kept_as_it_is(of_input: b
     torch.testing.assert_close(weight.grad, y.float().sum(0).expand(3, 5), rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.parametrize("name", ["linear", "attention"])
+def test_second_derivatives_are_refused_not_wrong(name: str) -> None:
+    x = torch.randn(1, 2, 4, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = linear(x, torch.randn(8, 8)) if name == "linear" else attention(x, x, x, causal=True)
+    (grad,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_no_copy_of_a_weight_and_no_result_of_gelu_stays_until_the_backward_pass() -> None:
     replace_autocast_operations()
     model = GPT(GPTConfig(vocab_size=64, n_layer=4, n_head=2, n_embd=64, block_size=16, mlp="gelu"))
