@@ -1,9 +1,7 @@
-"""A decoder-only transformer language model in one file that needs nothing but torch.
+"""A decoder-only transformer language model in one file that needs nothing but torch. Letters in shape comments:
 
-From small to large: configuration, positions, key/value cache, attention, MLP, block, GPT. Letters in shape comments:
-
-    B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
-    H heads   K key/value heads   D head size   V vocabulary
+B batch   T new positions   S positions attended to (cached and new)   C channels (n_embd)
+H heads   K key/value heads   D head size   V vocabulary   N = B T, positions in the loss
 """
 
 from __future__ import annotations
@@ -17,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MAX_FLOAT_LOGITS = 2**24  # that the loss holds at once: 64 MB
+MAX_FLOAT_LOGITS = 2**24  # the most logits that the loss computes at once in float32: 64 MB
 
 
 @dataclass
 class GPTConfig:
-    """The shape of a model. Raises ValueError for a shape that cannot be built.
-
-    Each field but vocab_size, which the dataset decides, is a setting of train.py, with its comment as help.
-    """
+    """The shape of a model; raises ValueError. All but vocab_size are settings of train.py, with the comments as help."""
 
     vocab_size: int = 50257
     block_size: int = 256  # context length: the most tokens that the model sees at once
@@ -55,8 +50,8 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         least = dict.fromkeys("vocab_size block_size n_layer n_head n_embd rope_base rope_factor".split(), 1)
-        least |= dict.fromkeys("n_kv_head head_size mlp_hidden window dropout norm_eps rope_original".split(), 0)
-        least |= dict.fromkeys(("rope_slow", "rope_fast", "rope_attention"), 0)
+        rope = "rope_original rope_slow rope_fast rope_attention"
+        least |= dict.fromkeys(f"n_kv_head head_size mlp_hidden window dropout norm_eps {rope}".split(), 0)
         for name, low in least.items():
             if not getattr(self, name) >= low:  # also refuses NaN
                 raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}. Correct it")
@@ -79,7 +74,8 @@ class GPTConfig:
             raise ValueError(f"position=sinusoidal needs an even n_embd, not {self.n_embd}. Change n_embd")
         scaled = self.rope_scaling != "none"
         if scaled != (self.rope_factor > 1) or (scaled and (self.position != "rope" or self.rope_base == 1)):
-            raise ValueError("rope_scaling takes position=rope, rope_factor and rope_base above 1. Give all, or none")
+            needs = "position=rope, rope_factor and rope_base above 1"
+            raise ValueError(f"rope_scaling takes {needs}. Set all of them, or rope_scaling=none and rope_factor=1")
         hidden = 64 * math.ceil(self.n_embd * 8 / 3 / 64) if self.mlp == "swiglu" else 4 * self.n_embd
         self.mlp_hidden = self.mlp_hidden or hidden
 
@@ -101,8 +97,8 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
     """Radians per position for each pair of channels (D / 2,), as in transformers (arXiv 2306.15595, 2309.00071)."""
     D, base, original = config.head_size, config.rope_base, config.rope_original or config.block_size
     factor, slow = config.rope_factor, config.rope_slow or 1.0
-    period = base ** (torch.arange(0, D, 2).float() / D)  # over 2 pi
-    frequency = 1.0 / period
+    inverse = base ** (torch.arange(0, D, 2).float() / D)
+    frequency = 1.0 / inverse
     if config.rope_scaling == "llama3":
         kept = ((original / (math.tau / frequency) - slow) / ((config.rope_fast or 4.0) - slow)).clamp(0, 1)
         return (1 - kept) * frequency / factor + kept * frequency
@@ -110,28 +106,25 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
         low, high = (D / 2 * math.log(original / (turns * math.tau), base) for turns in (config.rope_fast or 32, slow))
         low, high = max(math.floor(low), 0), min(math.ceil(high), D - 1)
         kept = 1 - ((torch.arange(D // 2) - low) / (high - low or 0.001)).clamp(0, 1)
-        return 1.0 / (factor * period) * (1 - kept) + frequency * kept
+        return 1.0 / (factor * inverse) * (1 - kept) + frequency * kept
     return frequency / factor if config.rope_scaling == "linear" else frequency  # dynamic acts beyond block_size
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (arXiv 2104.09864) of x (B, heads, T, D); cos and sin (..., T, D).
+    """Rotary embedding (arXiv 2104.09864) of x (B, heads, T, D); cos, sin (..., T, D), the first half of sin negated.
 
-    Channel i is paired with channel i + D / 2, as in Hugging Face transformers, so that weights need no permutation.
-    The first half of `sin` is negated.
+    Channels i and i + D / 2 form a pair, as in Hugging Face transformers, so weights need no permutation.
     """
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).type_as(x)
 
 
 class KVCache:
-    """Keys and values of the positions seen so far, in one buffer that is allocated once. It is not differentiable.
+    """Keys and values of all positions so far, in one buffer that is allocated once. It is not differentiable.
 
-    `lengths` has one entry a row. Rows of different lengths are filled from one right-padded batch by setting `lengths`
-    to the true ones afterwards: what lies beyond them is never attended to, and the next tokens overwrite it. When the
-    cache is full, fill a new one with the newest tokens, since cached keys contain their positions.
-
-    For CUDA graphs `lengths` may be a tensor (B,): then all shapes are constant, every step attends to the whole buffer
-    under a mask, and a row that is full overwrites its last position.
+    For sequences of different lengths, run one right-padded batch, then set `lengths` to the true lengths: padding is
+    never attended to, and later tokens overwrite it. A full cache cannot drop its oldest positions, since cached keys
+    contain theirs: fill a new one. If `lengths` is a tensor (B,), for CUDA graphs, all shapes are constant: each step
+    attends to the whole buffer under a mask, and a full sequence overwrites its last position.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, weight: Tensor) -> None:
@@ -162,8 +155,7 @@ class KVCache:
             self.memory[:, at, row, :, positions] = new.permute(1, 3, 0, 2, 4).to(self.memory.dtype)  # (B, T, 2, K, D)
         else:
             self.memory[:, layer, :, :, self.end - k.shape[2] : self.end] = new
-        keys, values = self.memory[:, layer, :, :, : self.end]
-        return keys, values
+        return self.memory[0, layer, :, :, : self.end], self.memory[1, layer, :, :, : self.end]
 
     def advance(self, new: int) -> None:
         lengths = self.lengths
@@ -182,9 +174,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=config.norm_eps) if config.qk_norm else None
 
-    def forward(
-        self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, rotation: list[Tensor], cache: Any) -> Tensor:
         """x (B, T, C) to (B, T, C); see `GPT.attention_inputs` for the other arguments."""
         B, T, _ = x.shape
         qkv = self.qkv(x).view(B, T, -1, self.head_size).transpose(1, 2)  # (B, H + 2K, T, D)
@@ -244,7 +234,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The language model: token ids in, next-token logits or the loss out."""
 
-    max_logits = MAX_FLOAT_LOGITS  # elements; the loss of more is computed in chunks. 0: chunks for a compiler
+    max_logits = MAX_FLOAT_LOGITS  # in a chunk of the loss; 0: a number that suits torch.compile
     vocab_multiple = 1  # the loss pads the head with zero rows to a multiple of this, for GPUs
     sinusoid: Tensor
     rope_cos: Tensor
@@ -259,13 +249,13 @@ class GPT(nn.Module):
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         elif config.position == "sinusoidal":  # arXiv 1706.03762, section 3.5
             frequency = 10000.0 ** (-torch.arange(0, config.n_embd, 2).double() / config.n_embd)
-            turn = torch.outer(torch.arange(config.block_size).double(), frequency).float()
-            table = torch.stack((turn.sin(), turn.cos()), dim=-1).flatten(1)
+            angle = torch.outer(torch.arange(config.block_size).double(), frequency).float()
+            table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
             self.register_buffer("sinusoid", table, persistent=False)
         elif config.position == "rope":
-            turn = torch.outer(torch.arange(config.block_size).float(), rotary_frequencies(config))
+            angle = torch.outer(torch.arange(config.block_size).float(), rotary_frequencies(config))
             by_kind = 0.1 * math.log(config.rope_factor) + 1.0 if config.rope_scaling == "yarn" else 1.0
-            cos, sin = (table * (config.rope_attention or by_kind) for table in (turn.cos(), turn.sin()))
+            cos, sin = (table * (config.rope_attention or by_kind) for table in (angle.cos(), angle.sin()))
             self.register_buffer("rope_cos", cos.repeat(1, 2), persistent=False)  # (block_size, D)
             self.register_buffer("rope_sin", torch.cat((-sin, sin), dim=1), persistent=False)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -278,9 +268,8 @@ class GPT(nn.Module):
         """Draw normal weights from torch's default generator; biases are zero.
 
         Standard deviations. gpt2: 0.02, divided by sqrt(2 n_layer) in matrices that write to the residual stream.
-        modern: 1/sqrt(inputs), which keeps the scale of activations at any width; 0 in matrices that write to the
-        residual stream, so that each block starts as the identity; 0 in an untied head, and then 0.3 in the embeddings
-        (measured: bench/NOTES.md).
+        modern: 1/sqrt(inputs) in linear layers, but 0 in those that write to the residual stream, so that each block
+        starts as the identity, and in an untied head; in embeddings 0.02, or 0.3 with an untied head (bench/NOTES.md).
         """
         modern, untied = self.config.init == "modern", not self.config.tie_weights
         for name, module in self.named_modules():
@@ -294,9 +283,7 @@ class GPT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KVCache | None = None) -> tuple[Any, Any]:
         """Tokens (B, T) int64 to (logits (B, T, V), None), or with targets (B, T) to (None, loss).
 
         The loss is the mean in nats over the targets that are not -1, in float32; its logits are not kept.
@@ -371,7 +358,7 @@ class GPT(nn.Module):
         return tokens
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states (..., C) to logits (..., V)."""
+        """Hidden states (..., C) to logits (..., V). The loss of many logits computes them itself: change both."""
         return F.linear(x, self.wte.weight) if self.head is None else self.head(x)
 
     def loss(self, x: Tensor, targets: Tensor) -> Tensor:
@@ -383,8 +370,7 @@ class GPT(nn.Module):
         # gradients of all N / rows chunks.
         rows, padding = self.max_logits // V or math.isqrt(x.numel()), -V % self.vocab_multiple
         if x.shape[0] <= min(rows, MAX_FLOAT_LOGITS // V) and not padding:
-            logits = self.logits(x).float()
-            return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum") / count
+            return F.cross_entropy(self.logits(x).float(), targets, ignore_index=-1, reduction="sum") / count
         weight = (self.head or self.wte).weight
         weight = F.pad(weight, (0, 0, 0, padding)) if padding else weight
         rows -= rows % 128 if rows > 128 else 0
@@ -395,17 +381,14 @@ class GPT(nn.Module):
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(x W^T)[target], with only `rows` rows of logits in memory at a time.
+    """Sum of -log softmax(x W^T)[target] over x (N, C), with the logits of only `rows` positions in memory at a time.
 
-    The gradient with respect to the logits needs only the logits, so the forward pass computes each chunk's part of
-    the gradients of x and W at once. No logits are stored or computed twice. Targets of -1 and rows of W beyond the
-    vocabulary contribute nothing.
+    The forward pass also computes the gradients of x and W, chunk by chunk, so logits are never kept or recomputed.
+    Targets of -1 and rows of W beyond V contribute nothing.
     """
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, needs_grad: bool
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int, rows: int, needs_grad: bool) -> Tensor:
         ctx.dtype, trained = weight.dtype, needs_grad and weight.requires_grad
         weight = weight.detach()  # so that autocast does not cache this cast, which has no gradient, for other layers
         dtype = F.linear(x[:0], weight[:0]).dtype  # autocast's, if it is on
@@ -416,7 +399,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part, target = x[begin : begin + rows], targets[begin : begin + rows]
             cast = weight.to(dtype)  # anew in each chunk: freed before grad.t() @ part takes as much memory
             logits = F.linear(part, cast)  # (rows, V)
-            logits[:, vocab_size:] = -math.inf
+            logits[:, V:] = -math.inf
             loss, grad = cross_entropy(logits, target, needs_grad)
             total = total + loss  # not in place: torch 2.11 cannot compile that
             if needs_grad:
@@ -430,7 +413,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor):  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         if torch.compiler.is_compiling():
             grad_x, grad_weight = grad_x * grad_total, grad_weight * grad_total
@@ -451,13 +434,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, needs_grad: bool) -> tuple[Te
         loss = -(log_probs.gather(1, index)[:, 0] * kept).sum()
         hot = torch.arange(logits.shape[1], device=logits.device) == index  # one pass; scatter_add_ would need three
         return loss, (log_probs.exp() - hot.float()).to(logits.dtype) if needs_grad else logits
-    losses, rows = [], max(1, min(len(logits), MAX_FLOAT_LOGITS // 8 // logits.shape[1]))
-    wide, log_probs = torch.empty(2, rows, logits.shape[1], device=logits.device)
-    for part, at in zip(logits.split(rows), index.split(rows), strict=True):
-        wide, log_probs = wide[: len(part)], log_probs[: len(part)]
-        torch.log_softmax(wide.copy_(part), dim=-1, out=log_probs)
-        losses.append(log_probs.gather(1, at))
-        if needs_grad:
-            log_probs.exp_()[torch.arange(len(at), device=at.device), at[:, 0]] = losses[-1][:, 0].expm1()
-            part.copy_(log_probs)
-    return -(torch.cat(losses)[:, 0] * kept).sum(), logits
+    chosen, rows = [], max(1, min(len(logits), MAX_FLOAT_LOGITS // 8 // logits.shape[1]))
+    as_float, log_probs = torch.empty(2, rows, logits.shape[1], device=logits.device)
+    for part, target in zip(logits.split(rows), index.split(rows), strict=True):
+        as_float, log_probs = as_float[: len(part)], log_probs[: len(part)]
+        torch.log_softmax(as_float.copy_(part), dim=-1, out=log_probs)
+        chosen.append(log_probs.gather(1, target))
+        if needs_grad:  # p, and p - 1 at the target
+            part.copy_(log_probs.exp_().scatter_(1, target, chosen[-1].expm1()))
+    return -(torch.cat(chosen)[:, 0] * kept).sum(), logits

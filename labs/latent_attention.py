@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         y = F.scaled_dot_product_attention(
             q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None and T > 1
         )
-        return model.dropped(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
+        return F.dropout(self.out(y.transpose(1, 2).reshape(B, T, -1)), self.dropout, self.training)
 
 
 class Block(model.Block):
