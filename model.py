@@ -20,7 +20,7 @@ MAX_FLOAT_LOGITS = 2**24  # the most logits that the loss computes at once in fl
 
 @dataclass
 class GPTConfig:
-    """The shape of a model; raises ValueError. All but vocab_size are settings of train.py, with the comments as help."""
+    """The shape of a model. Raises ValueError. All but vocab_size are settings of train.py, the comments their help."""
 
     vocab_size: int = 50257
     block_size: int = 256  # context length: the most tokens that the model sees at once
