@@ -10,19 +10,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from common import finish, parser_for, sides
+from common import finish, parser_for, resident, sides
 from throughput import SIZES, make_nanogpt, make_nib
 
 TARGET, SEQUENCES, STEPS = 0.4, 4, 2  # the target is for bfloat16
-
-
-def high_water() -> int:
-    """The peak resident bytes of this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
 
 
 def make(maker: Callable[..., Any], size: str, *arguments: Any) -> Callable[[], tuple[float, int]]:
@@ -34,13 +27,13 @@ def make(maker: Callable[..., Any], size: str, *arguments: Any) -> Callable[[], 
         for _ in range(STEPS):
             began = time.perf_counter()
             step()
-        return time.perf_counter() - began, high_water()
+        return time.perf_counter() - began, resident("VmHWM")
 
     return turn
 
 
 def main() -> None:
-    parser = parser_for(__doc__)
+    parser = parser_for(__doc__, nanogpt=True)
     parser.add_argument("--size", choices=SIZES, default="124m")
     arguments = parser.parse_args()
     clone, found = arguments.nanogpt.resolve(), {}
