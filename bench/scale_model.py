@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import GPT2, finish
+from common import GPT2, finish, parser_for
 from scaling import Group
 
 from model import GPT, GPTConfig
@@ -182,7 +182,7 @@ def measured() -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, check=False)
     parser.add_argument("--measure", action="store_true", help="also measure two gloo processes on this machine")
     parser.add_argument("--mfu", type=float, default=0.42, help="assumed model FLOPs utilisation of one GPU")
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
@@ -222,7 +222,7 @@ def main() -> None:
         result["measured"] = found = measured()
         print(f"\ntwo gloo processes here: {found['two']:.3f} s a step; the model says {found['model']:.3f} s", end=" ")
         print(f"({found['one_half']:.3f} s of half the batch on one, {found['sum']:.3f} s of a sum)")
-    finish(result, True, False)
+    finish(result)
 
 
 if __name__ == "__main__":
