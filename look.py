@@ -84,7 +84,6 @@ def look(parsed: Parsed[Options], prompt: str) -> None:
     sources: Sequence[Source] = checkpoints_beside(source) if options.checkpoints else [source]
     tokenizer, config = source.tokenizer(), read_config(source, GPTConfig)
     prompt_ids = tokenizer.encode_prompt(prompt)
-    tokenizer.check_ids(prompt_ids, config.vocab_size, "the prompt")
     if len(prompt_ids) > config.block_size:
         raise InputError(f"the prompt has {len(prompt_ids)} tokens, the context {config.block_size}. Shorten it")
     new = min(options.max_new_tokens, config.block_size - len(prompt_ids))

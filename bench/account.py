@@ -8,13 +8,11 @@ high-water mark, is compared with the predicted peak. Prints a table and one JSO
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import GPT2, finish, parser_for, sides
+from common import GPT2, finish, parser_for, resident, sides
 
 # The options of GPTConfig and of TrainSettings
 SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -43,11 +41,6 @@ def arguments_of(size: str) -> tuple[Any, ...]:
     return lambda: GPT(GPTConfig(**shape)), settings, cluster, micro
 
 
-def resident(kind: str) -> int:
-    (found,) = re.findall(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return 1024 * int(found)
-
-
 def measured(size: str) -> Callable[[], int]:
     from nib.cpu.process import tune_for_training
     from nib.training import account
@@ -66,7 +59,7 @@ def measured(size: str) -> Callable[[], int]:
 
 
 def main() -> None:
-    parser = parser_for(__doc__, peer=False)
+    parser = parser_for(__doc__)
     parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
     arguments = parser.parse_args()
     from nib.training.account import memory_of_step

@@ -8,18 +8,17 @@ the model ended it by itself. The first conversations are printed as `sample.py 
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import parser_for
 
-from nib.common.exits import run_script
 from nib.cpu.threads import choose_threads
+
+choose_threads()  # before torch is imported
+from nib.common.exits import run_script
 from nib.data.questions import conversations
 from nib.generation.chat import open_chat
 from nib.generation.engine import stream_text
@@ -31,13 +30,11 @@ SEED = 7  # not the training corpus's
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("model", nargs="?", help="a run, a checkpoint or a Hugging Face directory")
     parser.add_argument("--conversations", type=int, default=100)
     parser.add_argument("--shown", type=int, default=3, help="conversations to print")
-    parser.add_argument("--check", action="store_true", help=f"exit 1 below {TARGET:.0%}")
     arguments = parser.parse_args()
-    choose_threads()
     model, tokenizer, origin = load_model([arguments.model] if arguments.model else [], "auto", "float32")
     print(origin, file=sys.stderr)
     asked = list(conversations(arguments.conversations, SEED, held_out=True))

@@ -8,18 +8,13 @@ compared with a plain copy of the same tensors, in alternation. Prints a table a
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from common import GPT2
+from common import GPT2, finish, parser_for
 
 from model import GPT, GPTConfig
 from nib.tokenizer.load import make_tokenizer
@@ -27,12 +22,12 @@ from nib.training.optimizer import make_optimizers
 from nib.training.saving import Saver
 from nib.training.state import optimizer_tensors, parameter_names, snapshot
 
+TARGET = 1.5  # times the seconds of the copy
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--check", action="store_true", help="exit 1 if saving blocks for over 1.5 times the copy")
     arguments = parser.parse_args()
     model = GPT(GPTConfig(**GPT2 | {"n_layer": arguments.layers}))
     optimizers = make_optimizers(
@@ -66,9 +61,8 @@ def main() -> None:
     print(f"copy of the state      {copied:6.2f} s")
     print(f"saving blocks for      {blocked:6.2f} s   ratio {ratio:.2f}")
     print(f"writing, in background {written:6.2f} s   (sha256 and fsync included)")
-    print(json.dumps(dict(bytes=size, copy=copied, blocked=blocked, written=written, ratio=ratio)))
-    if arguments.check and ratio > 1.5:
-        sys.exit(1)
+    result = dict(bytes=size, copy=copied, blocked=blocked, written=written, ratio=ratio)
+    finish(result, ratio <= TARGET, arguments.check)
 
 
 if __name__ == "__main__":

@@ -10,21 +10,16 @@ since the bandwidth of a shared machine changes from second to second. Prints a 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
-from common import GPT2
+from common import GPT2, finish, parser_for
 
 from model import GPT, GPTConfig
 from nib.cpu.build import kernels
@@ -175,11 +170,9 @@ def choice_seconds(rows: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--tokens", type=int, default=48, help="generated in each measurement")
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     arguments = parser.parse_args()
     from transformers import GPT2Config, GPT2LMHeadModel
     from transformers.utils import logging
@@ -244,9 +237,7 @@ def report(middle: dict[str, float], check: bool) -> None:
     for name, (ratio, target) in ratios.items():
         print(f"{name:34} {ratio:6.2f}   target {target:.2f}   {'met' if ratio >= target else 'missed'}")
     result = {"ratios": {name: round(ratio, 3) for name, (ratio, _) in ratios.items()}, **middle}
-    print(json.dumps({**result, "threads": torch.get_num_threads(), "torch": torch.__version__}))
-    if check and any(ratio < target for ratio, target in ratios.values()):
-        sys.exit(1)
+    finish(result, all(ratio >= target for ratio, target in ratios.values()), check)
 
 
 if __name__ == "__main__":

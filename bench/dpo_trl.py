@@ -20,9 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, finish
-
-sys.path.insert(0, str(ROOT))
+from common import finish
 
 PAIRS, BETA = 20, 0.1
 WORDS = "def return if else for in while x y z self import os sys pass".split()

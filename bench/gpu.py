@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, finish
+from common import ROOT, finish, parser_for
 from gpu_decoding import decoding
 from gpu_training import clock, training
 
@@ -157,19 +157,16 @@ def tables(results: list[dict[str, Any]], headline: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--quick", action="store_true", help="only the most important measurements: three minutes")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT, to measure it too")
     parser.add_argument("--output", type=Path, help="directory for the results; default: bench/ or out/gpu/")
     parser.add_argument("--part", action="append", choices=PARTS, help="only this part; may be given several times")
-    parser.add_argument("--check", action="store_true", help="exit 1 when the target is missed")
     parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
-        print(
-            "error: torch finds no CUDA GPU here. Run it on a machine with one, or give --device cpu", file=sys.stderr
-        )
+        print("error: torch finds no CUDA GPU. Run it on a machine with one, or give --device cpu", file=sys.stderr)
         sys.exit(2)
     if options.run:
         for found in FUNCTIONS[options.run](options):

@@ -21,15 +21,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import GPT2, load_nanogpt
+from common import GPT2, make_run, micro_batches, nanogpt_step
 from torch import nn
 
-from model import GPT, GPTConfig
 from nib.common.device import peak_flops, pick_device
-from nib.cpu.process import tune_for_training
 from nib.training import run as run_module
-from nib.training.distributed import Cluster
-from nib.training.objective import LanguageModelling
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
@@ -85,30 +81,24 @@ class Said(Reporter):
         print(text, file=sys.stderr, flush=True)
 
 
-def make_run(device: torch.device, shape: dict[str, Any], optimizer: str, batch: int, micro: int = 0) -> Run:
+def endless_run(device: torch.device, shape: dict[str, Any], optimizer: str, batch: int, micro: int = 0) -> Run:
     settings = TrainSettings(
         batch_size=batch, micro_batch_size=micro, block_size=shape["block_size"], device=device.type,
         optimizer=optimizer, learning_rate=6e-4, max_iters=10**6, eval_interval=0, log_interval=10**6,
         checkpoint_interval=0,
     )  # fmt: skip
-    no_dataset: Any = None
-    run = Run(settings, no_dataset, Cluster(0, 1, device))
-    run.report, run.objective = Said(), LanguageModelling(settings, None)
+    run = make_run(settings, shape, Said())
     run.training = SimpleNamespace(tokens=lambda sequences: len(sequences) * settings.block_size)  # type: ignore[assignment]
     run.steps = settings.max_iters
-    with device:
-        model = GPT(GPTConfig(**shape))
-    run.take(model)
     return run
 
 
 def steps_of(run: Run) -> Callable[[], None]:
     """A function that takes one step as train.py's loop does, always on the same batch."""
-    shape, device = (run.settings.batch_size, run.settings.block_size + 1), run.cluster.device
-    tokens = torch.randint(run.model.config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
-    batch = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(run.micro_batch_size)]
-    if device.type == "cuda":
-        batch = [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
+    settings, cuda = run.settings, run.cluster.device.type == "cuda"
+    batch = micro_batches(
+        run.model.config.vocab_size, settings.batch_size, settings.block_size, run.micro_batch_size, pin=cuda
+    )
 
     def step() -> None:
         run.begin_step()
@@ -179,32 +169,10 @@ def nanogpt_rate(
     device: torch.device, clone: Path, shape: dict[str, Any], batch: int, micro: int, seconds: float
 ) -> Any:
     """The speed of nanoGPT's own loop, compiled, in bfloat16, with nib's micro-batch."""
-    module, cuda = load_nanogpt(clone), device.type == "cuda"
-    names = ("n_layer", "n_head", "n_embd", "block_size")
     vocab = -(-shape["vocab_size"] // 64) * 64  # its own padding
-    config = module.GPTConfig(**{name: shape[name] for name in names}, vocab_size=vocab, dropout=0.0, bias=True)
-    model = module.GPT(config).to(device)
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device.type)
-    ready = torch.compile(model) if cuda else model
-    context = torch.autocast(device.type, dtype=torch.bfloat16) if cuda else contextlib.nullcontext()
-    tokens = torch.randint(vocab, (batch, shape["block_size"] + 1))
-    parts = [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in tokens.split(micro)]
-    parts = [(a.pin_memory(), b.pin_memory()) for a, b in parts] if cuda else parts
-
-    def step() -> None:
-        for part, target in parts:
-            with context:
-                _, loss = ready(part.to(device, non_blocking=True), target.to(device, non_blocking=True))
-                loss = loss / len(parts)
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    step = nanogpt_step(clone, shape | dict(vocab_size=vocab), batch, micro, device.type)
     taken, _ = rate_of(step, device, seconds)
-    return dict(
-        tokens_per_second=tokens.shape[0] * shape["block_size"] / taken, ms_a_step=1e3 * taken, micro_batch=micro
-    )
+    return dict(tokens_per_second=batch * shape["block_size"] / taken, ms_a_step=1e3 * taken, micro_batch=micro)
 
 
 @contextlib.contextmanager
@@ -277,13 +245,12 @@ def case(name: str, make: Callable[[], dict[str, Any]], least: float) -> Iterato
 def training(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens/s at 124 M and 350 M and of nanoGPT, the parts of a step, the switches, and a sweep of micro-batches."""
     device = pick_device(options.device)
-    tune_for_training(device)
     cuda, seconds = device.type == "cuda", (1.5 if options.quick else 4.0) if options.device == "cuda" else 0.2
     less, batch = ({}, 480) if cuda else (TINY, 4)
     kept: list[dict[str, Any]] = []
 
     def train(shape: dict[str, Any], optimizer: str, batch: int, micro: int = 0, profiled: bool = False) -> Any:
-        run = make_run(device, shape | less, optimizer, batch, micro)
+        run = endless_run(device, shape | less, optimizer, batch, micro)
         found = measure(run, seconds)
         kept[:] = profile(run) if profiled else []
         return found

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, finish, parser_for
+from common import ROOT, finish, parser_for, timed
 
 MEMORY, SEQUENCES, LENGTH, RANK = 2.2e9, 2, 256, 16
 PEFT = """
@@ -56,15 +56,14 @@ def measured(command: list[str], cwd: str) -> tuple[str, float]:
 
 
 def main() -> None:
-    parser = parser_for(str(__doc__), peer=False)
+    parser = parser_for(__doc__, rounds=3)
     parser.add_argument("model", type=Path)
     parser.add_argument("--steps", type=int, default=6)
     options = parser.parse_args()
     model, found = str(options.model.resolve()), {"nib": ([], []), "peft": ([], [])}  # type: ignore[var-annotated]
     with tempfile.TemporaryDirectory() as place:
         Path(place, "text.txt").write_text("".join(f"line {n} counts {n * n}\n" for n in range(9000)))
-        prepare = [sys.executable, str(ROOT / "prepare_data.py"), "text.txt", f"--tokenizer={model}"]
-        subprocess.run(prepare, cwd=place, check=True, stdout=subprocess.DEVNULL)
+        timed([str(ROOT / "prepare_data.py"), "text.txt", f"--tokenizer={model}"], place)
         for turn in range(options.rounds):
             run = f"--out_dir=out/{turn}"
             train = [

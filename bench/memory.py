@@ -10,49 +10,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from common import finish, parser_for, sides
-from throughput import SIZES, make_nanogpt, make_nib
+from common import finish, nanogpt_step, parser_for, resident, sides
+from throughput import SIZES, nib_step, shape_of
 
 TARGET, SEQUENCES, STEPS = 0.4, 4, 2  # the target is for bfloat16
 
 
-def high_water() -> int:
-    """The peak resident bytes of this process."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
-
-
-def make(maker: Callable[..., Any], size: str, *arguments: Any) -> Callable[[], tuple[float, int]]:
+def make(maker: Callable[..., Callable[[], None]], size: str, *arguments: Any) -> Callable[[], tuple[float, int]]:
     SIZES[size] = (*SIZES[size][:5], SEQUENCES, 1)
-    step = maker(size, *arguments)
+    step = maker(*arguments)
 
     def turn() -> tuple[float, int]:
         """Seconds of the last step, and the peak resident bytes."""
         for _ in range(STEPS):
             began = time.perf_counter()
             step()
-        return time.perf_counter() - began, high_water()
+        return time.perf_counter() - began, resident("VmHWM")
 
     return turn
 
 
 def main() -> None:
-    parser = parser_for(__doc__)
+    parser = parser_for(__doc__, nanogpt=True)
     parser.add_argument("--size", choices=SIZES, default="124m")
     arguments = parser.parse_args()
-    clone, found = arguments.nanogpt.resolve(), {}
+    size, found = arguments.size, {}
+    theirs = (arguments.nanogpt.resolve(), shape_of(size), SEQUENCES)
     rows: dict[str, tuple[Any, ...]] = {
-        "nib": (make, make_nib, arguments.size),
-        "nib, bfloat16": (make, make_nib, arguments.size, "wall", 0, "bfloat16"),
-        "nanogpt": (make, make_nanogpt, arguments.size, clone),
-        "nanogpt, accumulating": (make, make_nanogpt, arguments.size, clone, "wall", 1),
+        "nib": (nib_step, size, "float32"),
+        "nib, bfloat16": (nib_step, size, "bfloat16"),
+        "nanogpt": (nanogpt_step, *theirs, SEQUENCES),
+        "nanogpt, accumulating": (nanogpt_step, *theirs, 1),
     }
     print(f"{'':24}{'peak, MB':>10}{'seconds a step':>18}", flush=True)
-    for name, row in rows.items():
-        with sides(side=row) as turns:
+    for name, (maker, *rest) in rows.items():
+        with sides(side=(make, maker, size, *rest)) as turns:
             seconds, found[name] = turns["side"]()
         print(f"{name:24}{found[name] / 1e6:10,.0f}{seconds:18.2f}", flush=True)
     ratios = {name: found[name] / found["nanogpt"] for name in ("nib", "nib, bfloat16")}

@@ -8,19 +8,14 @@ train.py. nib evaluates both models on the whole validation split. Prints a tabl
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import pickle
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from common import ROOT, load_nanogpt
+from common import finish, load_nanogpt, parser_for, timed
 from torch import nn
 
 from nib.data.dataset import Dataset
@@ -33,13 +28,15 @@ NANOGPT = (
 ).split()
 
 
-def timed(command: list[str], cwd: Path) -> tuple[float, str]:
-    """Seconds of the whole process, and its output."""
-    began = time.perf_counter()
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    return time.perf_counter() - began, done.stdout
+def prepare(text: Path, directory: Path, clone: Path) -> Dataset:
+    """The text for both sides: the same characters, the same split."""
+    timed(["prepare_data.py", str(text), f"--out={directory}", "--tokenizer=char", "--val-fraction=0.1"])
+    dataset = Dataset(directory)
+    theirs = clone / "data/shakespeare_char"
+    for split, stream in (("train", dataset.train), ("val", dataset.val)):
+        stream.read(0, stream.tokens).astype("uint16").tofile(theirs / f"{split}.bin")
+    (theirs / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size}))
+    return dataset
 
 
 @torch.no_grad()
@@ -59,8 +56,8 @@ def full_loss(logits_of, dataset: Dataset, block_size: int) -> float:  # type: i
 def run_nib(text: Path, directory: Path, seed: int) -> tuple[float, float]:
     """Seconds of the whole process, and the loss on the validation split."""
     out = directory / f"nib-{seed}"
-    command = [sys.executable, str(ROOT / "train.py"), str(ROOT / "config/shakespeare_char.py"), f"--seed={seed}"]
-    seconds, _ = timed([*command, f"--dataset={text}", f"--out_dir={out}", "--eval_interval=0", "--device=cpu"], ROOT)
+    command = ["train.py", "config/shakespeare_char.py", f"--seed={seed}"]
+    seconds, _ = timed([*command, f"--dataset={text}", f"--out_dir={out}", "--eval_interval=0", "--device=cpu"])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return seconds, lines[-1]["val_loss"]
 
@@ -79,30 +76,21 @@ def run_nanogpt(clone: Path, dataset: Dataset, directory: Path, seed: int) -> tu
     # nanoGPT's seed is a constant in its source: change it for each round.
     source = (clone / "train.py").read_text().replace("torch.manual_seed(1337", f"torch.manual_seed({seed}")
     (clone / "train_seeded.py").write_text(source)
-    seconds, _ = timed([sys.executable, "train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
+    seconds, _ = timed(["train_seeded.py", *NANOGPT, f"--out_dir={out}"], clone)
     model = nanogpt_model(clone, out)
     return seconds, full_loss(lambda inputs: model(inputs, inputs)[0], dataset, 64)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, required=True, help="a clone of karpathy/nanoGPT")
+    parser = parser_for(__doc__, nanogpt=True, rounds=3)
     parser.add_argument("--text", type=Path, required=True, help="a text, such as tiny Shakespeare's input.txt")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--check", action="store_true", help="exit 1 if nib's loss is above nanoGPT's spread")
     arguments = parser.parse_args()
     clone, text = arguments.nanogpt.resolve(), arguments.text.resolve()
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         prepared = directory / "text"
-        prepare = [sys.executable, str(ROOT / "prepare_data.py"), str(text), f"--out={prepared}"]
-        timed([*prepare, "--tokenizer=char", "--val-fraction=0.1"], ROOT)
-        dataset = Dataset(prepared)
-        theirs = clone / "data/shakespeare_char"
-        for split, stream in (("train", dataset.train), ("val", dataset.val)):
-            stream.read(0, stream.tokens).astype("uint16").tofile(theirs / f"{split}.bin")
-        (theirs / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size}))
+        dataset = prepare(text, prepared, clone)
         rows = []
         for seed in range(1337, 1337 + arguments.rounds):
             rows.append((*run_nib(prepared, directory, seed), *run_nanogpt(clone, dataset, directory, seed)))
@@ -111,9 +99,7 @@ def main() -> None:
     spread = max(row[3] for row in rows) - min(row[3] for row in rows)
     print(f"medians: nib {nib_loss:.4f}, nanoGPT {loss:.4f} (its spread {spread:.4f})")
     result = dict(nib_loss=nib_loss, nanogpt_loss=loss, spread=spread, nib_seconds=nib_seconds, nanogpt_seconds=seconds)
-    print(json.dumps({**result, "cpus": os.cpu_count(), "torch": torch.__version__}))
-    if arguments.check and nib_loss > loss + max(spread, 0.01):
-        sys.exit(1)
+    finish(result, nib_loss <= loss + max(spread, 0.01), arguments.check)
 
 
 if __name__ == "__main__":

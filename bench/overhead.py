@@ -67,7 +67,7 @@ def seconds_to_first_step(config: str, out_dir: Path) -> float:
 
 
 def main() -> None:
-    parser = parser_for(__doc__, peer=False)
+    parser = parser_for(__doc__, rounds=5)
     parser.add_argument("--config", default=str(ROOT / "config/small.py"))
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()

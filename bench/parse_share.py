@@ -8,16 +8,12 @@ an end counts as a failure, or with --open is not counted.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import json
 import sys
 import warnings
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch
+from common import parser_for
 
 from model import GPT, GPTConfig
 from nib.formats.checkpoint import find_checkpoint, open_checkpoint
@@ -47,7 +43,7 @@ def parses(source: str) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, check=False)
     parser.add_argument("run", nargs="?", help="a run or checkpoint (default: the newest run)")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.8)
@@ -63,8 +59,7 @@ def main() -> None:
     settings = SamplingSettings(
         num_samples=arguments.samples, temperature=arguments.temperature, max_new_tokens=arguments.max_new_tokens
     )
-    with torch.no_grad():
-        texts = [PROMPT + sample.text for sample in generate_text(model, tokenizer, [PROMPT], settings)]
+    texts = [PROMPT + sample.text for sample in generate_text(model, tokenizer, [PROMPT], settings)]
     functions = [first_function(text.lstrip()) for text in texts]
     ended = [function for function in functions if function is not None]
     accepted = sum(map(parses, ended))

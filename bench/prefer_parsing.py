@@ -8,20 +8,19 @@ train. The share of valid functions is measured on new samples, before and after
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+from common import ROOT, parser_for
 from parse_share import PROMPT, first_function, parses
 
-ROOT = Path(__file__).resolve().parent.parent
 REJECTED = 4  # for each chosen one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, check=False)
     parser.add_argument("run")
     parser.add_argument("--samples", type=int, default=800)
     parser.add_argument("--max-new-tokens", type=int, default=200)

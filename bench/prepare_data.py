@@ -15,8 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from common import ROOT, timed
 
 from nib.common.exits import RunError, run_script
 from nib.common.options import option, parse
@@ -81,9 +80,7 @@ def documents(megabytes: int) -> list[str]:
 
 
 def prepare(arguments: list[str]) -> float:
-    began = time.monotonic()
-    subprocess.run([sys.executable, str(ROOT / "prepare_data.py"), *arguments], check=True, stdout=subprocess.DEVNULL)
-    return time.monotonic() - began
+    return timed(["prepare_data.py", *arguments])[0]
 
 
 def measure_speed(directory: Path, tokenizer: Path, settings: Settings) -> dict[str, float]:

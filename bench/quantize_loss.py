@@ -8,15 +8,11 @@ losses and one JSON line last.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
+from common import finish, parser_for
 from torch import nn
 
 from model import GPT, GPTConfig
@@ -27,15 +23,16 @@ from nib.formats.load import build, open_source, read_config
 from nib.training.distributed import Cluster
 from nib.training.validation import validate
 
+TARGET = 0.01  # nats
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument(
         "model", nargs="?", help="a run, a checkpoint or a Hugging Face directory (default: the newest run)"
     )
     parser.add_argument("--dataset", type=Path, default=Path("data/stdlib"))
     parser.add_argument("--tokens", type=int, default=0, help="validation tokens to use; 0: all")
-    parser.add_argument("--check", action="store_true", help="exit 1 if the loss rises by 0.01 nats or more")
     arguments = parser.parse_args()
     source, dataset = open_source(arguments.model), Dataset(arguments.dataset)
     config = read_config(source, GPTConfig)
@@ -51,10 +48,8 @@ def main() -> None:
         ).loss  # fmt: skip
         print(f"{kind:8} validation loss {losses[kind]:.5f} nats a token")
     rise = losses["int8"] - losses["float32"]
-    print(f"the loss rises by {rise:.5f} nats; target under 0.01")
-    print(json.dumps({**losses, "rise": rise, "torch": torch.__version__}))
-    if arguments.check and rise >= 0.01:
-        sys.exit(1)
+    print(f"the loss rises by {rise:.5f} nats; target under {TARGET}")
+    finish({**losses, "rise": rise}, rise < TARGET, arguments.check)
 
 
 @torch.no_grad()

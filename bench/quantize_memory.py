@@ -7,7 +7,6 @@ Each runs in its own process; the baseline is a process that only imports torch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -15,11 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
-from common import GPT2
+from common import GPT2, ROOT, parser_for
 
 from model import GPT, GPTConfig
 from nib.formats.checkpoint import write_checkpoint
@@ -27,15 +23,15 @@ from nib.tokenizer.load import make_tokenizer
 
 # The resident bytes after generating 20 tokens, with the model still in memory, and their peak.
 MEASURE = """
-import re, sys, torch
+import sys, torch
+from common import resident
 if len(sys.argv) > 1:
     import sample
     from nib.generation.request import SamplingSettings
     from nib.generation.engine import generate_text
     model, tokenizer, _ = sample.load_model(sys.argv[1:2], "cpu", "float32", *sys.argv[2:])
     generate_text(model, tokenizer, ["a"], SamplingSettings(max_new_tokens=20))
-status = open("/proc/self/status").read()
-print(*[int(re.search(key + r":\\s+(\\d+)", status)[1]) * 1024 for key in ("VmRSS", "VmHWM")], file=sys.stderr)
+print(resident("VmRSS"), resident("VmHWM"), file=sys.stderr)
 """
 
 
@@ -43,13 +39,13 @@ def measure(*arguments: str) -> list[int]:
     """Resident and peak resident bytes."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *arguments], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "bench")}, check=True,
     )  # fmt: skip
     return [int(number) for number in done.stderr.split("\n")[-2].split()]
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    parser_for(__doc__, check=False).parse_args()
     torch.manual_seed(0)
     model, found = GPT(GPTConfig(**GPT2)), {}
     with tempfile.TemporaryDirectory() as name:

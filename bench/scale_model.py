@@ -13,16 +13,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import GPT2, ROOT, finish
+from common import GPT2, finish, parser_for
 from scaling import Group
 
 from model import GPT, GPTConfig
@@ -159,7 +156,6 @@ def published() -> list[dict[str, Any]]:
 def sum_over_two(size: int) -> None:
     """One of two gloo processes: prints the seconds of an all-reduce of `size` float32 numbers."""
     dist.init_process_group("gloo")
-    torch.set_num_threads(1)
     numbers, found = torch.ones(size), []
     for _ in range(5):
         dist.barrier()
@@ -173,37 +169,26 @@ def sum_over_two(size: int) -> None:
 def measured() -> dict[str, float]:
     """The seconds of a step of two gloo processes, and the estimate: half the batch on one, plus an all-reduce."""
     layers, width = 6, 384
-    half, two = Group(1, [layers, width, 256, 4], 1), Group(2, [layers, width, 256, 8], 1)
+    half, two = Group(1, [1, layers, width, 256, 4]), Group(2, [1, layers, width, 256, 8])
     found = [(half.turn(), two.turn()) for _ in range(4)][1:]
     for group in (half, two):
         group.end()
     compute, both = (min(each) for each in zip(*found, strict=True))
     size = num_parameters(GPT(GPTConfig(**(GPT2 | dict(n_layer=layers, n_head=6, n_embd=width, block_size=256,
                                                        vocab_size=512)))))  # fmt: skip
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    place = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
-    sides = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--exchange", str(size)], env={**place, "RANK": str(rank)}, cwd=ROOT,
-            stdout=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    summed = max(float(side.communicate()[0]) for side in sides)
+    summed = max(float(each.communicate()[0]) for each in Group(2, [size], __file__).processes)
     # The matmuls keep the cores busy, so the all-reduce does not overlap with them.
     return dict(one_half=compute, sum=summed, model=compute + summed, two=both)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, check=False)
     parser.add_argument("--measure", action="store_true", help="also measure two gloo processes on this machine")
     parser.add_argument("--mfu", type=float, default=0.42, help="assumed model FLOPs utilisation of one GPU")
-    parser.add_argument("--exchange", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--process", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.exchange:
-        sum_over_two(options.exchange)
+    if options.process:
+        sum_over_two(options.process)
     result: dict[str, Any] = {"published": published(), "tables": {}}
     for row in result["published"]:
         print(f"{row['run']:52} published {row['published']:10} model {row.get('model', '-'):8} {row['source']}")
@@ -237,7 +222,7 @@ def main() -> None:
         result["measured"] = found = measured()
         print(f"\ntwo gloo processes here: {found['two']:.3f} s a step; the model says {found['model']:.3f} s", end=" ")
         print(f"({found['one_half']:.3f} s of half the batch on one, {found['sum']:.3f} s of a sum)")
-    finish(result, True, False)
+    finish(result)
 
 
 if __name__ == "__main__":

@@ -14,49 +14,31 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import GPT2, ROOT, alternate, finish, parser_for
+from common import GPT2, ROOT, alternate, finish, make_run, micro_batches, parser_for
 
 TARGET = 1.8
 CONTEXTS, WIDTHS = (64, 256, 1024, 2048, 4096, 8192), (64, 128, 256, 512, 768)
 
 
-def make_step(world: int, layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
+def make_step(layers: int, width: int, context: int, batch: int) -> tuple[Any, Any]:
     """A function that takes one optimizer step on this process's share of `batch` sequences, and the model."""
-    from model import GPT, GPTConfig
-    from nib.cpu.process import tune_for_training
-    from nib.training.distributed import start_cluster
-    from nib.training.objective import LanguageModelling
-    from nib.training.report import Reporter
-    from nib.training.run import Run
     from nib.training.settings import TrainSettings
     from nib.training.step import optimizer_step
 
     settings = TrainSettings(batch_size=batch, block_size=context, device="cpu", dtype="float32", optimizer="adamw")
-    cluster = start_cluster("cpu")
-    tune_for_training(cluster.device)
     torch.manual_seed(1)
     shape = dict(n_layer=layers, n_head=width // 64, n_embd=width, block_size=context, vocab_size=512)
-    no_dataset: Any = None
-    run = Run(settings, no_dataset, cluster)
-    run.report, run.objective = Reporter(Path(), active=False), LanguageModelling(settings, None)
-    run.take(GPT(GPTConfig(**GPT2 | shape)))
-    tokens = torch.randint(512, (batch // world, context + 1))
-    parts = [each.split(run.micro_batch_size) for each in (tokens[:, :-1], tokens[:, 1:])]
-
-    def step() -> None:
-        optimizer_step(run, list(zip(*parts, strict=True)))
-
-    return step, run.model
+    run = make_run(settings, GPT2 | shape)
+    parts = micro_batches(512, batch // run.cluster.world, context, run.micro_batch_size)
+    return lambda: optimizer_step(run, parts), run.model
 
 
-def process(shape: list[int], steps: int) -> None:
+def process(steps: int, *shape: int) -> None:
     """One of the processes: for each line of standard input, takes `steps` steps and prints the seconds of one."""
-    torch.set_num_threads(1)
-    step, _ = make_step(int(os.environ["WORLD_SIZE"]), *shape)
+    step, _ = make_step(*shape)
     step()
     for _ in sys.stdin:
         began = time.perf_counter()
@@ -67,25 +49,21 @@ def process(shape: list[int], steps: int) -> None:
 
 
 class Group:
-    """`world` connected processes of one thread each."""
+    """`world` processes of one thread each that find each other as by torchrun; each runs a script with `numbers`."""
 
-    def __init__(self, world: int, shape: list[int], steps: int) -> None:
+    def __init__(self, world: int, numbers: list[int], script: str = __file__) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         common = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        command = [sys.executable, __file__, "--process", f"{steps},{','.join(map(str, shape))}"]
+        command = [sys.executable, script, "--process", *map(str, numbers)]
         self.processes = [
             subprocess.Popen(
-                command,
-                env={**common, "RANK": str(rank), "WORLD_SIZE": str(world)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                cwd=ROOT,
+                command, env={**common, "RANK": str(rank), "WORLD_SIZE": str(world)}, cwd=ROOT,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             )
             for rank in range(world)
-        ]
+        ]  # fmt: skip
 
     def turn(self) -> float:
         for each in self.processes:
@@ -106,7 +84,7 @@ def growth(values: tuple[int, ...], by: str, rounds: int) -> list[tuple[int, flo
     for value in values:
         width, context = (128, value) if by == "context" else (value, 256)
         batch = max(1, 2048 // context)
-        step, model = make_step(1, 2, width, context, batch)
+        step, model = make_step(2, width, context, batch)
         seconds = alternate({"step": lambda step=step: timed(step)}, rounds)["step"]
         rows.append((value, seconds, batch * context * flops_per_token(model, context) / seconds / 1e9))
         print(f"{value:10}{1000 * seconds:12.1f}{rows[-1][2]:10.1f}", flush=True)
@@ -120,14 +98,13 @@ def timed(step: Any) -> float:
 
 
 def main() -> None:
-    parser = parser_for(__doc__, peer=False)
-    parser.add_argument("--process", help="used by the script itself")
+    parser = parser_for(__doc__, rounds=5)
+    parser.add_argument("--process", type=int, nargs=5, help="used by the script itself")
     arguments = parser.parse_args()
     if arguments.process:
-        steps, *shape = map(int, arguments.process.split(","))
-        process(shape, steps)
-    shape = [6, 384, 256, 16]  # layers, width, context, sequences over all processes: 10 M parameters
-    groups = {"one": Group(1, shape, 2), "two": Group(2, shape, 2)}
+        process(*arguments.process)
+    numbers = [2, 6, 384, 256, 16]  # steps, layers, width, context, sequences over all processes: 10 M parameters
+    groups = {"one": Group(1, numbers), "two": Group(2, numbers)}
     found = alternate({name: group.turn for name, group in groups.items()}, arguments.rounds)
     for group in groups.values():
         group.end()

@@ -13,7 +13,6 @@ line last; --plot draws the relative speeds of nib and its peers.
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import statistics
@@ -26,7 +25,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from common import GPT2, ROOT, finish, parser_for, timed
+
 NEIGHBOURS = ("alone", "loop", "two loops", "run")
 TARGETS = {"loop": 0.5, "two loops": 0.3, "run": 0.5}
 WARM_SECONDS = 1.5  # of training, not counted
@@ -140,12 +140,10 @@ def peer_speed(name: str, tokens: int = 100) -> float:
 
 def decode_as(name: str, tokens: int) -> None:
     """Print how fast this engine decodes a GPT-2 of random weights: run in its own process."""
-    sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
     if name.startswith("nib"):
         from nib.cpu.threads import choose_threads
 
         choose_threads()  # as sample.py does, before torch is imported
-    from common import GPT2
     from decode import fast_model, llama_speed, open_llama, transformers_speed, write
 
     if name == "transformers":
@@ -213,10 +211,7 @@ def plot(shares: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each job; the figures are medians")
+    parser = parser_for(__doc__, rounds=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of training that a turn measures")
     jobs = ",".join(["train", *SAMPLES])
     parser.add_argument("--jobs", default=jobs, help="of train, torchrun, sample, sample_int8, sample_x8 and peers")
@@ -227,7 +222,6 @@ def main() -> None:
     parser.add_argument("--old", type=Path, help="another checkout of nib, to take turns with this one")
     parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT with its data prepared")
     parser.add_argument("--plot", type=Path, help="draw the peers' relative speeds into this file")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a target is missed")
     parser.add_argument("--peer", help="used by the script itself")
     parser.add_argument("--tokens", type=int, default=100, help="used by the script itself")
     arguments = parser.parse_args()
@@ -241,10 +235,7 @@ def main() -> None:
         runs = (arguments.runs or Path(name)).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         if not data.exists():
-            subprocess.run(
-                [sys.executable, ROOT / "prepare_data.py", "stdlib", f"--out={data}", "--tokenizer=bpe:2048"],
-                check=True, capture_output=True,
-            )  # fmt: skip
+            timed(["prepare_data.py", "stdlib", f"--out={data}", "--tokenizer=bpe:2048"])
         tasks = {}
         for size in arguments.sizes.split(","):
             for who, checkout in checkouts.items():
@@ -285,10 +276,7 @@ def main() -> None:
     ours = [(share, TARGETS[each]) for task, row in shares.items() if task.startswith("nib")
             for each, share in row.items() if each in TARGETS]  # fmt: skip
     met = all(share >= target for share, target in ours)
-    result = dict(shares=shares, speeds=speeds, turns=found, met=met, cpus=os.cpu_count())
-    print(json.dumps(result))
-    if arguments.check and not met:
-        sys.exit(1)
+    finish(dict(shares=shares, speeds=speeds, turns=found), met, arguments.check)
 
 
 if __name__ == "__main__":

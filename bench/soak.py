@@ -28,9 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
+from common import ROOT, timed
 from safetensors.torch import load_file
 
 from nib.formats.checkpoint import FILES, list_checkpoints
@@ -62,8 +60,7 @@ def make_corpus(root: Path) -> None:
             file.write(json.dumps(row) + "\n")
     chats, words = ["chats.jsonl", "--format=chat", "--tokenizer=byte"], ["texts", "--tokenizer=data/chats"]
     for sources, name in ((chats, "chats"), (words, "words")):
-        command = [sys.executable, str(ROOT / "prepare_data.py"), *sources, f"--out=data/{name}", "--val-fraction=0.1"]
-        subprocess.run(command, cwd=root, check=True, capture_output=True)
+        timed([str(ROOT / "prepare_data.py"), *sources, f"--out=data/{name}", "--val-fraction=0.1"], root)
 
 
 def make_pairs(root: Path) -> None:
@@ -71,8 +68,7 @@ def make_pairs(root: Path) -> None:
     rows = [{"prompt": f"{n} ", "chosen": "alpha " * numbers.randint(1, 3), "rejected": f"beta {n}"} for n in range(90)]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = ["--format=preference", "--tokenizer=data/words", "--val-fraction=0.1"]
-    command = [sys.executable, str(ROOT / "prepare_data.py"), "pairs.jsonl", *options]
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    timed([str(ROOT / "prepare_data.py"), "pairs.jsonl", *options], root)
 
 
 def command_for(processes: int, parallel: str, settings: list[str], run: str) -> list[str]:

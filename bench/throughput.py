@@ -10,16 +10,11 @@ and one JSON line last.
 
 from __future__ import annotations
 
-import argparse
-import resource
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-from common import GPT2, alternate, finish, load_nanogpt, parser_for, sides
+from common import GPT2, alternate, finish, make_run, micro_batches, nanogpt_step, parser_for, sides
 
 # layers, heads, width, context, vocabulary, sequences, steps per measurement. tiny: nanoGPT's README example for a CPU.
 # small: its character-level example for a GPU, in smaller batches. 124m: GPT-2 with nanoGPT's padded vocabulary.
@@ -35,114 +30,62 @@ SIZES = {
 TARGETS = {"float32": 1.2, "bfloat16": 3.5}
 
 
-def timed(step: Callable[[], Any], steps: int, clock: str = "wall") -> Callable[[], tuple[float, float]]:
-    """A function that measures `steps` steps: seconds and page faults per step."""
-    now = time.perf_counter if clock == "wall" else time.process_time
-
-    def turn() -> tuple[float, float]:
-        faults, began = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, now()
-        for _ in range(steps):
-            step()
-        seconds = now() - began
-        return seconds / steps, (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults) / steps
-
-    return turn
+def shape_of(size: str) -> dict[str, Any]:
+    layers, heads, width, context, vocab, _, _ = SIZES[size]
+    own = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
+    return GPT2 | own | dict(mlp="gelu")
 
 
-def random_batch(vocab: int, batch: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens = torch.randint(vocab, (batch, context + 1), generator=torch.Generator().manual_seed(1))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def make_nib(
-    size: str, clock: str = "wall", micro: int = 0, dtype: str = "float32", optimizer: str = "adamw"
-) -> Callable[[], tuple[float, float]]:
-    from model import GPT, GPTConfig
-    from nib.cpu.process import tune_for_training
-    from nib.training.distributed import start_cluster
-    from nib.training.objective import LanguageModelling
-    from nib.training.report import Reporter
-    from nib.training.run import Run
+def nib_step(size: str, dtype: str) -> Callable[[], None]:
     from nib.training.settings import TrainSettings
     from nib.training.step import optimizer_step
 
-    layers, heads, width, context, vocab, sequences, steps = SIZES[size]
+    *_, context, vocab, sequences, _ = SIZES[size]
     settings = TrainSettings(
-        batch_size=sequences, micro_batch_size=micro, block_size=context, device="cpu", optimizer=optimizer,
-        learning_rate=6e-4, dtype=dtype,
-    )  # fmt: skip
-    shape = dict(n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab)
-    shape = GPT2 | shape | dict(mlp="gelu")
-    cluster = start_cluster("cpu")
-    tune_for_training(cluster.device)
-    no_dataset: Any = None
-    run = Run(settings, no_dataset, cluster)
-    run.report, run.objective = Reporter(Path(), active=False), LanguageModelling(settings, None)
-    run.take(GPT(GPTConfig(**shape)))
-    parts = [each.split(run.micro_batch_size) for each in random_batch(vocab, settings.batch_size, context)]
-    batch = list(zip(*parts, strict=True))
+        batch_size=sequences, block_size=context, device="cpu", optimizer="adamw", learning_rate=6e-4, dtype=dtype
+    )
+    run = make_run(settings, shape_of(size))
+    batch = micro_batches(vocab, sequences, context, run.micro_batch_size)
 
     def step() -> None:
         optimizer_step(run, batch)
         run.progress.step += 1
 
-    return timed(step, steps, clock)
+    return step
 
 
-def make_nanogpt(size: str, clone: Path, clock: str = "wall", micro: int = 0) -> Callable[[], tuple[float, float]]:
-    layers, heads, width, context, vocab, batch, steps = SIZES[size]
-    module = load_nanogpt(clone)
-    config = module.GPTConfig(
-        n_layer=layers, n_head=heads, n_embd=width, block_size=context, vocab_size=vocab, dropout=0.0, bias=True
-    )
-    model = module.GPT(config)
-    optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), "cpu")
-    inputs, targets = random_batch(vocab, batch, context)
-    parts = list(zip(inputs.split(micro or batch), targets.split(micro or batch), strict=True))
+def timed(make: Callable[..., Callable[[], None]], size: str, *arguments: Any) -> Callable[[], float]:
+    """A function that returns the seconds of a step, averaged over so many as SIZES says."""
+    step, steps = make(*arguments), SIZES[size][-1]
 
-    def step() -> None:
-        for part, target in parts:
-            _, loss = model(part, target)
-            (loss / len(parts)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def turn() -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            step()
+        return (time.perf_counter() - began) / steps
 
-    return timed(step, steps, clock)
+    return turn
 
 
 def main() -> None:
-    parser = parser_for(__doc__, peer=False)
-    parser.add_argument("--nanogpt", type=Path, help="a clone of karpathy/nanoGPT")
+    parser = parser_for(__doc__, nanogpt=True, rounds=5)
     parser.add_argument("--size", action="append", choices=SIZES, help="may be given several times; default: all")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of nib's matmuls")
-    parser.add_argument(
-        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: CPU time of all threads, for a busy machine"
-    )
-    arguments: argparse.Namespace = parser.parse_args()
-    if arguments.nanogpt is None:
-        sys.exit("give --nanogpt PATH_TO_CLONE")
+    arguments = parser.parse_args()
     ratios, rates, to_float32 = {}, {}, {}
     sizes = ["tiny", "small", "124m"] if arguments.dtype == "float32" else ["27m", "87m", "124m-4"]
-    print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}   page faults per step, nib and nanoGPT")
+    print(f"{'size':8}{'nib tokens/s':>16}{'nanoGPT':>12}{'ratio':>8}")
     for size in arguments.size or sizes:
-        tokens, faults = SIZES[size][3] * SIZES[size][5], {}
-
-        def seconds(name: str, turn: Callable[[], Any], faults: dict[str, float] = faults) -> float:
-            taken, faults[name] = turn()
-            return taken
-
-        theirs = (make_nanogpt, size, arguments.nanogpt.resolve(), arguments.clock)
-        made = dict(nib=(make_nib, size, arguments.clock, 0, arguments.dtype), nanogpt=theirs)
+        tokens, sequences = SIZES[size][3] * SIZES[size][5], SIZES[size][5]
+        theirs = (nanogpt_step, arguments.nanogpt.resolve(), shape_of(size), sequences, sequences)
+        made: dict[str, tuple[Any, ...]] = {"nib": (nib_step, size, arguments.dtype), "nanogpt": theirs}
         if arguments.dtype != "float32":
-            made["float32"] = (make_nib, size, arguments.clock)
-        with sides(**made) as turns:
-            named = {name: lambda name=name, turn=turn: seconds(name, turn) for name, turn in turns.items()}
-            found = alternate(named, arguments.rounds)
+            made["float32"] = (nib_step, size, "float32")
+        with sides(**{name: (timed, make, size, *rest) for name, (make, *rest) in made.items()}) as turns:
+            found = alternate(turns, arguments.rounds)
         rates[size] = {name: tokens / taken for name, taken in found.items()}
         ratios[size] = found["nanogpt"] / found["nib"]
-        print(f"{size:8}{rates[size]['nib']:16,.0f}{rates[size]['nanogpt']:12,.0f}{ratios[size]:8.2f}", end="   ")
-        print(f"{faults['nib']:,.0f}, {faults['nanogpt']:,.0f}", flush=True)
+        print(f"{size:8}{rates[size]['nib']:16,.0f}{rates[size]['nanogpt']:12,.0f}{ratios[size]:8.2f}", flush=True)
         if "float32" in found:
             to_float32[size] = found["float32"] / found["nib"]
             print(f"{'':36}{to_float32[size]:8.2f}   x nib's float32", flush=True)

@@ -13,46 +13,31 @@ a tenth of the time does not reach nanoGPT's loss.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-from common import ROOT, finish, parser_for
-from nanogpt_job import NANOGPT, full_loss, nanogpt_model, timed
+from common import finish, parser_for, timed
+from nanogpt_job import NANOGPT, full_loss, nanogpt_model, prepare
 
 from nib.cpu.bfloat16 import has_bfloat16
-from nib.data.dataset import Dataset
 
 SHARE = 10
 DTYPE = ["--dtype=bfloat16"] if has_bfloat16() else []  # of nib's training
 
 
-def prepare(text: Path, directory: Path, clone: Path) -> Dataset:
-    """The text for both sides: the same characters, the same split."""
-    options = [f"--out={directory}", "--tokenizer=char", "--val-fraction=0.1"]
-    timed([sys.executable, str(ROOT / "prepare_data.py"), str(text), *options], ROOT)
-    dataset = Dataset(directory)
-    theirs = clone / "data/shakespeare_char"
-    for split, stream in (("train", dataset.train), ("val", dataset.val)):
-        stream.read(0, stream.tokens).astype("uint16").tofile(theirs / f"{split}.bin")
-    (theirs / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": dataset.vocab_size}))
-    return dataset
-
-
 def train_nib(data: Path, out: Path, budget: list[str]) -> tuple[float, list[tuple[float, float]]]:
     """Seconds of the process, and (seconds of training, loss) along the way."""
     options = [f"--dataset={data}", f"--out_dir={out}", "--eval_tokens=64", "--device=cpu", *DTYPE, *budget]
-    seconds, _ = timed([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/char_fast.py"), *options], ROOT)
+    seconds, _ = timed(["train.py", "config/char_fast.py", *options])
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return seconds, [(line["seconds"], line["loss"]) for line in lines]
 
 
 def nib_loss(data: Path, out: Path, seed: str) -> float:
     options = [seed, f"--dataset={data}", f"--out_dir={out}", "--eval_only", "--max_seconds=1", "--device=cpu", *DTYPE]
-    _, text = timed([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/char_fast.py"), *options], ROOT)
+    _, text = timed(["train.py", "config/char_fast.py", *options])
     return float(re.findall(r"validation loss ([\d.]+)", text)[-1])
 
 
@@ -76,10 +61,9 @@ def plot(curves: list[tuple[str, list[tuple[float, float]], float]], path: Path)
 
 
 def main() -> None:
-    parser = parser_for(__doc__)
+    parser = parser_for(__doc__, nanogpt=True, rounds=1)
     parser.add_argument("--text", type=Path, action="append", required=True, help="a text file; may be given again")
     parser.add_argument("--plot", type=Path, help="draw the first text's curves into this file")
-    parser.set_defaults(rounds=1)
     arguments = parser.parse_args()
     clone = arguments.nanogpt.resolve()
     rows = []
@@ -89,7 +73,7 @@ def main() -> None:
             data = directory / "data"
             directory.mkdir()
             dataset = prepare(text.resolve(), data, clone)
-            command = [sys.executable, "train.py", *NANOGPT, f"--out_dir={directory / 'nanogpt'}", "--log_interval=10"]
+            command = ["train.py", *NANOGPT, f"--out_dir={directory / 'nanogpt'}", "--log_interval=10"]
             whole, log = timed(command, clone)
             theirs = whole - timed([*command, "--max_iters=1"], clone)[0]
             peer = nanogpt_model(clone, directory / "nanogpt")

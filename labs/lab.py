@@ -37,7 +37,7 @@ from nib.training.settings import TrainSettings
 SCRIPTS = ("train.py", "sample.py", "evaluate.py", "look.py", "export.py")  # that also run with the model of a lab
 DEFAULT = str(ROOT / "config/tiny.py")  # 200 steps of a model of 0.1 M parameters: 4 seconds on an idle machine
 Variants = dict[str, dict[str, Any]]  # name: the variant's options, the baseline first
-Measures = Mapping[str, Callable[[Any], str]]  # column heading: a function of a trained model
+Measure = Callable[[Any], str]  # of a trained model, for an additional column
 
 
 @dataclasses.dataclass
@@ -46,13 +46,13 @@ class LabSettings(TrainSettings):
 
 
 def main(
-    text: str, file: str, variants: Variants, measures: Measures | None = None, common: tuple[str, ...] = (),
+    text: str, file: str, variants: Variants, measures: Mapping[str, Measure] = {}, common: tuple[str, ...] = (),
     **parts: Any,
 ) -> None:  # fmt: skip
     """Run the lab in `file`, or a script with the lab's model, and end the process.
 
     `text` is the lab's docstring, whose last paragraph is the conclusion. `parts` replace what has the same names in
-    model.py. `common` are options of all variants, which the command line overrides.
+    model.py. `measures` are by column heading. `common` are options of all variants, which the command line overrides.
     """
     for name, part in parts.items():
         setattr(model, name, part)
@@ -66,7 +66,7 @@ def main(
 
 
 def compare(
-    lab: str, variants: Variants, arguments: list[str], measures: Measures | None = None, text: str = ""
+    lab: str, variants: Variants, arguments: list[str], measures: Mapping[str, Measure] = {}, text: str = ""
 ) -> None:
     """Train all variants with all seeds, and print the table row by row. Raises InputError."""
     usage = f"python labs/{lab}.py [CONFIG.py] [--seeds=3] [--name=value ...]"
@@ -78,7 +78,7 @@ def compare(
     root = Path(parsed.settings.out_dir or Path("out/labs", lab))
     width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []
     head = f"{'':{width}}{'parameters':>10}  bits per byte  - baseline   {'each seed':{wide}}"
-    print("  ".join([head, *(measures or ())]).rstrip(), flush=True)
+    print("  ".join([head, *measures]).rstrip(), flush=True)
     for name, options in variants.items():
         folder = re.sub(r"[^\w-]+", "_", name).strip("_")
         results = [train_one(parsed, root / f"{folder}-{seed}", seed, options) for seed in seeds]
@@ -89,7 +89,7 @@ def compare(
         apart += [abs(one - other) for one, other in itertools.combinations(filter(math.isfinite, found), 2)]
         row = f"{name:{width}}{parameters:>10,}{mean:15.3f}{mean - first:+12.3f}   "
         row += f"{' '.join(f'{each:.3f}' for each in found):{wide}}"
-        for heading, measure in (measures or {}).items():
+        for heading, measure in measures.items():
             row += f"  {' '.join(dict.fromkeys(map(measure, trained))):{len(heading)}}"
         print(row.rstrip(), flush=True)
     if apart:
@@ -108,12 +108,11 @@ def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]
     import train
     from nib.formats.load import build, open_source, read_config
 
-    known = {field.name for field in dataclasses.fields(LabSettings)}
-    base, own = model.GPTConfig, {name: value for name, value in options.items() if name not in known}
-    others = {name: value for name, value in options.items() if name in known}
-    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **others)
-    hints = get_type_hints(base)
-    fields = [(name, hints[name], dataclasses.field(default=value)) for name, value in own.items()]
+    known = {name: value for name, value in options.items() if name in vars(parsed.settings)}
+    settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **known)
+    base = model.GPTConfig
+    own, types = options.keys() - known.keys(), get_type_hints(base)
+    fields = [(name, types[name], dataclasses.field(default=options[name])) for name in own]
     try:
         model.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields, bases=(base,))  # type: ignore[assignment, misc]
         with contextlib.redirect_stdout(io.StringIO()):  # the output is also in the run's log.txt

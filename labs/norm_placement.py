@@ -55,4 +55,4 @@ VARIANTS: Variants = {
 }
 
 if __name__ == "__main__":
-    main(__doc__ or "", __file__, VARIANTS, None, COMMON, Block=Block, GPTConfig=GPTConfig)
+    main(__doc__ or "", __file__, VARIANTS, common=COMMON, Block=Block, GPTConfig=GPTConfig)

@@ -16,15 +16,15 @@ from nib.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).with_name("page.html")
 PLACE = "/*DATA*/"
-NAMED = ("ids", "lens_ids", "share_ids", "near_ids")  # arrays of token ids whose text the page shows
+ID_ARRAYS = ("ids", "lens_ids", "share_ids", "near_ids")  # the page shows the text of these tokens
 
 
 def make_page(ids: list[int], tokenizer: Tokenizer, snapshots: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The page as HTML. `snapshots` are in the order of training; `about` has the other data that page.html reads."""
     named = {*ids}
     for snapshot in snapshots:
-        for name in NAMED:
-            named |= set(snapshot[name].unique().tolist()) if name in snapshot else set()
+        for name in snapshot.keys() & ID_ARRAYS:
+            named |= set(snapshot[name].unique().tolist())
     data = about | {
         "tokens": ids, "names": {id: name_of(tokenizer, id) for id in sorted(named)}, "habits": HABITS,
         "temperatures": TEMPERATURES, "snapshots": [encode(snapshot) for snapshot in snapshots],

@@ -6,8 +6,8 @@ Hidden states are the inputs and outputs of the blocks. Letters: T tokens, H hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Trace(TorchFunctionMode):
             ]
             for name in ("attention", "mlp"):
                 if isinstance(part := getattr(block, name, None), nn.Module):
-                    self.hooks.append(part.register_forward_hook(self.end_part(name)))
+                    self.hooks.append(part.register_forward_hook(partial(self.end_part, name)))
         if isinstance(norm := getattr(self.model, "norm", None), nn.Module):
             self.hooks.append(norm.register_forward_hook(self.end_norm))
         return super().__enter__()
@@ -64,13 +64,10 @@ class Trace(TorchFunctionMode):
         self.inside = False
         self.calls[-1].after = rows(result)
 
-    def end_part(self, name: str) -> Callable[..., None]:
-        def end(part: nn.Module, arguments: Any, result: Any) -> None:
-            if self.inside:
-                parts = self.calls[-1].parts
-                parts[name] = parts[name] + rows(result) if name in parts else rows(result)
-
-        return end
+    def end_part(self, name: str, part: nn.Module, arguments: Any, result: Any) -> None:
+        if self.inside:
+            parts = self.calls[-1].parts
+            parts[name] = parts[name] + rows(result) if name in parts else rows(result)
 
     def end_norm(self, norm: nn.Module, arguments: Any, result: Any) -> None:
         self.final = rows(arguments[0]), rows(result)
@@ -78,10 +75,8 @@ class Trace(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
         result = function(*arguments, **(named or {}))
         if function is F.scaled_dot_product_attention and self.inside:
-            weights = attention_weights(*arguments, **(named or {}))
-            value, returned = flat(arguments[2] if len(arguments) > 2 else named["value"]), flat(result)
-            mixed = weights @ value.repeat_interleave(weights.shape[0] // value.shape[0], 0)
-            call = self.calls[-1]
+            call, returned = self.calls[-1], flat(result)
+            weights, mixed = attend(*arguments, **(named or {}))
             call.maps.append(weights.float())
             difference = (mixed - returned).abs().max() / returned.abs().max().clamp_min(1e-30)
             call.error = max(call.error, float(difference.nan_to_num(1.0)))
@@ -99,17 +94,19 @@ def flat(x: Tensor) -> Tensor:
     return x.detach().cpu().double().flatten(0, -3)
 
 
-def attention_weights(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
     is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-) -> Tensor:  # fmt: skip
-    """The attention weights (H, T, S) of scaled_dot_product_attention, according to its documentation."""
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The weights (H, T, S) of scaled_dot_product_attention and its result (H, T, D), as it is documented."""
     shape = (*query.shape[:-1], key.shape[-2])
-    q, k = flat(query), flat(key)
-    scores = q @ k.repeat_interleave(q.shape[0] // k.shape[0], 0).mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v = flat(query), flat(key), flat(value)
+    k, v = (each.repeat_interleave(q.shape[0] // each.shape[0], 0) for each in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         scores = scores.masked_fill(torch.ones(shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
     if attn_mask is not None:
         mask = attn_mask.detach().cpu().broadcast_to(shape).flatten(0, -3)
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return scores.softmax(-1).nan_to_num()  # a query whose keys are all masked has weights of 0
+    weights = scores.softmax(-1).nan_to_num()  # a query whose keys are all masked has weights of 0
+    return weights, weights @ v
