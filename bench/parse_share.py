@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from model import GPT, GPTConfig
-from nib.formats.checkpoint import find_checkpoint, open_checkpoint
+from nib.formats.load import open_source
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--check", type=float, default=None, metavar="SHARE", help="exit 1 if the share is lower")
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(find_checkpoint(arguments.run))
+    checkpoint = open_source(arguments.run)
     model = GPT(GPTConfig(**checkpoint.model_config))
     model.load_state_dict(checkpoint.weights())
     tokenizer = checkpoint.tokenizer()

@@ -205,24 +205,12 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
             lock.close()
 
 
-def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
-    """The checkpoint or run directory of `target`: a path, or a run's name under `root`; None: the newest run.
-
-    A file such as checkpoints/latest means the checkpoint that it names. Raises InputError.
-    """
-    if target is None:
-        runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
-        if not runs:
-            raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
-        return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
-    places = Path(target), root / target
-    path = next((place for place in places if is_checkpoint(place)), None)
-    path = path or next((place for place in places if place.exists()), places[0])
-    if path.is_file() and named_checkpoint(path.parent, path.name):
-        return path.parent / named_checkpoint(path.parent, path.name)
-    if not path.exists():
-        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
-    return path
+def newest_run(root: Path) -> Path:
+    """The directory of the run under `root` with the newest checkpoint. Raises InputError."""
+    runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
+    if not runs:
+        raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
+    return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -233,13 +221,10 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
-    """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory. Raises InputError."""
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    if list_checkpoints(path):
-        good = newest_good(path, optimizer)
-        assert good is not None
-        return good
-    if not (path / SUMS_FILE).exists():
-        raise InputError(f"{path} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
-    return Checkpoint(path, optimizer)
+    """Open a checkpoint: a directory, one that a file such as checkpoints/latest names, or the newest good of a run.
+
+    Raises InputError.
+    """
+    if path.is_file():
+        path = path.parent / named_checkpoint(path.parent, path.name)
+    return newest_good(path / "checkpoints", optimizer) or newest_good(path, optimizer) or Checkpoint(path, optimizer)

@@ -18,8 +18,8 @@ from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
 from nib.common.wording import counted
 from nib.formats.adapter import AdaptedModel
-from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
-from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
+from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, is_checkpoint, newest_run, open_checkpoint
+from nib.formats.huggingface import HuggingFaceModel, find_config
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
 from nib.formats.peft import PeftAdapter, is_peft
 from nib.formats.places import Shapes
@@ -40,32 +40,42 @@ def open_source(target: str | None, root: Path = Path("out"), adapter: str = "")
     target. Sources have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if adapter:
-        found = open_adapter(adapter, root)
-        return with_base(found, root) if target is None else AdaptedModel(open_source(target, root), found)
-    for path in () if target is None else (Path(target), root / target):
+        merged = open_adapter(adapter, root)
+        return with_base(merged, root) if target is None else AdaptedModel(open_source(target, root), merged)
+    if target is None:
+        return with_base(open_checkpoint(newest_run(root)), root)
+    for path in (Path(target), root / target):
         pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
         if pickled.is_file() and not (path / "checkpoints").exists():
             return NanoGPTCheckpoint(pickled)
         # A directory with config.json but without weights does not hide a run of the same name.
-        if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
-            return HuggingFaceModel(path)
+        if (config := find_config(path)) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
+            return HuggingFaceModel(path, config)
         if is_peft(path):
             return with_base(PeftAdapter(path), root)
         if is_checkpoint(path):
-            return with_base(open_checkpoint(find_checkpoint(str(path))), root)
-    if target and is_hub_name(target):
+            return with_base(open_checkpoint(path), root)
+    if is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
-    path = find_checkpoint(target, root)
-    return HuggingFaceModel(path) if is_hugging_face(path) else with_base(open_checkpoint(path), root)
+    found = existing(target, root)
+    if found is None:
+        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
+    if find_config(found):
+        return HuggingFaceModel(found)  # says which of its files are missing
+    raise InputError(f"{found} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
+
+
+def existing(target: str, root: Path) -> Path | None:
+    return next((path for path in (Path(target), root / target) if path.exists()), None)
 
 
 def open_adapter(name: str, root: Path) -> Checkpoint | PeftAdapter:
     """A directory of peft's, or a LoRA run or one of its checkpoints. Raises InputError."""
-    path = next((path for path in (Path(name), root / name) if path.exists()), Path(name))
-    if not path.exists():
+    path = existing(name, root)
+    if path is None:
         raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a LoRA run")
     if is_checkpoint(path):
-        checkpoint = open_checkpoint(find_checkpoint(str(path)))
+        checkpoint = open_checkpoint(path)
         if "adapter" in checkpoint.state:
             return checkpoint
         raise InputError(f"{name} holds a whole model, not an adapter. Give it as the model, without --adapter")
