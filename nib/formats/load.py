@@ -132,8 +132,8 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
     For `sampling` the weights stay memory-mapped until they are quantised or copied. Raises InputError if they do not
     fit the model.
     """
-    weights = read_weights(source, make_model)
     model = without_drawing(make_model)
+    weights = read_weights(source, make_model if model is None else lambda: model)
     assign = sampling or model is not None
     if model is None:
         model = make_model()
