@@ -219,9 +219,14 @@ def as_onig(pattern: str) -> str:
     return re.sub(r"\$(?=\||$)", r"\\z", re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern))
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
-    """Write the files from which transformers' AutoTokenizer makes the same ids. Raises InputError."""
-    content = as_tokenizer_json(tokenizer)
+def write_tokenizer(
+    tokenizer: Tokenizer, directory: Path, block_size: int, content: dict[str, Any] | None = None
+) -> None:
+    """Write the files from which transformers' AutoTokenizer makes the same ids. Raises InputError.
+
+    `content` is what `as_tokenizer_json` returned, if it was called before: it takes 0.5 s for GPT-2's tokenizer.
+    """
+    content = content or as_tokenizer_json(tokenizer)
     (directory / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     config: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):
