@@ -54,10 +54,14 @@ class Checkpoint:
         self.held: IO[bytes] | None = None
         with contextlib.suppress(OSError):  # some file systems have no locks
             self.held = lock_files(directory, fcntl.LOCK_SH, "rb")
-        self.sums = self._json(SUMS_FILE)
+        sums = self._json(SUMS_FILE)
         for name in FILES:
-            if name != OPTIMIZER_FILE or optimizer:
-                self._check(name)
+            if name == OPTIMIZER_FILE and not optimizer:
+                continue
+            with self._reading(name) as path:
+                if file_sha256(path) != sums.get(name):
+                    what = f"{path} is damaged: its sha256 differs from the recorded one"
+                    raise BrokenCheckpoint(f"{what}. Use another checkpoint")
         self.state: dict[str, Any] = self._json(STATE_FILE)
         if self.state.get("format") != FORMAT or not isinstance(self.state.get("model_config"), dict):
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
@@ -81,12 +85,6 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         with self._reading(name) as path:
             return read_object(path, 1 << 24)
-
-    def _check(self, name: str) -> None:
-        with self._reading(name) as path:
-            if file_sha256(path) != self.sums.get(name):
-                what = f"{path} is damaged: its sha256 differs from the recorded one"
-                raise BrokenCheckpoint(f"{what}. Use another checkpoint")
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[Path]:
