@@ -34,6 +34,7 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
     "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json",
 )  # fmt: skip
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE)
+RUNS = Path("out")  # the directory of runs that are given by name
 STEP_NAME = re.compile(r"step-(\d{8,})")
 FORMAT = "nib-checkpoint-1"
 
@@ -203,11 +204,11 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
             lock.close()
 
 
-def newest_run(root: Path) -> Path:
-    """The directory of the run under `root` with the newest checkpoint. Raises InputError."""
-    runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
+def newest_run() -> Path:
+    """The directory of the run with the newest checkpoint. Raises InputError."""
+    runs = [latest for latest in RUNS.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
     if not runs:
-        raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
+        raise InputError(f"there is no run under {RUNS}/. Train one with: python train.py config/small.py")
     return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
 
 
