@@ -212,18 +212,12 @@ def newest_run() -> Path:
     return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint, a directory with checkpoints, or a file that names one."""
-    if path.is_file():
-        return bool(named_checkpoint(path.parent, path.name))
-    return bool((path / SUMS_FILE).exists() or list_checkpoints(path) or list_checkpoints(path / "checkpoints"))
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """A checkpoint's directory, or the one that a file such as checkpoints/latest names, or the newest good of a run.
 
-
-def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
-    """Open a checkpoint: a directory, one that a file such as checkpoints/latest names, or the newest good of a run.
-
-    Raises InputError.
+    None if `path` is none of these. Raises InputError.
     """
-    if path.is_file():
-        path = path.parent / named_checkpoint(path.parent, path.name)
-    return newest_good(path / "checkpoints", optimizer) or newest_good(path, optimizer) or Checkpoint(path, optimizer)
+    if path.is_file() and (name := named_checkpoint(path.parent, path.name)):
+        return Checkpoint(path.parent / name)
+    good = newest_good(path / "checkpoints") or newest_good(path)
+    return good or (Checkpoint(path) if (path / SUMS_FILE).exists() else None)

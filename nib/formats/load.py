@@ -18,7 +18,7 @@ from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
 from nib.common.wording import counted
 from nib.formats.adapter import AdaptedModel
-from nib.formats.checkpoint import RUNS, BrokenCheckpoint, Checkpoint, is_checkpoint, newest_run, open_checkpoint
+from nib.formats.checkpoint import RUNS, BrokenCheckpoint, Checkpoint, newest_run, open_checkpoint
 from nib.formats.huggingface import HuggingFaceModel, find_config
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
 from nib.formats.peft import PeftAdapter, is_peft
@@ -43,7 +43,7 @@ def open_source(target: str | None, adapter: str = "") -> Source:
         merged = open_adapter(adapter)
         return with_base(merged) if target is None else AdaptedModel(open_source(target), merged)
     if target is None:
-        return with_base(open_checkpoint(newest_run()))
+        target = str(newest_run())
     for path in (Path(target), RUNS / target):
         pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
         if pickled.is_file() and not (path / "checkpoints").exists():
@@ -53,8 +53,8 @@ def open_source(target: str | None, adapter: str = "") -> Source:
             return HuggingFaceModel(path, config)
         if is_peft(path):
             return with_base(PeftAdapter(path))
-        if is_checkpoint(path):
-            return with_base(open_checkpoint(path))
+        if checkpoint := open_checkpoint(path):
+            return with_base(checkpoint)
     if is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
     found = existing(target)
@@ -75,12 +75,10 @@ def open_adapter(name: str) -> Checkpoint | PeftAdapter:
     path = existing(name)
     if path is None:
         raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a LoRA run")
-    if is_checkpoint(path):
-        checkpoint = open_checkpoint(path)
-        if "adapter" in checkpoint.state:
-            return checkpoint
+    checkpoint = open_checkpoint(path)
+    if checkpoint and "adapter" not in checkpoint.state:
         raise InputError(f"{name} holds a whole model, not an adapter. Give it as the model, without --adapter")
-    return PeftAdapter(path)
+    return checkpoint or PeftAdapter(path)
 
 
 def base_name(adapter: Checkpoint | PeftAdapter) -> str:
