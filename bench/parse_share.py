@@ -16,7 +16,7 @@ import warnings
 from common import parser_for
 
 from model import GPT, GPTConfig
-from nib.formats.checkpoint import find_checkpoint, open_checkpoint
+from nib.formats.load import open_source
 from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--check", type=float, default=None, metavar="SHARE", help="exit 1 if the share is lower")
     arguments = parser.parse_args()
 
-    checkpoint = open_checkpoint(find_checkpoint(arguments.run))
+    checkpoint = open_source(arguments.run)
     model = GPT(GPTConfig(**checkpoint.model_config))
     model.load_state_dict(checkpoint.weights())
     tokenizer = checkpoint.tokenizer()

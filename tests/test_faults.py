@@ -22,7 +22,7 @@ from conftest import ROOT, run_script
 from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
 
 from nib.common.exits import InputError
-from nib.formats.checkpoint import FILES, Checkpoint, list_checkpoints, open_checkpoint
+from nib.formats.checkpoint import FILES, Checkpoint, list_checkpoints, newest_good, open_checkpoint
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
 
@@ -117,7 +117,7 @@ def test_a_disk_that_takes_no_more_leaves_the_last_checkpoint_good(once: Path, t
     assert "warning: the checkpoint could not be written" in done.stdout, "training goes on"
     assert "error: the checkpoint could not be written" in done.stderr
     assert [path.name for path in list_checkpoints(Path("out/run/checkpoints"))] == ["step-00000006", "step-00000003"]
-    assert open_checkpoint(Path("out/run"), optimizer=True).state["step"] == 6
+    assert newest_good(Path("out/run/checkpoints"), optimizer=True).state["step"] == 6
     assert train("--max_iters=20", "--checkpoint_interval=3", "--log_interval=5") == 0
 
 
@@ -147,7 +147,7 @@ def test_a_full_file_system_leaves_the_last_checkpoint_good(full: bool, once: Pa
     if not full:
         assert "warning: the checkpoint could not be written" in done.stdout, "training goes on"
     assert not list(Path("after/checkpoints").glob(".*")), "nothing half-written is left"
-    kept = open_checkpoint(Path("after"), optimizer=True).state["step"]
+    kept = newest_good(Path("after/checkpoints"), optimizer=True).state["step"]
     assert kept == 6 if full else 6 < kept < 18
     for run in ("before", "after"):  # both now with room
         assert train(*settings[len(TINY) :], f"--out_dir={run}") == 0

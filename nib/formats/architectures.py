@@ -151,7 +151,10 @@ def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, An
         if ours == "norm_eps":
             model[ours] = number(value.get(theirs, 1e-6), theirs, float, 0, 1)
         elif ours == "mlp":
-            model[ours] = read_activation(architecture, value.get(theirs, "silu"), theirs)
+            name = value.get(theirs, "silu")
+            model[ours] = ACTIVATIONS.get(str(name))
+            if model[ours] not in architecture.options["mlp"]:
+                raise refuse(architecture, f"{theirs} = {str(name)[:60]!r}")
         elif ours == "tie_weights":
             model[ours] = switch(value.get(theirs, False), theirs)
         elif value.get(theirs) is not None:
@@ -198,13 +201,6 @@ def switch(value: Any, key: str) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"{key} in config.json is {str(value)[:40]!r}, not true or false. Correct it")
     return value
-
-
-def read_activation(architecture: Architecture, name: Any, key: str) -> str:
-    found = ACTIVATIONS.get(name) if isinstance(name, str) else None
-    if found not in architecture.options["mlp"]:
-        raise refuse(architecture, f"{key} = {str(name)[:60]!r}")
-    return str(found)
 
 
 def read_window(architecture: Architecture, value: dict[str, Any], n_layer: int) -> int:

@@ -34,6 +34,7 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
     "model.safetensors", "optimizer.safetensors", "state.json", "checksums.json",
 )  # fmt: skip
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE)
+RUNS = Path("out")  # the directory of runs that are given by name
 STEP_NAME = re.compile(r"step-(\d{8,})")
 FORMAT = "nib-checkpoint-1"
 
@@ -54,10 +55,14 @@ class Checkpoint:
         self.held: IO[bytes] | None = None
         with contextlib.suppress(OSError):  # some file systems have no locks
             self.held = lock_files(directory, fcntl.LOCK_SH, "rb")
-        self.sums = self._json(SUMS_FILE)
+        sums = self._json(SUMS_FILE)
         for name in FILES:
-            if name != OPTIMIZER_FILE or optimizer:
-                self._check(name)
+            if name == OPTIMIZER_FILE and not optimizer:
+                continue
+            with self._reading(name) as path:
+                if file_sha256(path) != sums.get(name):
+                    what = f"{path} is damaged: its sha256 differs from the recorded one"
+                    raise BrokenCheckpoint(f"{what}. Use another checkpoint")
         self.state: dict[str, Any] = self._json(STATE_FILE)
         if self.state.get("format") != FORMAT or not isinstance(self.state.get("model_config"), dict):
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
@@ -81,12 +86,6 @@ class Checkpoint:
     def _json(self, name: str) -> dict[str, Any]:
         with self._reading(name) as path:
             return read_object(path, 1 << 24)
-
-    def _check(self, name: str) -> None:
-        with self._reading(name) as path:
-            if file_sha256(path) != self.sums.get(name):
-                what = f"{path} is damaged: its sha256 differs from the recorded one"
-                raise BrokenCheckpoint(f"{what}. Use another checkpoint")
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[Path]:
@@ -205,41 +204,20 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
             lock.close()
 
 
-def find_checkpoint(target: str | None, root: Path = Path("out")) -> Path:
-    """The checkpoint or run directory of `target`: a path, or a run's name under `root`; None: the newest run.
+def newest_run() -> Path:
+    """The directory of the run with the newest checkpoint. Raises InputError."""
+    runs = [latest for latest in RUNS.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
+    if not runs:
+        raise InputError(f"there is no run under {RUNS}/. Train one with: python train.py config/small.py")
+    return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
 
-    A file such as checkpoints/latest means the checkpoint that it names. Raises InputError.
+
+def open_checkpoint(path: Path) -> Checkpoint | None:
+    """A checkpoint's directory, or the one that a file such as checkpoints/latest names, or the newest good of a run.
+
+    None if `path` is none of these. Raises InputError.
     """
-    if target is None:
-        runs = [latest for latest in root.glob("*/checkpoints/latest") if named_checkpoint(latest.parent, "latest")]
-        if not runs:
-            raise InputError(f"there is no run under {root}/. Train one with: python train.py config/small.py")
-        return max(runs, key=lambda latest: latest.stat().st_mtime).parent.parent
-    places = Path(target), root / target
-    path = next((place for place in places if is_checkpoint(place)), None)
-    path = path or next((place for place in places if place.exists()), places[0])
-    if path.is_file() and named_checkpoint(path.parent, path.name):
-        return path.parent / named_checkpoint(path.parent, path.name)
-    if not path.exists():
-        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {root}/small")
-    return path
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint, a directory with checkpoints, or a file that names one."""
-    if path.is_file():
-        return bool(named_checkpoint(path.parent, path.name))
-    return bool((path / SUMS_FILE).exists() or list_checkpoints(path) or list_checkpoints(path / "checkpoints"))
-
-
-def open_checkpoint(path: Path, optimizer: bool = False) -> Checkpoint:
-    """Open a checkpoint directory, or the newest undamaged checkpoint of a run directory. Raises InputError."""
-    if (path / "checkpoints").is_dir():
-        path = path / "checkpoints"
-    if list_checkpoints(path):
-        good = newest_good(path, optimizer)
-        assert good is not None
-        return good
-    if not (path / SUMS_FILE).exists():
-        raise InputError(f"{path} is neither a run nor a checkpoint of nib. Give a directory such as out/small")
-    return Checkpoint(path, optimizer)
+    if path.is_file() and (name := named_checkpoint(path.parent, path.name)):
+        return Checkpoint(path.parent / name)
+    good = newest_good(path / "checkpoints") or newest_good(path)
+    return good or (Checkpoint(path) if (path / SUMS_FILE).exists() else None)

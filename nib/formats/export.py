@@ -69,6 +69,7 @@ def export(
             else:
                 write_weights(tensors, stored, staging, max_shard_bytes)
                 write_settings(architecture, source, model, tokenizer, stored, staging)
+                write_tokenizer(tokenizer, staging, model["block_size"], content)
                 card = model_card(source, architecture, model, size, tokenizer, out.name)
                 (staging / "README.md").write_text(card, "utf-8")
                 HuggingFaceModel(staging).match(shapes)  # check that the written model can be read
@@ -127,18 +128,15 @@ def write_settings(
     architecture: Architecture, source: Source, model: dict[str, Any], tokenizer: Tokenizer, dtype: torch.dtype,
     directory: Path,
 ) -> None:  # fmt: skip
-    """Write config.json, generation_config.json and the tokenizer's files."""
+    """Write config.json and generation_config.json."""
     ends = [id for id in (tokenizer.end_of_text, *sorted(tokenizer.stop_ids)) if id is not None]
     ids = {"bos_token_id": begin_of_text(tokenizer)[0], "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
     kind = str(dtype).removeprefix("torch.")
     config = write_config_json(architecture, model) | ids | {"pad_token_id": None, "dtype": kind}
     (directory / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    generation: dict[str, Any] = dict(ids)
     given = source.directory / GENERATION_JSON
-    if isinstance(source, HuggingFaceModel) and given.is_file():
-        generation = read_settings(given)
+    generation = read_settings(given) if isinstance(source, HuggingFaceModel) and given.is_file() else ids
     (directory / GENERATION_JSON).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(tokenizer, directory, model["block_size"])
 
 
 def model_card(

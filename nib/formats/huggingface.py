@@ -25,25 +25,23 @@ DTYPES = ("F32", "BF16", "F16")
 MAY_BE_TIED = ("lm_head.weight", "embed_tokens.weight", "wte.weight")  # of tied weights, only one name may be stored
 
 
-def is_hugging_face(path: Path) -> bool:
-    """Whether a directory's config.json is that of a transformers model."""
-    if not (path / CONFIG_FILE).is_file():
-        return False
+def find_config(path: Path) -> dict[str, Any]:
+    """The config.json of a transformers model; {} if there is none, or if it belongs to something else, as in a run."""
     try:
-        config = read_settings(path / CONFIG_FILE)
+        config = read_settings(path / CONFIG_FILE, optional=True)
     except InputError:
-        return False
-    return "architectures" in config or "model_type" in config
+        return {}
+    return config if "architectures" in config or "model_type" in config else {}
 
 
 class HuggingFaceModel(ImportedModel):
-    """A directory of one of the architectures in architectures.py. Raises InputError."""
+    """A directory of one of the architectures in architectures.py; `config` is its config.json. Raises InputError."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, config: dict[str, Any] | None = None) -> None:
         self.directory = directory
-        config = read_settings(directory / CONFIG_FILE)
+        self.config = config or read_settings(directory / CONFIG_FILE)
         try:
-            self.architecture, self.model_config, self.without_bias = read_config_json(config)
+            self.architecture, self.model_config, self.without_bias = read_config_json(self.config)
             self.tensors = self._find_tensors()
             if (layers := self.model_config["n_layer"]) > len(self.tensors):  # before so many layers are built
                 raise InputError(f"there are no weights for {counted(layers, 'layer')}. Download the model again")
@@ -104,4 +102,4 @@ class HuggingFaceModel(ImportedModel):
         return {name if name.startswith("lm_head.") else base + name: stored for name, stored in found.items()}
 
     def tokenizer(self) -> Tokenizer:
-        return read_tokenizer(self.directory)
+        return read_tokenizer(self.directory, self.config)

@@ -18,8 +18,8 @@ from nib.common.exits import InputError
 from nib.common.hub import MODEL_FILES, download, is_hub_name
 from nib.common.wording import counted
 from nib.formats.adapter import AdaptedModel
-from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, find_checkpoint, is_checkpoint, open_checkpoint
-from nib.formats.huggingface import HuggingFaceModel, is_hugging_face
+from nib.formats.checkpoint import RUNS, BrokenCheckpoint, Checkpoint, newest_run, open_checkpoint
+from nib.formats.huggingface import HuggingFaceModel, find_config
 from nib.formats.nanogpt import CHECKPOINT_FILE, NanoGPTCheckpoint
 from nib.formats.peft import PeftAdapter, is_peft
 from nib.formats.places import Shapes
@@ -33,43 +33,52 @@ Config = TypeVar("Config")
 KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  # accepted types, by annotation
 
 
-def open_source(target: str | None, root: Path = Path("out"), adapter: str = "") -> Source:
-    """The source that `target` names: a path, a run's name under `root`, or a hub name; None: the newest run.
+def open_source(target: str | None, adapter: str = "") -> Source:
+    """The source that `target` names: a path, a run's name, or a hub name; None: the newest run.
 
     A LoRA run or a directory of peft's is opened together with its base. `adapter` names an adapter to merge into the
     target. Sources have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if adapter:
-        found = open_adapter(adapter, root)
-        return with_base(found, root) if target is None else AdaptedModel(open_source(target, root), found)
-    for path in () if target is None else (Path(target), root / target):
+        merged = open_adapter(adapter)
+        return with_base(merged) if target is None else AdaptedModel(open_source(target), merged)
+    if target is None:
+        target = str(newest_run())
+    for path in (Path(target), RUNS / target):
         pickled = path if path.suffix == ".pt" else path / CHECKPOINT_FILE
         if pickled.is_file() and not (path / "checkpoints").exists():
             return NanoGPTCheckpoint(pickled)
         # A directory with config.json but without weights does not hide a run of the same name.
-        if is_hugging_face(path) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
-            return HuggingFaceModel(path)
+        if (config := find_config(path)) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
+            return HuggingFaceModel(path, config)
         if is_peft(path):
-            return with_base(PeftAdapter(path), root)
-        if is_checkpoint(path):
-            return with_base(open_checkpoint(find_checkpoint(str(path))), root)
-    if target and is_hub_name(target):
+            return with_base(PeftAdapter(path))
+        if checkpoint := open_checkpoint(path):
+            return with_base(checkpoint)
+    if is_hub_name(target):
         return HuggingFaceModel(download(target, MODEL_FILES))
-    path = find_checkpoint(target, root)
-    return HuggingFaceModel(path) if is_hugging_face(path) else with_base(open_checkpoint(path), root)
+    found = existing(target)
+    if found is None:
+        raise InputError(f"there is no run or checkpoint {target}. Give a directory such as {RUNS}/small")
+    if find_config(found):
+        return HuggingFaceModel(found)  # says which of its files are missing
+    raise InputError(f"{found} is neither a run nor a checkpoint of nib. Give a directory such as {RUNS}/small")
 
 
-def open_adapter(name: str, root: Path) -> Checkpoint | PeftAdapter:
+def existing(name: str) -> Path | None:
+    """The path `name`, or the run of that name; None if there is neither."""
+    return next((path for path in (Path(name), RUNS / name) if path.exists()), None)
+
+
+def open_adapter(name: str) -> Checkpoint | PeftAdapter:
     """A directory of peft's, or a LoRA run or one of its checkpoints. Raises InputError."""
-    path = next((path for path in (Path(name), root / name) if path.exists()), Path(name))
-    if not path.exists():
+    path = existing(name)
+    if path is None:
         raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a LoRA run")
-    if is_checkpoint(path):
-        checkpoint = open_checkpoint(find_checkpoint(str(path)))
-        if "adapter" in checkpoint.state:
-            return checkpoint
+    checkpoint = open_checkpoint(path)
+    if checkpoint and "adapter" not in checkpoint.state:
         raise InputError(f"{name} holds a whole model, not an adapter. Give it as the model, without --adapter")
-    return PeftAdapter(path)
+    return checkpoint or PeftAdapter(path)
 
 
 def base_name(adapter: Checkpoint | PeftAdapter) -> str:
@@ -83,12 +92,12 @@ def base_name(adapter: Checkpoint | PeftAdapter) -> str:
     return directory if Path(directory).exists() else name
 
 
-def with_base(found: Checkpoint | PeftAdapter, root: Path = Path("out")) -> Checkpoint | AdaptedModel:
+def with_base(found: Checkpoint | PeftAdapter) -> Checkpoint | AdaptedModel:
     """An adapter with the base it names; a checkpoint of a whole model is returned as it is. Raises InputError."""
     if isinstance(found, Checkpoint) and "adapter" not in found.state:
         return found
     try:
-        return AdaptedModel(open_source(base_name(found), root), found)
+        return AdaptedModel(open_source(base_name(found)), found)
     except InputError as error:
         way = f"Give the base first: BASE --adapter {shlex.quote(str(found.directory))}"
         raise InputError(f"the base of {found.directory} cannot be opened: {str(error).rstrip('.')}. {way}") from None
@@ -122,8 +131,8 @@ def build(source: Source, make_model: Callable[[], Model], sampling: bool = Fals
     For `sampling` the weights stay memory-mapped until they are quantised or copied. Raises InputError if they do not
     fit the model.
     """
-    weights = read_weights(source, make_model)
     model = without_drawing(make_model)
+    weights = read_weights(source, make_model if model is None else lambda: model)
     assign = sampling or model is not None
     if model is None:
         model = make_model()

@@ -20,7 +20,7 @@ from nib.common.exits import InputError
 from nib.common.files import read_object
 from nib.formats.adapter import AdaptedModel, Pair, Pairs, adapted_layers
 from nib.formats.architectures import Architecture, choose_architecture
-from nib.formats.places import Place, Shapes, places
+from nib.formats.places import Shapes, places
 
 CONFIG_FILE, WEIGHTS_FILE, PICKLED_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
@@ -88,21 +88,14 @@ class PeftAdapter:
         """The adapter's pairs by nib's slices; `shapes` are the base's parameters. Raises InputError."""
         rest = {name.removeprefix(PREFIX): tensor for name, tensor in self.tensors.items()}
         found: Pairs = {}
-        for place, names in their_modules(base, shapes):
-            first, module = 0, place.ours.removesuffix(".weight")
-            sizes = adapted_layers({place.ours: shapes[place.ours]}, base.model_config)[module]
-            ends = dict(zip(sizes, torch.tensor(list(sizes.values())).cumsum(0).tolist(), strict=True))
-            for name, rows in names.items():
-                A, B = (rest.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
-                if A is not None and B is not None:
-                    pair = self.pair(name, A, B, (rows, shapes[place.ours][1]))
-                    for target, end in ends.items():  # GPT-2 has one pair for queries, keys and values
-                        if first <= end - sizes[target] and end <= first + rows:
-                            part = pair.B[end - sizes[target] - first : end - first]
-                            found[f"{module}.{target}"] = Pair(pair.A, part, pair.scale)
-                elif A is not None or B is not None:
-                    raise self.wrong(f"one of the two matrices of {name} is missing", "Copy the adapter again")
-                first += rows
+        for module, name, sizes in their_modules(base, shapes):
+            A, B = (rest.pop(f"{name}.lora_{side}.weight", None) for side in "AB")
+            if A is not None and B is not None:
+                pair = self.pair(name, A, B, (sum(sizes.values()), shapes[f"{module}.weight"][1]))
+                for target, part in zip(sizes, pair.B.split(list(sizes.values())), strict=True):
+                    found[f"{module}.{target}"] = Pair(pair.A, part, pair.scale)
+            elif A is not None or B is not None:
+                raise self.wrong(f"one of the two matrices of {name} is missing", "Copy the adapter again")
         if rest:
             kind = "the embedding or head" if re.search(r"embed|lm_head|wte|wpe", min(rest)) else "it"
             raise self.wrong(f"{min(rest)[:100]} does not fit {base.directory}: nib does not adapt {kind}")
@@ -148,13 +141,18 @@ def is_safe(pattern: str) -> bool:
     return len(pattern) < 200 and not re.search(r"\)[*+?{]", pattern) and len(re.findall(r"[*+{]", pattern)) <= 3
 
 
-def their_modules(base: Any, shapes: Shapes) -> Iterator[tuple[Place, dict[str, int]]]:
-    """Each linear layer of model.py, and the architecture's modules that make it up, with their rows."""
-    model = base.model_config
-    layers = adapted_layers(shapes, model)
-    for place in places(architecture_of(base), model, shapes):
-        if place.ours.removesuffix(".weight") in layers:
-            yield place, {name.removesuffix(".weight"): shape[place.transposed] for name, shape in place.parts}
+def their_modules(base: Any, shapes: Shapes) -> Iterator[tuple[str, str, dict[str, int]]]:
+    """The architecture's linear modules: the layer of model.py that each is in, its name, its slices and their rows.
+
+    GPT-2 has one module for queries, keys and values; the others have one for each slice.
+    """
+    layers = adapted_layers(shapes, base.model_config)
+    for place in places(architecture_of(base), base.model_config, shapes):
+        module = place.ours.removesuffix(".weight")
+        if sizes := layers.get(module):
+            each = [{target: rows} for target, rows in sizes.items()]
+            for (name, _), own in zip(place.parts, [sizes] if len(place.parts) == 1 else each, strict=True):
+                yield module, name.removesuffix(".weight"), own
 
 
 def architecture_of(base: Any) -> Architecture:
@@ -169,16 +167,12 @@ def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: tor
     tensors: dict[str, Tensor] = {}
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for place, names in their_modules(base, shapes):
-        module = place.ours.removesuffix(".weight")
-        sizes = adapted_layers({place.ours: shapes[place.ours]}, base.model_config)[module]
-        groups = [[target] for target in sizes] if len(names) == len(sizes) else [list(sizes)]
-        for name, targets in zip(names, groups, strict=True):
-            own = {target: pairs[f"{module}.{target}"] for target in targets if f"{module}.{target}" in pairs}
-            if own:
-                A, B, alpha = joined(own, sizes, targets)
-                tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
-                ranks[name], alphas[name] = len(A), alpha
+    for module, name, sizes in their_modules(base, shapes):
+        own = {target: pairs[f"{module}.{target}"] for target in sizes if f"{module}.{target}" in pairs}
+        if own:
+            A, B, alpha = as_one_pair(own, sizes)
+            tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
+            ranks[name], alphas[name] = len(A), alpha
     tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
     rank, alpha = min(ranks.values()), min(alphas.values())
     name = source.state.get("adapter", {}).get("base") or str(base.directory)
@@ -195,18 +189,15 @@ def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: tor
     save_file(tensors, directory / WEIGHTS_FILE, metadata)
 
 
-def joined(own: Pairs, sizes: dict[str, int], targets: list[str]) -> tuple[Tensor, Tensor, float]:
+def as_one_pair(own: Pairs, sizes: dict[str, int]) -> tuple[Tensor, Tensor, float]:
     """A, B and alpha of one module of peft's, which holds one slice of nib's or all slices of a layer.
 
     For several slices the matrices A are stacked, and B is block-diagonal: the rank is the sum of theirs.
     """
     A = torch.cat([pair.A for pair in own.values()])
-    B, column, row = torch.zeros(sum(sizes[target] for target in targets), len(A)), 0, 0
     scale = next(iter(own.values())).scale
-    for target in targets:
+    blocks = [torch.zeros(rows, 0) for rows in sizes.values()]
+    for place, target in enumerate(sizes):
         if pair := own.get(target):
-            rank = pair.B.shape[1]
-            B[row : row + sizes[target], column : column + rank] = pair.B * (pair.scale / scale)
-            column += rank
-        row += sizes[target]
-    return A, B, scale * len(A)
+            blocks[place] = pair.B.float() * (pair.scale / scale)
+    return A, torch.block_diag(*blocks), scale * len(A)

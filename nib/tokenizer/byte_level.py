@@ -77,8 +77,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def chat_template(self) -> str:
         """The template; the one called "default" if the model has several."""
         found = self.config.get("chat_template") or ""
-        named = {entry.get("name"): entry.get("template") for entry in found} if isinstance(found, list) else {}
-        return str(named.get("default", "") if isinstance(found, list) else found)
+        if isinstance(found, list):
+            found = {entry.get("name"): entry.get("template") for entry in found}.get("default", "")
+        return str(found)
 
     @chat_template.setter
     def chat_template(self, template: str) -> None:

@@ -7,6 +7,7 @@ characters in a row, with any pattern; a piece is at most half of that).
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -45,20 +46,10 @@ def cut(block: bytes) -> int:
     half = len(block) // 2
     if found := _ASCII_CUT.match(block, half):
         return found.end()
-    end = _whole_characters(block)
     start = next(i for i in range(half, half + 4) if block[i] & 0xC0 != 0x80 or i == half + 3)
-    try:
-        found_letter = _LETTER_CUT.match(block[start:end].decode("utf-8"))
-    except UnicodeDecodeError:  # reported when the piece is encoded
-        return end
-    return start + len(found_letter[0].encode("utf-8")) if found_letter else end
-
-
-def _whole_characters(block: bytes) -> int:
-    """The length of `block` without an incomplete UTF-8 character at its end."""
-    for back in range(1, min(4, len(block)) + 1):
-        byte = block[-back]
-        if byte & 0xC0 != 0x80:  # the last character's first byte
-            length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return len(block) - back if length > back else len(block)
-    return len(block)
+    try:  # without an incomplete character at the end
+        text, size = codecs.utf_8_decode(block[start:], "strict", False)
+    except UnicodeDecodeError:  # reported, or replaced, when the piece is encoded
+        return start + codecs.utf_8_decode(block[start:], "replace", False)[1]
+    found_letter = _LETTER_CUT.match(text)
+    return start + (len(found_letter[0].encode("utf-8")) if found_letter else size)

@@ -28,22 +28,24 @@ KEPT = (*NAMED_TOKENS, "chat_template", "add_bos_token", "add_eos_token")
 GPT2_MODELS = ("gpt2", None)  # model types whose vocab.json and merges.txt go with GPT-2's split pattern
 
 
-def has_tokenizer(directory: Path) -> bool:
-    return (directory / TOKENIZER_JSON).is_file() or (directory / "vocab.json").is_file()
-
-
-def read_tokenizer(directory: Path) -> Tokenizer:
+def read_tokenizer(directory: Path, model: dict[str, Any] | None = None) -> Tokenizer:
     """The tokenizer of a Hugging Face directory: tokenizer.json, or GPT-2's vocab.json and merges.txt.
 
-    A character tokenizer that `write_tokenizer` wrote becomes a CharTokenizer again. Raises InputError.
+    `model` is the content of config.json, if it was read before. A character tokenizer that `write_tokenizer` wrote
+    becomes a CharTokenizer again. Raises InputError.
     """
-    settings, model, generation = (
-        read_settings(directory / name, optional=True) for name in (CONFIG_JSON, "config.json", GENERATION_JSON)
-    )
+    if model is None:
+        model = read_settings(directory / "config.json", optional=True)
+    settings, generation = (read_settings(directory / name, optional=True) for name in (CONFIG_JSON, GENERATION_JSON))
+    template = read_text(directory / CHAT_TEMPLATE) if (directory / CHAT_TEMPLATE).is_file() else None
     if (directory / TOKENIZER_JSON).is_file():
         content = read_settings(directory / TOKENIZER_JSON)
         if letters := _characters(content):
-            return _char_tokenizer(letters, content, directory)
+            characters = CharTokenizer(letters)
+            characters.add_special_tokens(token["content"] for token in content["added_tokens"])
+            characters.stop_ids = frozenset(_end_ids(generation, GENERATION_JSON, characters))
+            characters.chat_template = template or ""
+            return characters
     elif (directory / "vocab.json").is_file() and (directory / "merges.txt").is_file():
         if model.get("model_type") not in GPT2_MODELS:
             raise InputError(f"{directory} has no {TOKENIZER_JSON}. Save its tokenizer again with transformers")
@@ -51,8 +53,8 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     else:
         raise InputError(f"there is no {TOKENIZER_JSON} in {directory}. Give a complete model directory")
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
-    if (directory / CHAT_TEMPLATE).is_file():
-        config["chat_template"] = read_text(directory / CHAT_TEMPLATE)
+    if template is not None:
+        config["chat_template"] = template
     tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
     named = (tokenizer.tokenizer.token_to_id(token) for token in (str(config.get("eos_token", "")), END_OF_TEXT))
     first, last = ([] if id is None else [id] for id in named)
@@ -82,17 +84,6 @@ def _characters(content: dict[str, Any]) -> str:
     letters = "".join(vocab) if isinstance(vocab, dict) else ""
     plain = vocab == {letter: id for id, letter in enumerate(letters)} and sorted(set(letters)) == list(letters)
     return letters if plain and not content.get("normalizer") and not content.get("pre_tokenizer") else ""
-
-
-def _char_tokenizer(letters: str, content: dict[str, Any], directory: Path) -> CharTokenizer:
-    """The tokenizer of these characters, with the special tokens and the chat template of its directory."""
-    tokenizer = CharTokenizer(letters)
-    tokenizer.add_special_tokens(token["content"] for token in content["added_tokens"])
-    generation = read_settings(directory / GENERATION_JSON, optional=True)
-    tokenizer.stop_ids = frozenset(_end_ids(generation, GENERATION_JSON, tokenizer))
-    if (directory / CHAT_TEMPLATE).is_file():
-        tokenizer.chat_template = read_text(directory / CHAT_TEMPLATE)
-    return tokenizer
 
 
 def read_text(path: Path) -> str:
@@ -228,9 +219,14 @@ def as_onig(pattern: str) -> str:
     return re.sub(r"\$(?=\||$)", r"\\z", re.sub(r"(\{\d+,?\d*\})\+", r"\1", pattern))
 
 
-def write_tokenizer(tokenizer: Tokenizer, directory: Path, block_size: int) -> None:
-    """Write the files from which transformers' AutoTokenizer makes the same ids. Raises InputError."""
-    content = as_tokenizer_json(tokenizer)
+def write_tokenizer(
+    tokenizer: Tokenizer, directory: Path, block_size: int, content: dict[str, Any] | None = None
+) -> None:
+    """Write the files from which transformers' AutoTokenizer makes the same ids. Raises InputError.
+
+    `content` is what `as_tokenizer_json` returned, if it was called before: it takes 0.5 s for GPT-2's tokenizer.
+    """
+    content = content or as_tokenizer_json(tokenizer)
     (directory / TOKENIZER_JSON).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
     config: dict[str, Any] = {}
     if isinstance(tokenizer, HuggingFaceTokenizer):

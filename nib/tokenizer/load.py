@@ -64,9 +64,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
         in_checkpoints = sorted(path.glob(f"checkpoints/*/{TOKENIZER_FILE}"))
         found = in_checkpoints[-1] if in_checkpoints else path / TOKENIZER_FILE
         if not found.exists():
-            from nib.tokenizer.huggingface import has_tokenizer, read_tokenizer
+            from nib.tokenizer.huggingface import TOKENIZER_JSON, read_tokenizer
 
-            if has_tokenizer(path):
+            if (path / TOKENIZER_JSON).is_file() or (path / "vocab.json").is_file():
                 return read_tokenizer(path)
         path = found
     try:

@@ -20,7 +20,7 @@ from nib.formats.checkpoint import (
     MODEL_FILE,
     SUMS_FILE,
     Checkpoint,
-    find_checkpoint,
+    open_checkpoint,
     remove_old,
     write_checkpoint,
 )
@@ -50,7 +50,7 @@ def test_what_was_written_is_read(checkpoint: Path) -> None:
     found = Checkpoint(checkpoint, optimizer=True)
     assert found.state["step"] == 7
     assert all(torch.equal(found.weights()[name], value) for name, value in WEIGHTS.items())
-    assert find_checkpoint(str(checkpoint.parent / "latest")) == checkpoint
+    assert open_checkpoint(checkpoint.parent / "latest").directory == checkpoint
 
 
 @QUICK

@@ -317,9 +317,8 @@ def test_a_directory_of_parquet_is_read_without_the_notes_beside_it(tmp_path: Pa
     data = prepared(tmp_path, "hub", "--tokenizer=byte", "--val-fraction=0")
     assert data.documents("train") == [f"row {number} {index}" for number in range(3) for index in range(4)]
     write_jsonl(tmp_path / "hub/more.jsonl", ["x"])
-    assert prepared(tmp_path, "hub", "--tokenizer=byte", "--val-fraction=0", "--glob=*.jsonl").documents("train") == [
-        "x"
-    ]
+    options = ["--tokenizer=byte", "--val-fraction=0"]
+    assert prepared(tmp_path, "hub", *options, "--glob=*.jsonl").documents("train") == ["x"]
     parquet.write_table(pyarrow.table({"messages": [CHAT]}), tmp_path / "chat.parquet")
     chat = prepared(tmp_path, "chat.parquet", "--tokenizer=byte", "--val-fraction=0")
     assert chat.documents("train") == [CHAT_TEXT]

@@ -21,13 +21,7 @@ from nib.formats.peft import PeftAdapter, write_peft
 TOKENS = random_tokens(2, 24)
 GPT2, LLAMA = ("GPT2", {}), ("Llama", dict(num_key_value_heads=2))
 LAYERS = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32)}
-CONFIG: dict[str, Any] = {
-    "peft_type": "LORA",
-    "r": 4,
-    "lora_alpha": 8,
-    "base_model_name_or_path": "base",
-    "bias": "none",
-}
+CONFIG: dict[str, Any] = dict(peft_type="LORA", r=4, lora_alpha=8, base_model_name_or_path="base", bias="none")
 
 
 def write_adapter(directory: Path, **config: Any) -> Path:

@@ -12,7 +12,8 @@ import torch
 from hf_helpers import change_config, exported, load_ours, make_model, save_model, their_logits
 from model_helpers import LLAMA, random_model, random_tokens, randomise
 from test_export import BYTE, open_theirs, save_run
-from test_vocabulary import hf_bytes, in_corpus, tiny_train  # noqa: F401
+from test_load import in_corpus, tiny_train  # noqa: F401
+from test_vocabulary import hf_bytes
 
 from model import GPT, GPTConfig, rotary_frequencies
 from nib.common.exits import InputError
@@ -324,14 +325,8 @@ def llama_cpp_logprobs(path: Path, tokens: list[int]) -> torch.Tensor:
     options.n_ctx = options.n_batch = options.n_ubatch = 2048
     options.cache_type_k = options.cache_type_v = llama.ggml_type.GGML_TYPE_F32
     options.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    written = llama.Server(options).handle_completions(
-        {
-            "prompt": tokens,
-            "n_predict": 1,
-            "n_probs": 257,
-            "logit_bias": [[97, 1000.0]],
-        }  # of "a", which is a whole text
-    )
+    request = {"prompt": tokens, "n_predict": 1, "n_probs": 257, "logit_bias": [[97, 1000.0]]}  # "a": a whole text
+    written = llama.Server(options).handle_completions(request)
     found = written["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     return torch.tensor([each["logprob"] for each in sorted(found, key=lambda each: each["id"])])
 

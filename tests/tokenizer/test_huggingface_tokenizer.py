@@ -209,10 +209,6 @@ def test_data_is_prepared_with_the_tokenizer_of_a_directory(tmp_path: Path) -> N
     assert data.meta["vocab_size"] == 604
 
 
-def broken(content: Any, **changes: Any) -> Any:
-    return content | changes
-
-
 BROKEN: dict[str, tuple[dict, str]] = {
     "no model": (dict(model=None), "not a byte-level BPE"),
     "word pieces": (dict(model={"type": "WordPiece", "vocab": {}}), "WordPiece decoded by ByteLevel"),

@@ -184,34 +184,10 @@ def test_pieces_have_the_tokens_of_the_whole(tokenizers: dict[str, Tokenizer], m
     gpt2 = tokenizers["gpt2"]
     assert isinstance(gpt2, BpeTokenizer)
     draw = random.Random(1)
-    between = [
-        " ",
-        "\n",
-        "\r\n",
-        "\n\n",
-        "  ",
-        " \n ",
-        "\t",
-        "\n    ",
-        " '",
-        "'s ",
-        "'S\n",
-        ", ",
-        ".\n",
-        "! ",
-        "7 ",
-        " ²\n",
-    ]
-    foreign = [
-        "。",
-        "、",
-        "，",
-        "\n",
-        " ",
-        "\u3000",
-        "。🙂 हिन्दी",
-        " é\u0301 ",
-    ]  # no ASCII letter: the second way to cut
+    between = [" ", "\n", "\r\n", "\n\n", "  ", " \n ", "\t", "\n    "]
+    between += [" '", "'s ", "'S\n", ", ", ".\n", "! ", "7 ", " ²\n"]
+    # No ASCII letter: the second way to cut.
+    foreign = ["。", "、", "，", "\n", " ", "\u3000", "。🙂 हिन्दी", " é\u0301 "]
     for name, pattern in known_patterns(monkeypatch).items():
         tokenizer = BpeTokenizer(name, pattern, gpt2.ranks, {})
         for letters, units in (("abcXYZ019", between), ("中本に한д", foreign)):

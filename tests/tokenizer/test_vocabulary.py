@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 from conftest import Call
 from hf_helpers import save_model
-from test_train import TINY
+from test_load import in_corpus, tiny_train  # noqa: F401
 
 import evaluate
 import export
 import prepare_data
 import sample
-import train
 from nib.common.exits import InputError
 from nib.formats.checkpoint import open_checkpoint
 from nib.generation.engine import generate_text
@@ -42,18 +41,6 @@ def hf_bytes(directory: Path, added: dict[str, bool] | None = None, **config: An
         settings = json.loads((directory / name).read_text()) | {"eos_token_id": END}
         (directory / name).write_text(json.dumps(settings | config.get(name.removesuffix(".json"), {})))
     return directory
-
-
-def tiny_train(*arguments: str) -> int:
-    options = [option for option in TINY if not option.startswith(("--n_", "--block_size"))]
-    return train.train(train.read_settings([*options, *arguments]))
-
-
-@pytest.fixture
-def in_corpus(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").symlink_to(corpus / "data")
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY])
 
 
 # ---- ids that end a text -------------------------------------------------------------------------------------------
@@ -101,7 +88,8 @@ def test_a_broken_generation_config_is_one_line(text: str, call: Call, tmp_path:
     assert "generation_config.json is not a JSON object" in done.stderr
 
 
-def test_a_tuned_model_ends_its_texts_as_the_one_it_came_from(in_corpus: None, call: Call, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("in_corpus")
+def test_a_tuned_model_ends_its_texts_as_the_one_it_came_from(call: Call, tmp_path: Path) -> None:
     hf_bytes(tmp_path / "hf", generation_config={"eos_token_id": [END, 10, 7]})
     tiny_train("--init_from=hf", "--max_iters=2")
     tiny_train("--init_from=hf", "--max_iters=3")
