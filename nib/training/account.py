@@ -69,6 +69,7 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     if settings.objective == "dpo":
         raise InputError("dry_run does not support objective=dpo. Leave it out")
     settings.complete(parsed.given)
+    training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
 
     def make() -> Any:
         model = GPT(config)
@@ -93,7 +94,6 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
         sizes = sizes[1:]
     micro = sizes[0]
     trial = timed_steps(make, settings, cluster, micro) if fits else None
-    training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
     epoch, mean_tokens = (training.size, training.mean_tokens) if training else (0, float(settings.block_size))
     steps = (settings if training else replace(settings, max_epochs=0.0)).steps(epoch, mean_tokens)
     if settings.max_seconds and trial:

@@ -27,7 +27,6 @@ from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
-from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place, training_precision
 from nib.training.report import Reporter, command_line, way_back
@@ -38,7 +37,8 @@ from nib.training.state import Progress, restore
 from nib.training.validation import Validation
 
 if TYPE_CHECKING:
-    from nib.training.dpo import PreferenceValidation
+    from nib.training.dpo import Preferences, PreferenceValidation
+    from nib.training.objective import LanguageModelling
 
 
 class Run:
@@ -47,6 +47,7 @@ class Run:
     adapter: dict[str, Any] | None = None  # with lora_rank: the description of adapter and base for checkpoints
     lock: IO[str] | None = None
     stop: StopSignal | None = None
+    objective: LanguageModelling | Preferences
     model: Any  # model.GPT
     precision: Precision
     ready: nn.Module  # the model wrapped in DDP and compiled, if asked
@@ -76,7 +77,6 @@ class Run:
 
     def open(self) -> None:
         """Lock the directory and install signal handlers. Raises InputError."""
-        self.objective = make_objective(self.settings, self.dataset)
         self.training, self.validation = self.objective.training, self.objective.validation
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
