@@ -67,12 +67,6 @@ class Run:
         self.loss = self.grad_norm = math.nan  # of the last step that was read
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     # ---- the beginning and the end
 
     def open(self) -> None:
@@ -88,13 +82,12 @@ class Run:
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
-        """Undo `open`. A second call does nothing."""
+        """Undo `open`."""
         if self.stop and self.cluster.world == 1:  # torchrun's SIGTERM must not cut the traceback of one of several
             self.stop.restore()
         if self.lock:
             self.saver.wait()  # a checkpoint may still be written to the directory
             self.lock.close()
-        self.stop = self.lock = None
 
     def take(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
         """Move the model to its device, make its optimizers, and restore the checkpoint.

@@ -7,6 +7,8 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
 SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
 
-def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
-    """A run that is ready for its next step, or with eval_only for validation. `GPT` and `GPTConfig` are model.py's.
+@contextmanager
+def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Iterator[Run]:
+    """A run that is ready for its next step, or with eval_only for validation; it is closed after the body.
 
-    Nothing is written before all inputs are known to fit together. Raises InputError and RunError.
+    `GPT` and `GPTConfig` are model.py's. Nothing is written before all inputs are known to fit together. Raises
+    InputError and RunError.
     """
     settings = parsed.settings
     dataset = open_mixture(settings.dataset)
@@ -63,10 +67,9 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     try:
         run.open()
         run.take(model, checkpoint)
-    except BaseException:
+        yield run
+    finally:
         run.close()
-        raise
-    return run
 
 
 def open_mixture(text: str) -> Dataset | Mixture:
