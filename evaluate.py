@@ -80,6 +80,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.data.mixture import read_names
+    from nib.data.open import open_dataset
     from nib.data.paths import find_dataset
     from nib.formats.load import build, read_config
     from nib.generation.scoring import (
@@ -90,7 +91,6 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
         texts_of_dataset,
         texts_of_file,
     )  # fmt: skip
-    from nib.training.start import open_dataset
 
     own = getattr(source, "state", {}).get("settings", {}).get("dataset")
     wanted = settings.data or ([*read_names(str(own))] if own else [])

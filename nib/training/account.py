@@ -28,6 +28,7 @@ from nib.common.wording import counted, duration, size
 from nib.cpu.process import tune_for_training
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
+from nib.data.open import open_mixture
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS
 from nib.data.sequences import training_sequences
@@ -40,7 +41,7 @@ from nib.training.placement import large_enough, micro_batch_sizes, set_limits, 
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
-from nib.training.start import choose_shape, open_mixture
+from nib.training.start import choose_shape
 from nib.training.step import optimizer_step
 
 GPT2_VOCABULARY = 50257

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nib.common.exits import InputError, RunError
+from nib.common.exits import InputError
 from nib.common.options import Parsed
 from nib.cpu.process import tune_for_training
 from nib.data.dataset import Dataset
-from nib.data.mixture import Mixture, read_names
-from nib.data.paths import find_dataset
-from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
-from nib.data.shards import staging_path
+from nib.data.mixture import Mixture
+from nib.data.open import open_mixture
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import Source, base_name, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
@@ -31,9 +25,6 @@ from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
 
-# How long the other processes wait for a built-in corpus if the first process has made no files yet, and if its files
-# do not change. On a network file system a new name may take a minute to appear.
-ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
 SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
 
@@ -45,7 +36,8 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Iterator
     InputError and RunError.
     """
     settings = parsed.settings
-    dataset = open_mixture(settings.dataset)
+    # Before the processes connect, since preparing a corpus may take longer than they wait for each other.
+    dataset = open_mixture(settings.dataset, first=own_place().rank == 0)
     settle_objective(settings, dataset)
     settings.complete(parsed.given)
     settings.check()  # again, with the defaults that `complete` filled in
@@ -70,56 +62,6 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Iterator
         yield run
     finally:
         run.close()
-
-
-def open_mixture(text: str) -> Dataset | Mixture:
-    """The dataset that the setting `dataset` names, or the mixture of several. Raises InputError."""
-    shares = read_names(text)
-    parts = {name: open_dataset(name) for name in shares}
-    return Mixture(parts, list(shares.values())) if len(parts) > 1 else next(iter(parts.values()))
-
-
-def open_dataset(name: str) -> Dataset:
-    """The prepared directory NAME, or data/NAME. The first process prepares a built-in corpus if it is missing.
-
-    Called before the processes connect, since preparing may take longer than PATIENCE. Raises InputError.
-    """
-    directory = find_dataset(name)
-    if not directory.exists() and name in BUILTIN_DATASETS:
-        if own_place().rank == 0:
-            prepare_builtin(name)
-        else:
-            wait_for_dataset(directory)
-    if not directory.exists():
-        have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
-        prepared = f" Prepared: {', '.join(have)}." if have else ""
-        raise InputError(
-            f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
-            f"Make it with: python prepare_data.py SOURCE --out {shlex.quote(f'data/{Path(name).name}')}"
-        )
-    return Dataset(directory)
-
-
-def wait_for_dataset(directory: Path) -> None:
-    """Return when the first process has prepared `directory`.
-
-    Raises RunError if its files do not change for too long: it failed, never started, or has another file system.
-    """
-    print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
-    seen, since = None, time.monotonic()
-    while True:
-        work = [staging_path(directory), *staging_path(directory).glob("**/*")]
-        now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
-        if directory.exists():  # checked after `work`, since renaming removes the files there
-            return
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > (SILENT_SECONDS if now else ABSENT_SECONDS):
-            raise RunError(
-                f"process 0 is not preparing {directory}. See its message, or unset RANK if this is the only process, "
-                f"or prepare it first: python prepare_data.py {directory.name}"
-            )
-        time.sleep(0.2)
 
 
 def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
