@@ -88,12 +88,10 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, 1)
     sizes = sizes if settings.micro_batch_size else large_enough(sizes, settings.block_size, config, device)
     free = free_memory(device)
-    while True:
-        memory = memory_of_step(make, settings, cluster, sizes[0])
-        if (fits := (memory["peak"] or 0) < free) or len(sizes) == 1:
+    for micro in sizes:
+        memory = memory_of_step(make, settings, cluster, micro)
+        if fits := (memory["peak"] or 0) < free:
             break
-        sizes = sizes[1:]
-    micro = sizes[0]
     trial = timed_steps(make, settings, cluster, micro) if fits else None
     epoch, mean_tokens = (training.size, training.mean_tokens) if training else (0, float(settings.block_size))
     steps = (settings if training else replace(settings, max_epochs=0.0)).steps(epoch, mean_tokens)

@@ -126,6 +126,6 @@ def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: 
             raise InputError(f"{what}: the checksum of its weights differs. Give another --out_dir")
         try:
             load_adapter(model, checkpoint.weights())
-        except (RuntimeError, KeyError) as error:
+        except RuntimeError as error:
             raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
     return about

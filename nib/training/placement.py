@@ -104,12 +104,7 @@ def set_limits(model: Any, settings: TrainSettings, precision: Precision) -> Non
 
 
 def fit_to_device(
-    model: nn.Module,
-    settings: TrainSettings,
-    precision: Precision,
-    cluster: Cluster,
-    report: Reporter,
-    rows: int = 1,
+    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter, rows: int
 ) -> tuple[int, nn.Module]:
     """The micro-batch size of a process, and the model ready to train: wrapped in DDP, and compiled if asked.
 

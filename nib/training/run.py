@@ -32,7 +32,7 @@ from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, 
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.saving import Saver, finish_saving, lock_run, save, unchanged
 from nib.training.schedule import finished, rate_factor
-from nib.training.settings import TrainSettings, as_dict
+from nib.training.settings import TrainSettings
 from nib.training.state import Progress, restore
 from nib.training.validation import Validation
 
@@ -71,7 +71,7 @@ class Run:
 
     def open(self) -> None:
         """Lock the directory and install signal handlers. Raises InputError."""
-        self.training, self.validation = self.objective.training, self.objective.validation
+        self.training = self.objective.training
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
@@ -123,7 +123,7 @@ class Run:
     def announce(self) -> None:
         """Print what will be trained on what, and write config.json."""
         settings, cluster, dataset, model = self.settings, self.cluster, self.dataset, self.model
-        made = {"settings": as_dict(settings), "model_config": asdict(model.config)}
+        made = {"settings": asdict(settings), "model_config": asdict(model.config)}
         parameters = num_parameters(model)
         self.report.write("config.json", json.dumps(made | {"command": command_line()}, indent=1))
         budget = counted(f"{settings.max_seconds:g}", "second")
@@ -147,7 +147,7 @@ class Run:
         self.report.resume_metrics(self.progress.step)
         if settings.wandb_log:
             name = settings.wandb_run_name or self.out_dir.resolve().name
-            config = as_dict(settings) | {"model_config": made["model_config"], "parameters": parameters}
+            config = asdict(settings) | {"model_config": made["model_config"], "parameters": parameters}
             self.report.start_wandb(settings.wandb_project, name, config)
         self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
 
@@ -280,7 +280,7 @@ class Run:
 
     def validation_due(self) -> bool:
         due_now = self.finished() or self.due(self.settings.eval_interval)
-        return due_now and bool(self.validation)
+        return due_now and bool(self.objective.validation)
 
     def validate(self) -> Validation | PreferenceValidation:
         return self.objective.validate(self)
@@ -289,10 +289,7 @@ class Run:
         """Update the progress bar, and write a line of metrics if one is due."""
         progress, settings = self.progress, self.settings
         rate, loss = self.tokens_per_second, self.loss
-        self.report.progress(
-            progress.step, self.steps, progress.seconds, settings.max_seconds, self.epoch(progress.step), loss, rate,
-            rate * self.flops / self.peak,
-        )  # fmt: skip
+        self.report.progress(progress, self.epoch(progress.step), loss, rate, rate * self.flops / self.peak)
         if validation:
             self.report.say(f"step {progress.step}: {validation}")
         if not (validation or self.finished() or self.due(settings.log_interval)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -197,7 +196,3 @@ def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None
                 f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {before!r}. "
                 f"Set {name} back to resume, or give another --out_dir to start a new run"
             )
-
-
-def as_dict(settings: TrainSettings) -> dict[str, Any]:
-    return dataclasses.asdict(settings)
