@@ -147,7 +147,7 @@ class Run:
         self.report.resume_metrics(self.progress.step)
         if settings.wandb_log:
             name = settings.wandb_run_name or self.out_dir.resolve().name
-            config = asdict(settings) | {"model_config": made["model_config"], "parameters": parameters}
+            config = made["settings"] | {"model_config": made["model_config"], "parameters": parameters}
             self.report.start_wandb(settings.wandb_project, name, config)
         self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
 
