@@ -86,9 +86,8 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     saved = sum(tensor.nbytes for name, tensor in model.state_dict().items() if trained in name)
     total, parts, flops = num_parameters(model), parameters_by_part(model), flops_by_part(model, settings.block_size)
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, 1)
-    sizes = sizes if settings.micro_batch_size else large_enough(sizes, settings.block_size, config, device)
     free = free_memory(device)
-    for micro in sizes:
+    for micro in large_enough(sizes, settings.block_size, config, device):
         memory = memory_of_step(make, settings, cluster, micro)
         if fits := (memory["peak"] or 0) < free:
             break
@@ -208,7 +207,7 @@ def timed_steps(
     counts = (1, 2) if settings.batch_size > micro else (1,)
     no_dataset: Any = None
     run = Run(replace(settings, batch_size=micro, micro_batch_size=micro), no_dataset, cluster)
-    run.report, run.objective = Reporter(run.out_dir, active=False, record=False), LanguageModelling(settings, None)
+    run.report, run.objective = Reporter(run.out_dir, active=False), LanguageModelling(settings, None)
     torch.manual_seed(settings.seed)
 
     def step(count: int) -> float:
