@@ -80,17 +80,10 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     from model import GPT, GPTConfig
     from nib.common.device import pick_device, pick_dtype
     from nib.data.mixture import read_names
+    from nib.data.open import open_dataset
     from nib.data.paths import find_dataset
     from nib.formats.load import build, read_config
-    from nib.generation.scoring import (
-        read_choices,
-        score_choices,
-        score_conversations,
-        score_texts,
-        texts_of_dataset,
-        texts_of_file,
-    )  # fmt: skip
-    from nib.training.start import open_dataset
+    from nib.generation import scoring
 
     own = getattr(source, "state", {}).get("settings", {}).get("dataset")
     wanted = settings.data or ([*read_names(str(own))] if own else [])
@@ -102,7 +95,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     stride = min(settings.stride or max(1, context // 2), context)
     prepared = [data for data in wanted if (find_dataset(data) / "meta.json").exists() or not Path(data).is_file()]
     datasets = {data: open_dataset(data) for data in prepared}
-    tasks = [(data, None if data in datasets else read_choices(Path(data))) for data in wanted]
+    tasks = [(data, None if data in datasets else scoring.read_choices(Path(data))) for data in wanted]
     model = build(source, lambda: GPT(config)).to(device).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
@@ -119,22 +112,22 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
         if questions is not None:
             if settings.tokens:
                 raise InputError(f"{data} holds questions, and --tokens is for texts. Leave out --tokens")
-            found = score_choices(model, tokenizer, questions, settings.batch_size)
+            found = scoring.score_choices(model, tokenizer, questions, settings.batch_size)
             results.append({"model": name, "data": data, **found})
             continue
         options: dict[str, Any] = dict(
             context=context, batch=settings.batch_size, max_tokens=settings.max_tokens,
             each=show if settings.tokens else None,
         )  # fmt: skip
-        if data in datasets and datasets[data].chat:
-            score = score_conversations(model, tokenizer, datasets[data], **options)
+        dataset = datasets.get(data)
+        if dataset and dataset.chat:
+            score = scoring.score_conversations(model, tokenizer, dataset, **options)
+        elif dataset:
+            texts = scoring.texts_of_dataset(dataset, tokenizer)
+            score = scoring.score_texts(model, tokenizer, texts, stride=stride, **options)
         else:
-            texts = (
-                texts_of_dataset(datasets[data], tokenizer)
-                if data in datasets
-                else texts_of_file(Path(data), settings.field, tokenizer)
-            )
-            score = score_texts(model, tokenizer, texts, stride=stride, **options)
+            texts = scoring.texts_of_file(Path(data), settings.field, tokenizer)
+            score = scoring.score_texts(model, tokenizer, texts, stride=stride, **options)
         if not score.tokens:
             raise InputError(f"there is no text in {data}. Give a source that has some")
         results.append({

@@ -362,6 +362,23 @@ def test_a_trial_takes_the_memory_of_a_step_that_accumulates_gradients_or_does_n
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("size", [4, 8])
+def test_a_trial_of_a_given_micro_batch_accumulates_as_the_step_does(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nib.training import placement
+
+    asked = []
+
+    def seen(*arguments: Any, accumulates: bool) -> Exception | None:
+        asked.append(accumulates)
+        return trial(*arguments, accumulates=accumulates)
+
+    monkeypatch.setattr(placement, "trial", seen)
+    assert train("--max_iters=1", "--batch_size=8", f"--micro_batch_size={size}") == 0
+    assert asked == [size < 8]
+
+
 def test_on_a_terminal_there_is_a_bar_with_the_time_left(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 110, 0, 0))

@@ -28,6 +28,7 @@ from nib.common.wording import counted, duration, size
 from nib.cpu.process import tune_for_training
 from nib.data.dataset import Dataset
 from nib.data.mixture import Mixture
+from nib.data.open import open_mixture
 from nib.data.paths import find_dataset
 from nib.data.prepare import BUILTIN_DATASETS
 from nib.data.sequences import training_sequences
@@ -40,7 +41,7 @@ from nib.training.placement import large_enough, micro_batch_sizes, set_limits, 
 from nib.training.report import Reporter
 from nib.training.run import Run
 from nib.training.settings import TrainSettings
-from nib.training.start import choose_shape, open_mixture
+from nib.training.start import choose_shape
 from nib.training.step import optimizer_step
 
 GPT2_VOCABULARY = 50257
@@ -69,6 +70,7 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     if settings.objective == "dpo":
         raise InputError("dry_run does not support objective=dpo. Leave it out")
     settings.complete(parsed.given)
+    training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
 
     def make() -> Any:
         model = GPT(config)
@@ -84,16 +86,12 @@ def account(parsed: Parsed[TrainSettings], GPT: Callable[[Any], Any], GPTConfig:
     saved = sum(tensor.nbytes for name, tensor in model.state_dict().items() if trained in name)
     total, parts, flops = num_parameters(model), parameters_by_part(model), flops_by_part(model, settings.block_size)
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, 1)
-    sizes = sizes if settings.micro_batch_size else large_enough(sizes, settings.block_size, config, device)
     free = free_memory(device)
-    while True:
-        memory = memory_of_step(make, settings, cluster, sizes[0])
-        if (fits := (memory["peak"] or 0) < free) or len(sizes) == 1:
+    for micro in large_enough(sizes, settings.block_size, config, device):
+        memory = memory_of_step(make, settings, cluster, micro)
+        if fits := (memory["peak"] or 0) < free:
             break
-        sizes = sizes[1:]
-    micro = sizes[0]
     trial = timed_steps(make, settings, cluster, micro) if fits else None
-    training = training_sequences(dataset, settings.block_size, settings.seed) if dataset else None
     epoch, mean_tokens = (training.size, training.mean_tokens) if training else (0, float(settings.block_size))
     steps = (settings if training else replace(settings, max_epochs=0.0)).steps(epoch, mean_tokens)
     if settings.max_seconds and trial:
@@ -209,7 +207,7 @@ def timed_steps(
     counts = (1, 2) if settings.batch_size > micro else (1,)
     no_dataset: Any = None
     run = Run(replace(settings, batch_size=micro, micro_batch_size=micro), no_dataset, cluster)
-    run.report, run.objective = Reporter(run.out_dir, active=False, record=False), LanguageModelling(settings, None)
+    run.report, run.objective = Reporter(run.out_dir, active=False), LanguageModelling(settings, None)
     torch.manual_seed(settings.seed)
 
     def step(count: int) -> float:

@@ -97,16 +97,6 @@ def add_adapter(model: Any, settings: TrainSettings) -> None:
         model.set_submodule(module, adapted)
 
 
-def load_adapter(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy the tensors of a checkpoint into the adapter. Raises RuntimeError if they do not fit it."""
-    own = {name: parameter for name, parameter in model.named_parameters() if MARK in name}
-    if {name: tensor.shape for name, tensor in tensors.items()} != {name: own[name].shape for name in own}:
-        raise RuntimeError("it holds another adapter")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(tensors[name])
-
-
 def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: Checkpoint | None) -> dict[str, Any]:
     """Add the settings' adapter to a model with the weights of `base`, and load it from the checkpoint, if any.
 
@@ -124,8 +114,9 @@ def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: 
         if before != about["base_sha256"]:
             what = f"{base.directory} is not the base that the run in {settings.out_dir} began with"
             raise InputError(f"{what}: the checksum of its weights differs. Give another --out_dir")
-        try:
-            load_adapter(model, checkpoint.weights())
-        except (RuntimeError, KeyError) as error:
-            raise BrokenCheckpoint(f"{checkpoint.directory} does not fit this run: {error}. Use another") from None
+        tensors = checkpoint.weights()
+        own = {name: parameter.shape for name, parameter in model.named_parameters() if MARK in name}
+        if {name: tensor.shape for name, tensor in tensors.items()} != own:
+            raise BrokenCheckpoint(f"{checkpoint.directory} holds another adapter than this run's. Use another")
+        model.load_state_dict(tensors, strict=False)
     return about

@@ -11,18 +11,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nib.common.device import pick_dtype
+from nib.formats.adapter import adapted_layers
 from nib.training.distributed import like, whole
 from nib.training.lora import MARK
 
 # Newton-Schulz coefficients with a large slope at zero, so that five steps bring all singular values near 1:
 # Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-
-
 # Muon updates at least so many elements together (64 MB); on a GPU four times as many, since small matmuls leave it
 # mostly idle.
 ENOUGH = 2**24
-
 # From this many rows on, single matmuls are faster on a CPU than MKL's batched ones, on one or two threads
 # (bench/NOTES.md).
 SINGLE_ROWS = 128
@@ -245,15 +243,10 @@ def make_optimizers(
 
 def stacked_matrices(model: nn.Module) -> dict[nn.Parameter, list[int]]:
     """The row counts of parameters that hold several matrices: queries, keys and values; gate and up of swiglu."""
-    parts: dict[nn.Parameter, list[int]] = {}
-    config: Any = model.config
-    for name, parameter in model.named_parameters():
-        if name.endswith("attention.qkv.weight"):
-            sizes = (config.n_head, config.n_kv_head, config.n_kv_head)
-            parts[parameter] = [heads * config.head_size for heads in sizes]
-        elif name.endswith("mlp.up.weight") and config.mlp == "swiglu":
-            parts[parameter] = [config.mlp_hidden, config.mlp_hidden]
-    return parts
+    parameters = dict(model.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    layers = adapted_layers(shapes, vars(model.config))
+    return {parameters[f"{layer}.weight"]: [*rows.values()] for layer, rows in layers.items() if len(rows) > 1}
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -104,22 +104,16 @@ def set_limits(model: Any, settings: TrainSettings, precision: Precision) -> Non
 
 
 def fit_to_device(
-    model: nn.Module,
-    settings: TrainSettings,
-    precision: Precision,
-    cluster: Cluster,
-    report: Reporter,
-    rows: int = 1,
+    model: nn.Module, settings: TrainSettings, precision: Precision, cluster: Cluster, report: Reporter, rows: int
 ) -> tuple[int, nn.Module]:
     """The micro-batch size of a process, and the model ready to train: wrapped in DDP, and compiled if asked.
 
     Each sequence of the batch has `rows` rows. An automatic size is the largest for which trial passes, uncompiled and
     then compiled, fit into memory, up to the largest useful size. Raises RunError if the smallest does not fit.
     """
+    local = settings.batch_size // cluster.world
     sizes = micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
-    local = sizes[0]
-    if not settings.micro_batch_size:
-        sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
+    sizes = large_enough(sizes, rows * settings.block_size, model.config, cluster.device)
 
     def most(ready: nn.Module) -> tuple[int, Exception | None]:
         """The largest of `sizes` that fits on all processes, and any other error, also of another process."""

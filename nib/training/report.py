@@ -92,25 +92,24 @@ class Reporter:
 
     def start_bar(self, step: int, steps: int, max_seconds: float) -> None:
         """Start the progress bar, over steps, or over seconds if only max_seconds ends the run."""
+        self.steps, self.max_seconds = steps, max_seconds
         if self.active and sys.stderr.isatty():
             unit, total = ("step", steps) if steps else ("second", max_seconds)
             shape = "{percentage:3.0f}% {bar} {unit} {n:.0f}/{total:.0f} [{elapsed}, {remaining} left{postfix}]"
             self.bar = tqdm(total=total, initial=step if steps else 0, unit=unit, bar_format=shape, dynamic_ncols=True)
 
-    def progress(
-        self, step: int, steps: int, seconds: float, max_seconds: float, epoch: float, loss: float, rate: float,
-        mfu: float,
-    ) -> None:  # fmt: skip
+    def progress(self, done: Progress, epoch: float, loss: float, rate: float, mfu: float) -> None:
         """Update the bar, or without a bar print a line every QUIET_SECONDS. Called at every step."""
         text = f"epoch {epoch:.2f}, loss {loss:.3f}"
         text += f", {amount(rate)} tokens/s" if rate else ""  # known after the first log_interval
         text += f", MFU {100 * mfu:.0f} %" if mfu else ""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update((step if steps else min(seconds, max_seconds)) - self.bar.n)
+            self.bar.update((done.step if self.steps else min(done.seconds, self.max_seconds)) - self.bar.n)
         elif self.active and time.monotonic() - self.last_line >= QUIET_SECONDS:
             self.last_line = time.monotonic()
-            print(f"step {step}{f'/{steps}' if steps else ''}: {text}, {seconds:.0f} s", flush=True)
+            of = f"/{self.steps}" if self.steps else ""
+            print(f"step {done.step}{of}: {text}, {done.seconds:.0f} s", flush=True)
 
     def metrics(self, **values: float) -> None:
         """Append a line to metrics.jsonl, and log the same to wandb."""

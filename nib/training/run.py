@@ -27,18 +27,18 @@ from nib.generation.engine import generate_text
 from nib.generation.request import SamplingSettings
 from nib.training.cost import flops_per_token, num_parameters
 from nib.training.distributed import Cluster
-from nib.training.objective import make_objective
 from nib.training.optimizer import make_optimizers, set_learning_rate
 from nib.training.placement import COMPILED_WIDTHS, fit_to_device, is_compiled, place, training_precision
 from nib.training.report import Reporter, command_line, way_back
 from nib.training.saving import Saver, finish_saving, lock_run, save, unchanged
 from nib.training.schedule import finished, rate_factor
-from nib.training.settings import TrainSettings, as_dict
+from nib.training.settings import TrainSettings
 from nib.training.state import Progress, restore
 from nib.training.validation import Validation
 
 if TYPE_CHECKING:
-    from nib.training.dpo import PreferenceValidation
+    from nib.training.dpo import Preferences, PreferenceValidation
+    from nib.training.objective import LanguageModelling
 
 
 class Run:
@@ -47,6 +47,7 @@ class Run:
     adapter: dict[str, Any] | None = None  # with lora_rank: the description of adapter and base for checkpoints
     lock: IO[str] | None = None
     stop: StopSignal | None = None
+    objective: LanguageModelling | Preferences
     model: Any  # model.GPT
     precision: Precision
     ready: nn.Module  # the model wrapped in DDP and compiled, if asked
@@ -66,18 +67,11 @@ class Run:
         self.loss = self.grad_norm = math.nan  # of the last step that was read
         self.saved_step, self.saved_at, self.best = -1, time.monotonic(), False
 
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
     # ---- the beginning and the end
 
     def open(self) -> None:
         """Lock the directory and install signal handlers. Raises InputError."""
-        self.objective = make_objective(self.settings, self.dataset)
-        self.training, self.validation = self.objective.training, self.objective.validation
+        self.training = self.objective.training
         self.steps = self.settings.steps(self.training.size, self.training.mean_tokens)
         if self.cluster.first and not self.settings.eval_only:
             self.lock = lock_run(self.out_dir)
@@ -88,13 +82,12 @@ class Run:
             self.batch_of = BatchesAhead(self.load_batch, self.cluster.device).take
 
     def close(self) -> None:
-        """Undo `open`. A second call does nothing."""
+        """Undo `open`."""
         if self.stop and self.cluster.world == 1:  # torchrun's SIGTERM must not cut the traceback of one of several
             self.stop.restore()
         if self.lock:
             self.saver.wait()  # a checkpoint may still be written to the directory
             self.lock.close()
-        self.stop = self.lock = None
 
     def take(self, model: nn.Module, checkpoint: Checkpoint | None = None) -> None:
         """Move the model to its device, make its optimizers, and restore the checkpoint.
@@ -130,7 +123,7 @@ class Run:
     def announce(self) -> None:
         """Print what will be trained on what, and write config.json."""
         settings, cluster, dataset, model = self.settings, self.cluster, self.dataset, self.model
-        made = {"settings": as_dict(settings), "model_config": asdict(model.config)}
+        made = {"settings": asdict(settings), "model_config": asdict(model.config)}
         parameters = num_parameters(model)
         self.report.write("config.json", json.dumps(made | {"command": command_line()}, indent=1))
         budget = counted(f"{settings.max_seconds:g}", "second")
@@ -154,7 +147,7 @@ class Run:
         self.report.resume_metrics(self.progress.step)
         if settings.wandb_log:
             name = settings.wandb_run_name or self.out_dir.resolve().name
-            config = as_dict(settings) | {"model_config": made["model_config"], "parameters": parameters}
+            config = made["settings"] | {"model_config": made["model_config"], "parameters": parameters}
             self.report.start_wandb(settings.wandb_project, name, config)
         self.report.start_bar(self.progress.step, self.steps, settings.max_seconds)
 
@@ -287,7 +280,7 @@ class Run:
 
     def validation_due(self) -> bool:
         due_now = self.finished() or self.due(self.settings.eval_interval)
-        return due_now and bool(self.validation)
+        return due_now and bool(self.objective.validation)
 
     def validate(self) -> Validation | PreferenceValidation:
         return self.objective.validate(self)
@@ -296,10 +289,7 @@ class Run:
         """Update the progress bar, and write a line of metrics if one is due."""
         progress, settings = self.progress, self.settings
         rate, loss = self.tokens_per_second, self.loss
-        self.report.progress(
-            progress.step, self.steps, progress.seconds, settings.max_seconds, self.epoch(progress.step), loss, rate,
-            rate * self.flops / self.peak,
-        )  # fmt: skip
+        self.report.progress(progress, self.epoch(progress.step), loss, rate, rate * self.flops / self.peak)
         if validation:
             self.report.say(f"step {progress.step}: {validation}")
         if not (validation or self.finished() or self.due(settings.log_interval)):

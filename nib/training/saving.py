@@ -19,7 +19,6 @@ from nib.common.exits import WRITER, InputError, RunError
 from nib.formats.checkpoint import name_checkpoint, named_checkpoint, remove_old, write_checkpoint
 from nib.tokenizer.tokenizer import Tokenizer
 from nib.training.lora import MARK
-from nib.training.settings import as_dict
 from nib.training.state import snapshot
 
 if TYPE_CHECKING:
@@ -134,7 +133,7 @@ def save(run: Run) -> None:
         "progress": asdict(run.progress),
         "step": run.progress.step,
         "best": run.best,
-        "settings": as_dict(run.settings),
+        "settings": asdict(run.settings),
         "corpus": run.dataset.fingerprint(),
         **run.objective.state(),
         **({"adapter": run.adapter} if run.adapter else {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -12,7 +11,6 @@ from nib.common.exits import InputError
 from nib.common.options import option
 from nib.training.model_options import load_config, model_settings
 
-SWITCH = ("auto", "true", "false")
 GPTConfig, COMMENTS = load_config()
 
 if TYPE_CHECKING:
@@ -122,7 +120,7 @@ class TrainSettings(ModelSettings):
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
     dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: bfloat16 where it pays",
                         choices=("auto", "float32", "bfloat16", "float16"), group="system")
-    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=SWITCH, group="system")
+    compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "true", "false"), group="system")
     parallel: str = option("ddp", "how several processes (torchrun) share the work", choices=("ddp", "fsdp"),
                            group="system")
     activation_checkpointing: bool = option(False, "recompute blocks in the backward pass: less memory, slower",
@@ -197,7 +195,3 @@ def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None
                 f"{name} is {getattr(settings, name)!r} but the run in {where} was made with {before!r}. "
                 f"Set {name} back to resume, or give another --out_dir to start a new run"
             )
-
-
-def as_dict(settings: TrainSettings) -> dict[str, Any]:
-    return dataclasses.asdict(settings)

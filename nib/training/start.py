@@ -4,45 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shlex
-import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from nib.common.exits import InputError, RunError
+from nib.common.exits import InputError
 from nib.common.options import Parsed
 from nib.cpu.process import tune_for_training
 from nib.data.dataset import Dataset
-from nib.data.mixture import Mixture, read_names
-from nib.data.paths import find_dataset
-from nib.data.prepare import BUILTIN_DATASETS, prepare_builtin
-from nib.data.sequences import training_sequences, validation_sequences
-from nib.data.shards import staging_path
+from nib.data.mixture import Mixture
+from nib.data.open import open_mixture
 from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint, newest_good
 from nib.formats.load import Source, base_name, build, open_source, read_config, take_vocabulary
 from nib.training.distributed import own_place, start_cluster
 from nib.training.lora import adapt
-from nib.training.objective import settle_objective
+from nib.training.objective import make_objective, settle_objective
 from nib.training.placement import micro_batch_sizes
 from nib.training.run import Run
 from nib.training.settings import TrainSettings, same_run
 
-# How long the other processes wait for a built-in corpus if the first process has made no files yet, and if its files
-# do not change. On a network file system a new name may take a minute to appear.
-ABSENT_SECONDS, SILENT_SECONDS = 120.0, 600.0
 SCALING = {f"rope_{part}" for part in ("scaling", "factor", "original", "slow", "fast", "attention")}
 
 
-def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
-    """A run that is ready for its next step, or with eval_only for validation. `GPT` and `GPTConfig` are model.py's.
+@contextmanager
+def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Iterator[Run]:
+    """A run that is ready for its next step, or with eval_only for validation; it is closed after the body.
 
-    Nothing is written before all inputs are known to fit together. Raises InputError and RunError.
+    `GPT` and `GPTConfig` are model.py's. Nothing is written before all inputs are known to fit together. Raises
+    InputError and RunError.
     """
     settings = parsed.settings
-    dataset = open_mixture(settings.dataset)
+    # Before the processes connect, since preparing a corpus may take longer than they wait for each other.
+    dataset = open_mixture(settings.dataset, first=own_place().rank == 0)
     settle_objective(settings, dataset)
     settings.complete(parsed.given)
     settings.check()  # again, with the defaults that `complete` filled in
@@ -50,72 +45,23 @@ def start(parsed: Parsed[TrainSettings], GPT: type, GPTConfig: type) -> Run:
     micro_batch_sizes(settings.batch_size, settings.micro_batch_size, cluster.world)
     tune_for_training(cluster.device)
     run = Run(settings, dataset, cluster)
-    if settings.eval_only and not validation_sequences(dataset, settings.block_size, settings.eval_tokens):
-        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
     checkpoint = find_checkpoint(run, parsed.given)
-    if settings.eval_only and checkpoint is None and settings.init_from == "scratch":
+    source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
+    run.objective = make_objective(settings, dataset)  # refuses a too large block_size before a model is built
+    if settings.eval_only and not run.objective.validation:
+        raise InputError(f"{dataset.directory} has no validation split. Prepare it with a larger --val-fraction")
+    if settings.eval_only and source is None:
         raise InputError(f"there is no checkpoint in {run.out_dir} to validate. Train first, or give --init_from")
-    model, source = build_model(parsed, dataset, checkpoint, GPT, GPTConfig)
+    model = build_model(settings, source, config, GPT)
     if settings.lora_rank:
         run.adapter = adapt(model, source, settings, checkpoint)
     del source  # closes the files that it has mapped
     try:
         run.open()
         run.take(model, checkpoint)
-    except BaseException:
+        yield run
+    finally:
         run.close()
-        raise
-    return run
-
-
-def open_mixture(text: str) -> Dataset | Mixture:
-    """The dataset that the setting `dataset` names, or the mixture of several. Raises InputError."""
-    shares = read_names(text)
-    parts = {name: open_dataset(name) for name in shares}
-    return Mixture(parts, list(shares.values())) if len(parts) > 1 else next(iter(parts.values()))
-
-
-def open_dataset(name: str) -> Dataset:
-    """The prepared directory NAME, or data/NAME. The first process prepares a built-in corpus if it is missing.
-
-    Called before the processes connect, since preparing may take longer than PATIENCE. Raises InputError.
-    """
-    directory = find_dataset(name)
-    if not directory.exists() and name in BUILTIN_DATASETS:
-        if own_place().rank == 0:
-            prepare_builtin(name)
-        else:
-            wait_for_dataset(directory)
-    if not directory.exists():
-        have = sorted(path.parent.name for path in Path("data").glob("*/meta.json"))
-        prepared = f" Prepared: {', '.join(have)}." if have else ""
-        raise InputError(
-            f"there is no dataset {name!r} under data/.{prepared} Built in: {', '.join(BUILTIN_DATASETS)}. "
-            f"Make it with: python prepare_data.py SOURCE --out {shlex.quote(f'data/{Path(name).name}')}"
-        )
-    return Dataset(directory)
-
-
-def wait_for_dataset(directory: Path) -> None:
-    """Return when the first process has prepared `directory`.
-
-    Raises RunError if its files do not change for too long: it failed, never started, or has another file system.
-    """
-    print(f"waiting for process 0 to prepare {directory}", file=sys.stderr)
-    seen, since = None, time.monotonic()
-    while True:
-        work = [staging_path(directory), *staging_path(directory).glob("**/*")]
-        now = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in work if path.exists()]
-        if directory.exists():  # checked after `work`, since renaming removes the files there
-            return
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if time.monotonic() - since > (SILENT_SECONDS if now else ABSENT_SECONDS):
-            raise RunError(
-                f"process 0 is not preparing {directory}. See its message, or unset RANK if this is the only process, "
-                f"or prepare it first: python prepare_data.py {directory.name}"
-            )
-        time.sleep(0.2)
 
 
 def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
@@ -148,26 +94,17 @@ def find_checkpoint(run: Run, given: set[str]) -> Checkpoint | None:
     return checkpoint
 
 
-def build_model(
-    parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPT: type, GPTConfig: type
-) -> tuple[Any, Source | None]:
-    """A model with the settings' shape, initialised from the seed, or with the weights of `checkpoint` or init_from.
-
-    With lora_rank the weights are always the base's. Also returns the source of the weights. Raises InputError for an
-    invalid shape, or one that differs from init_from's.
-    """
-    torch.manual_seed(parsed.settings.seed)
-    source, config = choose_shape(parsed, dataset, checkpoint, GPTConfig)
-    if checkpoint and parsed.settings.lora_rank:  # the checkpoint has the shape, but only the adapter's weights
-        source = open_source(base_name(checkpoint))
+def build_model(settings: TrainSettings, source: Source | None, config: Any, GPT: type) -> Any:
+    """A model with the weights of `source`, or without one initialised from the seed. Raises InputError."""
+    torch.manual_seed(settings.seed)
     if source is None:
-        return GPT(config), None
+        return GPT(config)
     known = source.model_config["vocab_size"]
-    if known != config.vocab_size and parsed.settings.lora_rank:
-        what = f"the data has ids for which {parsed.settings.init_from} has no embeddings, and an adapter trains none"
+    if known != config.vocab_size and settings.lora_rank:
+        what = f"the data has ids for which {settings.init_from} has no embeddings, and an adapter trains none"
         raise InputError(f"{what}. Train without lora_rank first, or prepare the data with another template")
     model = build(source, lambda: GPT(dataclasses.replace(config, vocab_size=known)))
-    return (model if known == config.vocab_size else with_more_ids(model, GPT(config))), source
+    return model if known == config.vocab_size else with_more_ids(model, GPT(config))
 
 
 def with_more_ids(model: Any, grown: Any) -> Any:
@@ -184,11 +121,12 @@ def with_more_ids(model: Any, grown: Any) -> Any:
 def choose_shape(
     parsed: Parsed[TrainSettings], dataset: Dataset | Mixture, checkpoint: Checkpoint | None, GPTConfig: type
 ) -> tuple[Source | None, Any]:
-    """The source of the model's first weights, or None, and its GPTConfig. Raises InputError as `build_model` does."""
+    """The source of the model's weights, or None to initialise them, and its GPTConfig.
+
+    With lora_rank the source is always the base. Raises InputError for a shape that is invalid or not init_from's.
+    """
     settings = parsed.settings
     if settings.init_from == "scratch":
-        # Raises InputError for a too large block_size before a position table of that size is built.
-        training_sequences(dataset, settings.block_size, settings.seed)
         return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)
     options = settings.model_options()
@@ -216,6 +154,8 @@ def choose_shape(
             raise InputError(str(error)) from None
     elif "block_size" not in parsed.given and checkpoint is None:
         settings.block_size = config.block_size
+    if checkpoint and settings.lora_rank:  # the checkpoint has the shape, but only the adapter's weights
+        source = open_source(base_name(checkpoint))
     return source, config
 
 

@@ -43,26 +43,22 @@ def load_optimizer_tensors(
     optimizers: list[torch.optim.Optimizer], names: Mapping[Tensor, str], tensors: dict[str, Tensor]
 ) -> None:
     """Load what `optimizer_tensors` returned. Raises BrokenCheckpoint for state of other parameters or shapes."""
-    by_name: dict[str, dict[str, Tensor]] = {}
     lacking = tensors and {*optimizer_tensors(optimizers, names)} - {*tensors}
     if lacking:
         name, _, kind = min(lacking).rpartition(":")
         raise BrokenCheckpoint(f"there is no optimizer state of {name} ({kind}). Use another checkpoint")
+    owners = {
+        names[parameter]: (parameter, state) for optimizer in optimizers for parameter, state in optimizer.state.items()
+    }
     for key, value in tensors.items():
         name, _, kind = key.rpartition(":")
-        by_name.setdefault(name, {})[kind] = value
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                saved = by_name.pop(names[parameter], {})
-                for kind, value in saved.items():
-                    if value.ndim and value.shape != parameter.shape:
-                        raise BrokenCheckpoint(f"optimizer state of {names[parameter]} has another shape. Use another")
-                    # A copy: the tensor may be mapped from a file, at an unaligned address.
-                    value = value.to(parameter.device, copy=True)
-                    optimizer.state[parameter][kind] = like(parameter, value) if value.ndim else value
-    if by_name:
-        raise BrokenCheckpoint(f"optimizer state of unknown parameter {next(iter(by_name))!r}. Use another checkpoint")
+        if name not in owners:
+            raise BrokenCheckpoint(f"optimizer state of unknown parameter {name!r}. Use another checkpoint")
+        parameter, state = owners[name]
+        if value.ndim and value.shape != parameter.shape:
+            raise BrokenCheckpoint(f"optimizer state of {name} has another shape. Use another")
+        value = value.to(parameter.device, copy=True)  # the tensor may be mapped from a file, at an unaligned address
+        state[kind] = like(parameter, value) if value.ndim else value
 
 
 def snapshot(

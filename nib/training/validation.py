@@ -24,18 +24,15 @@ class Validation:
     tokens: int
     parts: dict[str, Validation] = field(default_factory=dict)  # for a mixture, by dataset
 
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
     def metrics(self) -> dict[str, float]:
         found = {"val_loss": self.loss, "val_bits_per_byte": self.bits_per_byte}
         return found | {f"val_loss/{name}": part.loss for name, part in self.parts.items()}
 
     def __str__(self) -> str:
         bits = f"{self.bits_per_byte:.4f} bits per byte"
+        perplexity = math.exp(min(self.loss, 700.0))
         of = "".join(f"; {name} {part.loss:.4f}" for name, part in self.parts.items())
-        return f"validation loss {self.loss:.4f}, {bits}, perplexity {self.perplexity:.2f}{of}"
+        return f"validation loss {self.loss:.4f}, {bits}, perplexity {perplexity:.2f}{of}"
 
 
 @torch.no_grad()

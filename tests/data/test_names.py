@@ -19,8 +19,8 @@ import sample as sample_script
 from nib import plot
 from nib.common.exits import InputError
 from nib.common.wording import typed
+from nib.data.open import open_dataset
 from nib.formats.load import open_source
-from nib.training.start import open_dataset
 
 __all__ = ["in_corpus"]
 

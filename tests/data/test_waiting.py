@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 from conftest import Call
 
+import nib.data.open
 import nib.training.distributed
-import nib.training.start
 import train
 from nib.common.exits import InputError, RunError
 from nib.common.files import UNFINISHED
+from nib.data.dataset import Dataset
+from nib.data.open import open_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare
 from nib.data.shards import staging_path
 from nib.training.distributed import own_place, start_cluster
-from nib.training.start import open_dataset
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -39,13 +40,18 @@ def set_place(monkeypatch: pytest.MonkeyPatch, **place: object) -> None:
         monkeypatch.setenv(name, str(value))
 
 
+def open_as_here() -> Dataset:
+    """As train.py opens it: as the process that the environment says this one is."""
+    return open_dataset("tiny", first=own_place().rank == 0)
+
+
 @pytest.mark.parametrize("place", [{}, {"WORLD_SIZE": 1}, {"WORLD_SIZE": 1, "LOCAL_RANK": 3}])
 def test_a_rank_that_was_left_in_the_environment_of_the_only_process_means_nothing(
     place: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_place(monkeypatch, RANK=2, **place)
     assert own_place() == (0, 1, 0)
-    assert open_dataset("tiny").train.tokens > 0
+    assert open_as_here().train.tokens > 0
 
 
 def test_such_a_process_says_its_errors_and_writes_its_run(
@@ -73,15 +79,16 @@ def test_a_place_that_cannot_be_is_refused(
 ) -> None:
     set_place(monkeypatch, WORLD_SIZE=2, **place)
     with pytest.raises(InputError, match=f"WORLD_SIZE is 2, {said}. Start with torchrun, or unset"):
-        open_dataset("tiny")
+        train.train(train.read_settings(["--dataset=tiny"]))
+    assert not Path("data").exists()
 
 
 @pytest.fixture
 def second(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process is the second of two, and has little patience."""
     set_place(monkeypatch, RANK=1, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=1)
-    monkeypatch.setattr(nib.training.start, "ABSENT_SECONDS", 0.3)
-    monkeypatch.setattr(nib.training.start, "SILENT_SECONDS", 0.8)
+    monkeypatch.setattr(nib.data.open, "ABSENT_SECONDS", 0.3)
+    monkeypatch.setattr(nib.data.open, "SILENT_SECONDS", 0.8)
 
 
 @pytest.mark.usefixtures("second")
@@ -92,7 +99,7 @@ def test_a_first_process_that_is_not_at_work_is_not_waited_for(left: str, capsys
     with pytest.raises(
         RunError, match=r"process 0 is not preparing data/tiny\. See its message.*prepare_data\.py tiny"
     ):
-        open_dataset("tiny")
+        open_as_here()
     assert capsys.readouterr().err == "waiting for process 0 to prepare data/tiny\n"
 
 
@@ -109,7 +116,7 @@ def test_a_first_process_that_is_at_work_is_waited_for() -> None:
     thread = threading.Thread(target=work)
     thread.start()
     try:
-        assert open_dataset("tiny").train.tokens > 0
+        assert open_as_here().train.tokens > 0
     finally:
         thread.join()
 
