@@ -27,7 +27,7 @@ from nib.cpu.threads import choose_threads
 if TYPE_CHECKING:
     from nib.formats.load import Source
 
-USAGE = "python evaluate.py RUN|CHECKPOINT|HF_DIR... [--data NAME|FILE]... [--tokens] [--option=value]..."
+USAGE = "python evaluate.py [RUN|CHECKPOINT|HF_DIR]... [--data NAME|FILE]... [--tokens] [--option=value]..."
 ABOUT = """Scores models on whole texts: each text separately, each of its tokens once. --data is a prepared dataset,
 whose validation split is used, or a file of text, JSONL or Parquet. JSONL with {"context", "endings", "label"} is a
 multiple-choice task."""
@@ -40,7 +40,7 @@ class Settings:
     data: list[str] = option([], "a dataset, a file, or a task; may be given several times. None: that of the run")
     context: int = option(0, "tokens in a window; 0: all that the model takes", at_least=0)
     stride: int = option(0, "tokens from one window to the next, up to context; 0: half of it", at_least=0)
-    max_tokens: int = option(0, "stop after so many tokens of each data; 0: never", at_least=0)
+    max_tokens: int = option(0, "stop after this many tokens of each dataset or file; 0: never", at_least=0)
     batch_size: int = option(8, "windows at once", at_least=1)
     adapter: str = option("", ADAPTER)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
@@ -133,7 +133,7 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
         results.append({
             "model": name, "data": data, "texts": score.texts, "tokens": score.tokens, "bytes": score.bytes,
             "loss": score.loss, "perplexity": score.perplexity, "bits_per_byte": score.bits_per_byte,
-            "context": context, "stride": stride,
+            "context": context, "stride": 0 if dataset and dataset.chat else stride,
         })  # fmt: skip
     return results
 

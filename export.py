@@ -58,12 +58,12 @@ def main() -> None:
     from nib.formats.export import export
     from nib.formats.load import open_source, read_config, read_weights
 
-    with memory_errors("Lower --max-shard-size, or use a machine with more"):
+    with memory_errors("Lower --max-shard-size, or use a machine with more memory"):
         source = open_source(parsed.arguments[0])
         config = read_config(source, GPTConfig)
         check_adapter(source, settings)
         if settings.format == "peft":
-            same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
+            check_same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
         weights = read_weights(source, lambda: GPT(config))
         name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
     size = sum(path.stat().st_size for path in out.iterdir())
@@ -83,7 +83,7 @@ def check_adapter(source: Source, settings: Settings) -> None:
         raise InputError(f"{source.directory} is an adapter. Add --merge for a whole model, or --format=peft")
 
 
-def same_rotation(config: Any, base: Any) -> None:
+def check_same_rotation(config: Any, base: Any) -> None:
     """Raise InputError if the run lengthened its base's context: peft's files cannot store rotary settings."""
     for name, value in vars(base).items():
         if name.startswith("rope_") and value != getattr(config, name):

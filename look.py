@@ -38,7 +38,9 @@ MOST_CHECKPOINTS = 12  # on one page; evenly spaced ones if the run has more
 class Options:
     prompt: str = option("", "the text to look at, or FILE:path to read it from a file")
     output: str = option("look.html", "the page to write")
-    max_new_tokens: int = option(16, "most tokens to generate after the prompt, as sample.py does", at_least=0)
+    max_new_tokens: int = option(
+        16, "maximum number of tokens to generate after the prompt, as sample.py does", at_least=0
+    )
     adapter: str = option("", ADAPTER)
     checkpoints: bool = option(False, "also show what the run's other checkpoints do with the same text")
     device: str = option("auto", DEVICES)

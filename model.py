@@ -39,13 +39,13 @@ class GPTConfig:
     rope_scaling: Literal["none", "linear", "dynamic", "llama3", "yarn"] = "none"  # slower rotation, longer context
     rope_factor: float = 1.0  # how many times longer rope_scaling makes the context
     rope_original: int = 0  # the context length before rope_scaling; 0: block_size
-    rope_slow: float = 0.0  # llama3, yarn: pairs with fewer turns in rope_original are slowed by rope_factor; 0: 1
+    rope_slow: float = 0.0  # llama3, yarn: rope_factor slows channel pairs with fewer turns in rope_original; 0: 1
     rope_fast: float = 0.0  # llama3, yarn: pairs with more turns are not slowed; 0: 4 for llama3, 32 for yarn
     rope_attention: float = 0.0  # factor on rotated queries and keys; 0: 1, for yarn 1 + ln(rope_factor) / 10
     mlp: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "swiglu"  # feed-forward layer
     qk_norm: bool = True  # RMSNorm on each query and key head before the rotation (arXiv 2302.05442)
-    window: int = 0  # sliding-window attention: positions that each one attends to, with itself; 0: all before it
-    init: Literal["modern", "gpt2"] = "modern"  # initialisation of the weights: see GPT.initialise
+    window: int = 0  # sliding-window attention to this many positions, the current one included; 0: to all
+    init: Literal["modern", "gpt2"] = "modern"  # initial weights: std 1/sqrt(inputs), output layers 0; or std 0.02
     tie_weights: bool = True  # use the token embedding as the output head (arXiv 1608.05859)
 
     def __post_init__(self) -> None:

@@ -30,12 +30,14 @@ FORMATS = ("auto", "text", "jsonl", "parquet", "json", "chat", "preference")
 class Settings:
     out: str = option("", "the data directory to make; by default data/NAME, named after the source")
     tokenizer: str = option(
-        "auto", "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, NAME, FILE or HF_DIR"
+        "auto",
+        "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, a tiktoken encoding, "
+        "a dataset or run, a Hugging Face directory, or a tokenizer.json",
     )
     format: str = option("auto", "the format of the files; auto: by the file name's extension", choices=FORMATS)
     train_on: str = option("assistant", "which tokens of a chat are learned", choices=("assistant", "all"))
     chat_template: str = option("", "a file with the jinja template for chats; empty: the tokenizer's own")
-    show: int = option(0, "print the first so many rows of chats, with the learned tokens in colour", at_least=0)
+    show: int = option(0, "print this many of the first rows of chats, with the learned tokens in colour", at_least=0)
     field: str = option("text", "the JSONL field or Parquet column that holds the text")
     glob: str = option("", "which files of a directory to read, '*.py' or 'docs/**/*.md'; empty: all but hidden ones")
     val_fraction: float = option(0.01, "share of the documents that is kept for validation", at_least=0, below=1)

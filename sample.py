@@ -4,9 +4,9 @@
     python sample.py small --prompt 'def ' --num-samples 3
     python sample.py out/small/checkpoints/best --prompt FILE:notes.txt --stop 'END' --json
     python sample.py --interactive
-    python sample.py chat --chat --system 'You are Ada.'
+    python sample.py out/chat --chat --system 'You are Ada.'
 
-From the command line down: the options, the prompts, the model. nib/generation/terminal.py prints what it writes.
+The options, the prompts, the model. nib/generation/terminal.py prints the text.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Options(SamplingSettings):
     )  # fmt: skip
     interactive: bool = option(False, "continue each line that you type; Ctrl-D ends", group="input and output")
     chat: bool = option(
-        False, "answer with the model's chat template each line that you type, or each --prompt: a question, or a list "
-        "of messages as JSON", group="input and output",
+        False, "chat, by the model's chat template: answer each line that you type, or each --prompt (a question, or a "
+        "list of messages as JSON)", group="input and output",
     )  # fmt: skip
     system: str = option("", "the system message of --chat", group="input and output")
     json: bool = option(

@@ -4,7 +4,7 @@
     python train.py config/char_fast.py --dataset=mytext --max_seconds=60
 
 --dataset takes any character-level dataset, --max_seconds any budget: the learning rate falls to zero over that time.
-On a CPU with instructions for bfloat16, --dtype=bfloat16 makes a third more steps.
+On a CPU with instructions for bfloat16, --dtype=bfloat16 runs a third more steps in the same time.
 0.29 M parameters, context 64. bench/NOTES.md says what was tried.
 """
 

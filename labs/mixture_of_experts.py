@@ -38,8 +38,9 @@ class Mixture(nn.Module):
     """Experts, and a router that chooses some for each token; the weights of the chosen ones add up to 1.
 
     Balancing without an auxiliary loss (arXiv 2408.15664): a bias is added to each expert's score for choosing, not for
-    weighting. After a batch the biases of experts with more than an even share are lowered. activation_checkpointing
-    does not work: it recomputes the layer with the changed biases, and torch raises an error.
+    weighting. After each forward pass the biases of experts with more than an even share of the tokens are lowered, and
+    those of the others raised. activation_checkpointing does not work: it recomputes the layer with the changed biases,
+    and torch raises an error.
     """
 
     counts: Tensor

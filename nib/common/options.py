@@ -30,7 +30,7 @@ LIMITS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 # What several scripts take.
 DEVICES = "auto, cpu, cuda, cuda:N or mps"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-ADAPTER = "a low-rank adapter to add to the model: a directory of peft's, or a run of LoRA"
+ADAPTER = "a low-rank adapter to add to the model: a peft directory, or a LoRA run"
 
 
 def option(

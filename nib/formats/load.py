@@ -36,7 +36,7 @@ KINDS = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}  
 def open_source(target: str | None, adapter: str = "") -> Source:
     """The source that `target` names: a path, a run's name, or a hub name; None: the newest run.
 
-    A LoRA run or a directory of peft's is opened together with its base. `adapter` names an adapter to merge into the
+    A LoRA run or a peft directory is opened together with its base. `adapter` names an adapter to merge into the
     target. Sources have `directory`, `model_config` (fields of model.GPTConfig) and `tokenizer()`. Raises InputError.
     """
     if adapter:
@@ -71,10 +71,10 @@ def existing(name: str) -> Path | None:
 
 
 def open_adapter(name: str) -> Checkpoint | PeftAdapter:
-    """A directory of peft's, or a LoRA run or one of its checkpoints. Raises InputError."""
+    """A peft directory, or a LoRA run or one of its checkpoints. Raises InputError."""
     path = existing(name)
     if path is None:
-        raise InputError(f"there is no adapter {name}. Give a directory of peft's, or a LoRA run")
+        raise InputError(f"there is no adapter {name}. Give a peft directory, or a LoRA run")
     checkpoint = open_checkpoint(path)
     if checkpoint and "adapter" not in checkpoint.state:
         raise InputError(f"{name} holds a whole model, not an adapter. Give it as the model, without --adapter")

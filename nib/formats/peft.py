@@ -40,7 +40,7 @@ def is_peft(path: Path) -> bool:
 
 
 class PeftAdapter:
-    """A directory of peft's. Raises InputError if it is damaged or not a LoRA adapter."""
+    """A peft directory. Raises InputError if it is damaged or not a LoRA adapter."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory

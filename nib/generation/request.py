@@ -25,13 +25,13 @@ class SamplingSettings:
     their fields, as in Hugging Face transformers."""
 
     num_samples: int = option(1, "continuations of each prompt", at_least=1, group="sampling")
-    max_new_tokens: int = option(200, "most tokens to generate", at_least=0, group="sampling")
+    max_new_tokens: int = option(200, "maximum number of tokens to generate", at_least=0, group="sampling")
     temperature: float = option(
         0.8, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the most probable token",
         at_least=0, group="sampling",
     )  # fmt: skip
     top_k: int = option(
-        200, "draw from so many most probable tokens, ties by lowest id; 0: from all", at_least=0,
+        200, "draw from this many most probable tokens, ties by lowest id; 0: from all", at_least=0,
         group="sampling",
     )  # fmt: skip
     top_p: float = option(
@@ -50,7 +50,7 @@ class SamplingSettings:
         1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
     )
     top_logprobs: int = option(
-        0, "with --json: also each token's log-probability, and so many most probable tokens", at_least=0,
+        0, "with --json: also each token's log-probability, and those of this many most probable tokens", at_least=0,
         group="sampling",
     )  # fmt: skip
     cache: bool = option(

@@ -89,19 +89,19 @@ class TrainSettings(ModelSettings):
     beta2: float = option(0.95, "AdamW's decay of the second moment", at_least=0, below=1, group="optimizer")
     grad_clip: float = option(1.0, "clip the gradient norm to this; 0: no clipping", at_least=0, group="optimizer")
 
-    max_skipped_steps: int = option(20, "end the run after so many skipped steps in a row (loss or gradient not "
+    max_skipped_steps: int = option(20, "end the run after this many skipped steps in a row (loss or gradient not "
                                     "finite); 0: never", at_least=0, group="optimizer")
 
-    max_iters: int = option(2000, "stop after so many optimizer steps; 0: no such limit", at_least=0, group="schedule")
-    max_tokens: int = option(0, "stop after so many tokens; 0: no such limit", at_least=0, group="schedule")
-    max_seconds: float = option(0.0, "stop after so many seconds of training; 0: no such limit",
+    max_iters: int = option(2000, "stop after this many optimizer steps; 0: no limit", at_least=0, group="schedule")
+    max_tokens: int = option(0, "stop after this many tokens; 0: no limit", at_least=0, group="schedule")
+    max_seconds: float = option(0.0, "stop after this many seconds of training; 0: no limit",
                                 at_least=0, group="schedule")
-    max_epochs: float = option(0.0, "stop after so many passes over the training data; 0: no such limit",
+    max_epochs: float = option(0.0, "stop after this many passes over the training data; 0: no limit",
                                at_least=0, group="schedule")
     warmup_iters: int = option(100, "steps over which the learning rate rises from 0", at_least=0, group="schedule")
     schedule: str = option("cosine", "decay of the learning rate after warm-up",
                            choices=("cosine", "linear", "wsd", "constant"), group="schedule")
-    decay_fraction: float = option(0.4, "wsd: the last part of the run, in which the learning rate falls",
+    decay_fraction: float = option(0.4, "wsd: share of the run, at its end, in which the learning rate falls",
                                    above=0, at_most=1, group="schedule")
     min_lr: float = option(0.0, "final learning rate of AdamW; Muon's falls by the same factor",
                            at_least=0, group="schedule")
@@ -113,12 +113,13 @@ class TrainSettings(ModelSettings):
 
     checkpoint_interval: int = option(500, "steps between checkpoints; 0: only at the end",
                                       at_least=0, group="checkpoint")
-    checkpoint_seconds: float = option(0.0, "also save if so many seconds have passed since the last save; 0: never",
+    checkpoint_seconds: float = option(0.0, "also save if this many seconds have passed since the last save; 0: never",
                                        at_least=0, group="checkpoint")
     keep_checkpoints: int = option(2, "checkpoints to keep, besides the best; 0: all", at_least=0, group="checkpoint")
 
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps", group="system")
-    dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: bfloat16 where it pays",
+    dtype: str = option("auto", "dtype of matmuls; weights stay float32. auto: 16 bits on GPUs, bfloat16 "
+                        "on CPUs with instructions for it if n_embd is at least 512, otherwise float32",
                         choices=("auto", "float32", "bfloat16", "float16"), group="system")
     compile: str = option("auto", "torch.compile; auto: on CUDA", choices=("auto", "true", "false"), group="system")
     parallel: str = option("ddp", "how several processes (torchrun) share the work", choices=("ddp", "fsdp"),
@@ -128,8 +129,8 @@ class TrainSettings(ModelSettings):
 
     log_interval: int = option(10, "steps between lines of metrics.jsonl", at_least=1, group="logging")
     wandb_log: bool = option(False, "also log to Weights & Biases", group="logging")
-    wandb_project: str = option("nib", "its project", group="logging")
-    wandb_run_name: str = option("", "its run; empty: the name of out_dir", group="logging")
+    wandb_project: str = option("nib", "project on wandb.ai", group="logging")
+    wandb_run_name: str = option("", "run on wandb.ai; empty: the name of out_dir", group="logging")
     # fmt: on
 
     def model_options(self) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class TrainSettings(ModelSettings):
             )
 
     def steps(self, epoch: int, sequence_tokens: float) -> int:
-        """The optimizer steps of the whole run, for `epoch` sequences of so many tokens; 0: only max_seconds ends it.
+        """The optimizer steps of the run, for `epoch` sequences of `sequence_tokens` each; 0: only max_seconds ends it.
 
         max_tokens uses the mean length of conversations; max_epochs is rounded up to a whole step.
         """
