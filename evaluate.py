@@ -96,6 +96,9 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     prepared = [data for data in wanted if (find_dataset(data) / "meta.json").exists() or not Path(data).is_file()]
     datasets = {data: open_dataset(data) for data in prepared}
     tasks = [(data, None if data in datasets else scoring.read_choices(Path(data))) for data in wanted]
+    choices = [data for data, questions in tasks if questions is not None]
+    if choices and settings.tokens:
+        raise InputError(f"{choices[0]} holds questions, and --tokens is for texts. Leave out --tokens")
     model = build(source, lambda: GPT(config)).to(device).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
@@ -110,8 +113,6 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
 
     for data, questions in tasks:
         if questions is not None:
-            if settings.tokens:
-                raise InputError(f"{data} holds questions, and --tokens is for texts. Leave out --tokens")
             found = scoring.score_choices(model, tokenizer, questions, settings.batch_size)
             results.append({"model": name, "data": data, **found})
             continue

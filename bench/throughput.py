@@ -27,7 +27,7 @@ SIZES = {
     "87m": (12, 12, 768, 1024, 2048, 4, 1),
     "124m-4": (12, 12, 768, 1024, 50304, 4, 1),
 }
-TARGETS = {"float32": 1.2, "bfloat16": 3.5}
+TARGETS = {"float32": 1.5, "bfloat16": 3.5}
 
 
 def shape_of(size: str) -> dict[str, Any]:

@@ -64,7 +64,8 @@ class Checkpoint:
                     what = f"{path} is damaged: its sha256 differs from the recorded one"
                     raise BrokenCheckpoint(f"{what}. Use another checkpoint")
         self.state: dict[str, Any] = self._json(STATE_FILE)
-        if self.state.get("format") != FORMAT or not isinstance(self.state.get("model_config"), dict):
+        parts = (self.state.get("model_config"), self.state.get("adapter", {}))
+        if self.state.get("format") != FORMAT or not all(isinstance(part, dict) for part in parts):
             raise BrokenCheckpoint(f"{directory} was not written by this version of nib. Use a checkpoint that was")
         self.model_config: dict[str, Any] = self.state["model_config"]
 
