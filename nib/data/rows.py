@@ -102,14 +102,18 @@ def chat_text(messages: list[Any]) -> str | None:
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts; images and audio are left out
-            texts: list[Any] = [
-                part.get("text") if isinstance(part, dict) else part for part in content if not is_media(part)
-            ]
+            texts = content_texts([part for part in content if not is_media(part)])
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(role, str) or not isinstance(content, str):
             return None
         paragraphs.append(f"{role}: {content}\n")
     return "\n".join(paragraphs)
+
+
+def content_texts(content: Any) -> list[Any]:
+    """The text of a message's content, or of each of its parts; None or another type for what is not a text."""
+    parts = content if isinstance(content, list) else [content]
+    return [part.get("text") if isinstance(part, dict) else part for part in parts]
 
 
 def is_media(part: Any) -> bool:
