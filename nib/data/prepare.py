@@ -104,9 +104,9 @@ def prepare(
                 else:
                     _encode(found, settings, workers, writer, fitted, show)
                     writer.settle(fitted)
-                if writer.tokens["train"] == 0:
+                if writer.train.tokens == 0:
                     wrong = f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
-                    if writer.tokens["val"]:
+                    if writer.val.tokens:
                         wrong = f"--val-fraction={val_fraction} leaves nothing to train on. Lower it or give more text"
                     raise InputError(wrong)
                 sha256 = writer.write_shards(shard_tokens)
@@ -118,16 +118,16 @@ def prepare(
                 "tokenizer": fitted.name,
                 "vocab_size": fitted.vocab_size,
                 "dtype": dtype,
-                "tokens": writer.tokens,
-                "bytes": writer.bytes,
-                "documents": writer.documents,
+                "tokens": writer.count("tokens"),
+                "bytes": writer.count("bytes"),
+                "documents": writer.count("documents"),
                 "shard_tokens": shard_tokens,
                 "sha256": sha256,
                 "val_fraction": val_fraction,
                 "seed": seed,
             }
             if kind:
-                meta |= {"kind": kind, "learned": writer.learned}
+                meta |= {"kind": kind, "learned": writer.count("learned")}
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
     except OSError as error:
