@@ -66,12 +66,11 @@ def main() -> None:
 
     sources, settings = parsed.arguments, asdict(parsed.settings)
     out = Path(settings.pop("out") or Path("data") / dataset_name(sources))
-    builtin = dict(BUILTIN_DATASETS.get(sources[0], {})) if len(sources) == 1 else {}
-    if builtin:
-        sources = [builtin.pop("source")]
-    for name in ("tokenizer", "val_fraction", "format"):
-        if name not in parsed.given or settings[name] == "auto":
-            settings[name] = builtin.get(name, "gpt2" if name == "tokenizer" else settings[name])
+    defaults = {"tokenizer": "gpt2"} | (BUILTIN_DATASETS.get(sources[0], {}) if len(sources) == 1 else {})
+    sources = [defaults.pop("source")] if "source" in defaults else sources
+    settings |= {
+        name: value for name, value in defaults.items() if name not in parsed.given or settings[name] == "auto"
+    }
     if settings["chat_template"]:
         settings["chat_template"] = read_template(Path(settings["chat_template"]))
     with memory_errors("Lower --workers, or give smaller files"):

@@ -41,9 +41,9 @@ HEAD_BYTES = 1 << 16  # of the first line of a .json file, which shows whether i
 ROW_BYTES = 1 << 28  # the longest row of a .json file; in a broken file the end of a row is not found
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
-HUB = {  # built-in name: repository, its configuration, and the column that holds the text
-    "openwebtext": ("Skylion007/openwebtext", None, "text"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+HUB = {  # built-in name: repository and its configuration
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
 BUILTIN_SOURCES = ("stdlib", "questions", "shakespeare", *HUB)
 # Tests, installed packages, and directories that some machines lack.
@@ -328,7 +328,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _hub_rows(source: Source) -> Iterator[Part]:
-    repository, configuration, field = HUB[source.name]
+    repository, configuration = HUB[source.name]
     try:
         import datasets
     except ImportError:
@@ -336,7 +336,7 @@ def _hub_rows(source: Source) -> Iterator[Part]:
     try:
         rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield _row(row[field], f"column {field!r}", f"{source.name}, row {number}")
+            yield _row(row["text"], "column 'text'", f"{source.name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:  # no network, or the hub's own errors
         raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
 

@@ -20,7 +20,7 @@ import numpy as np
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted, printable, way_out
 from nib.data.chat import fit_tokenizer, said, shown
-from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
+from nib.data.documents import Part, Source, find_sources, read_parts
 from nib.data.download import url_path
 from nib.data.encode import Encoder, EncoderSettings, batches, part_text
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
@@ -78,7 +78,8 @@ def prepare(
     InputError for a bad source, text or setting, RunError if the disk is full or the network fails.
     """
     began = time.monotonic()
-    workers = workers or _cores()
+    # In a container a process may have fewer cores than the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     check_tokenizer_name(tokenizer)
     kind = format if format in ROWS else ""
     try:
@@ -102,7 +103,7 @@ def prepare(
                 if ready:
                     copy_tokens(Path(sources[0]), fitted, writer)
                 else:
-                    _encode(found, settings, workers, writer, fitted, show)
+                    _encode(found, settings, workers or cores, writer, fitted, show)
                     writer.settle(fitted)
                 if writer.train.tokens == 0:
                     wrong = f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
@@ -140,11 +141,6 @@ def prepare(
         raise
     _print_summary(out, meta, writer.replaced, time.monotonic() - began)
     return meta
-
-
-def _cores() -> int:
-    """The cores this process may use; in a container these may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_tokenizer_name(name: str) -> None:
@@ -206,17 +202,16 @@ def _encode(
     left_out = 0
     parts = batches(read_parts(sources, settings.field, settings.kind))
     encoded = map_in_order(Encoder, settings, parts, workers)
-    with contextlib.closing(encoded), _Progress(sources) as progress:
+    with contextlib.closing(encoded), contextlib.closing(_Progress(sources)) as progress:
         for batch, (results, tokens) in encoded:
             position = 0
             for part, result in zip(batch, results, strict=True):
                 if part.first:
                     writer.begin(result.content_hash)
-                if result.invalid:
-                    if writer.document is not None:
-                        left_out += 1
-                        if left_out <= 10:
-                            _say(f"left out: {printable(result.invalid)}")
+                if writer.document is not None and result.invalid:
+                    left_out += 1
+                    if left_out <= 10:
+                        _say(f"left out: {printable(result.invalid)}")
                     writer.take_back()
                 elif writer.document is not None:
                     written = tokens[position : position + result.tokens]
@@ -246,10 +241,7 @@ class _Progress:
         self.began = self.said = time.monotonic()
         self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="tokens", disable=not sys.stderr.isatty())
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self.bar.close()
 
     def update(self, bytes: int, tokens: int) -> None:
@@ -289,7 +281,7 @@ def dataset_name(sources: list[str]) -> str:
     if len(sources) != 1:
         raise InputError("there is no default name for several sources. Give --out=data/NAME")
     source = sources[0]
-    if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
+    if source in BUILTIN_DATASETS:
         return source
     is_url = source.startswith(("http://", "https://"))
     path = url_path(source) if is_url else Path(os.path.abspath(source))

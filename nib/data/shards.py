@@ -186,11 +186,10 @@ class SplitWriter:
 
     def take_back(self) -> None:
         """Undo the document that was begun."""
-        if self.document is not None:
-            file = self.document.split.file
-            file.seek(self.document.start * self.stored.itemsize)
-            file.truncate()
-            self.document = None
+        assert self.document is not None
+        self.document.split.file.seek(self.document.start * self.stored.itemsize)
+        self.document.split.file.truncate()
+        self.document = None
 
     def settle(self, tokenizer: Tokenizer) -> None:
         """Fill an empty val split with the document of the lowest hash, or with the last part of a single document."""

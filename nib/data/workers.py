@@ -7,6 +7,7 @@ itself if the parent dies in any way.
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pickle
 import signal
@@ -114,13 +115,13 @@ def map_in_order(
 
     threads = ThreadPoolExecutor(count)
     pending: collections.deque[tuple[Any, Future]] = collections.deque()
+    remaining = iter(items)
     try:
-        for item in items:
-            pending.append((item, threads.submit(call, item)))
-            if len(pending) > 2 * count:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
+        while True:
+            for item in itertools.islice(remaining, 2 * count + 1 - len(pending)):
+                pending.append((item, threads.submit(call, item)))
+            if not pending:
+                return
             done, future = pending.popleft()
             yield done, future.result()
     finally:
