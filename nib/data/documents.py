@@ -28,7 +28,8 @@ from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
 from nib.data.questions import write_questions
-from nib.data.rows import CHAT_COLUMNS, MESSAGES, ROWS, row_text
+from nib.data.rows import CHAT_COLUMNS, MESSAGES, row_text
+from nib.data.settings import ROWS
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs put it first in a JSONL file; also inside concatenated files

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +16,12 @@ from nib.common.exits import InputError
 from nib.data.chat import Chat
 from nib.data.documents import Part
 from nib.data.rows import MESSAGES, learned_sides, row_text
+from nib.data.settings import PrepareSettings
 from nib.data.shards import FIRST, LEARNED
 from nib.data.template import TemplateFault
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
 BATCH_PARTS = 4096
@@ -37,15 +38,9 @@ class Encoded(NamedTuple):
     invalid: str  # why the document is left out, or ""
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    tokenizer_file: Path
-    field: str
-    invalid: str  # error, replace, skip
-    seed: int
-    dtype: str
-    kind: str = ""  # chat, preference; empty: text
-    train_on: str = "assistant"  # or all; for chats
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """The type of the tokens in a dataset's files."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 class Encoder:
@@ -54,9 +49,11 @@ class Encoder:
     For chats and preferences the bits LEARNED and FIRST are set in the tokens.
     """
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    def __init__(self, directory: Path, settings: PrepareSettings) -> None:
+        """`directory` holds the tokenizer."""
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer_file)
+        self.tokenizer = load_tokenizer(directory)
+        self.dtype = token_dtype(self.tokenizer)
         self.key = str(settings.seed).encode()
         self.lengths = self.tokenizer.byte_lengths() if settings.kind else np.zeros(0)
 
@@ -64,7 +61,7 @@ class Encoder:
         """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
         results, arrays = [], []
         settings, end = self.settings, self.tokenizer.end_of_text
-        end_array = np.array([] if end is None or settings.kind else [end], dtype=settings.dtype)
+        end_array = np.array([] if end is None or settings.kind else [end], dtype=self.dtype)
         for part in parts:
             text, replaced, invalid = part_text(part, settings.field, settings.invalid, settings.kind)
             data = text.encode("utf-8")
@@ -85,7 +82,7 @@ class Encoder:
 
     def text(self, part: Part, text: str) -> np.ndarray:
         try:
-            return self.tokenizer.encode_array(text).astype(self.settings.dtype)
+            return self.tokenizer.encode_array(text).astype(self.dtype)
         except InputError as error:
             raise InputError(f"{part.where}: {error}") from None
 

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 MESSAGES = "messages"  # the field of a chat, used if there is no field called text
-ROWS = ("chat", "preference")  # formats with a loss mask
-# The fields of such a row, and the usual names of ShareGPT's roles.
+# The fields of a chat's or preference's row, and the usual names of ShareGPT's roles.
 CHAT_COLUMNS = (MESSAGES, *"conversations conversation prompt completion system tools chosen rejected".split())
 ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assistant"}
 
