@@ -124,8 +124,8 @@ def _standard_library() -> list[Source]:
 
 def _downloaded(name: str, format: str, path: Path) -> Source:
     if name == "shakespeare":
-        size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
-        return Source(name, "text", path, size)
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
+        return Source(name, "text", path, SHAKESPEARE_BYTES)
     shown = url_path(name)
     format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
     download(name, path)

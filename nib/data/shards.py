@@ -288,7 +288,7 @@ class SplitWriter:
 
 def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:
     """Whether the token begins with a continuation byte of UTF-8."""
-    return tokenizer.decode_bytes(token.tolist())[:1] in [bytes([value]) for value in range(0x80, 0xC0)]
+    return b"\x80" <= tokenizer.decode_bytes(token.tolist())[:1] < b"\xc0"
 
 
 def _chunks(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:

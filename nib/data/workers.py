@@ -54,9 +54,6 @@ class Worker:
             raise InputError(error)
         return answer
 
-    def kill(self) -> None:
-        self.process.kill()
-
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
@@ -110,7 +107,7 @@ def map_in_order(
             mine.worker = Worker(make, setting)
             workers.append(mine.worker)
             if closed.is_set():  # while it was started
-                mine.worker.kill()
+                mine.worker.process.kill()
         return mine.worker(item)
 
     threads = ThreadPoolExecutor(count)
@@ -127,7 +124,7 @@ def map_in_order(
     finally:
         closed.set()
         for worker in workers:
-            worker.kill()
+            worker.process.kill()
         threads.shutdown(cancel_futures=True)
         for worker in workers:
             worker.close()
