@@ -69,11 +69,12 @@ def _finish_replacement(out: Path) -> None:
     if (new / META_FILE).exists():
         if (out / META_FILE).exists():
             (out / META_FILE).rename(new / REPLACED)
+        ours = dataset_files(new)
         for name in dataset_files(new, REPLACED):
             if name.endswith(".bin"):
                 with contextlib.suppress(OSError):
                     (out / name).with_suffix(".checked").unlink()  # the stamp of nib.data.dataset
-            if name not in dataset_files(new):  # a file of the new dataset may already be in place
+            if name not in ours:  # a file of the new dataset may already be in place
                 (out / name).unlink(missing_ok=True)
         for path in new.iterdir():
             if path.name not in (META_FILE, REPLACED):
@@ -253,7 +254,8 @@ class SplitWriter:
                     row_end = self._write_shard(split, shard, start, end, row_end)
                     split.file.truncate(start * self.stored.itemsize)
                     end = start
-                for path in self.directory.glob(f"{shard.stem}.*"):
+                for suffix in (".bin", ".mask", ".rows") if self.rows else (".bin",):
+                    path = shard.with_suffix(suffix)
                     sha256[path.name] = file_sha256(path)
             split.file.close()
             Path(split.file.name).unlink(missing_ok=True)
