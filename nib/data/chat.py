@@ -19,12 +19,14 @@ import numpy as np
 from nib.common.exits import InputError
 from nib.common.files import plain_file
 from nib.common.wording import printable
+from nib.data.rows import content_texts
 from nib.data.shards import FIRST, LEARNED
 from nib.data.template import CLOSE, GUARD, OPEN, OTHER, ChatTemplate, TemplateFault
 from nib.tokenizer.byte_level import HuggingFaceTokenizer
 from nib.tokenizer.tokenizer import Tokenizer
 
 MAX_TEMPLATE_BYTES = 1 << 20
+MARKS = re.compile(f"[{OPEN}{CLOSE}]")  # around what is in {% generation %}
 Messages = list[dict[str, Any]]
 # For tokenizers without a template. Its special tokens get ids after the vocabulary.
 PLAIN_TEMPLATE = """\
@@ -76,10 +78,7 @@ def said(side: dict[str, Any]) -> Iterator[str]:
     """The texts in a side, which `nib.data.rows.learned_sides` returns."""
     of_messages = [message["content"] for message in side.get("messages", [])]
     for content in [*of_messages, side.get("prompt"), side.get("text")]:
-        for part in content if isinstance(content, list) else [content]:
-            text = part.get("text") if isinstance(part, dict) else part
-            if isinstance(text, str):
-                yield text
+        yield from (text for text in content_texts(content) if isinstance(text, str))
 
 
 def shown(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
@@ -112,7 +111,7 @@ class Chat:
 
     def render(self, messages: Messages, tools: Any = None, add_generation_prompt: bool = False) -> str:
         """The text that transformers renders. Raises InputError if the template fails."""
-        return re.sub(f"[{OPEN}{CLOSE}]", "", self.template.render(messages, tools, add_generation_prompt))
+        return MARKS.sub("", self.template.render(messages, tools, add_generation_prompt))
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The ids of a prompt for the assistant's next message. Special tokens in messages stay text."""
@@ -149,7 +148,7 @@ class Chat:
         what the assistant writes.
         """
         rendered = self._guarded_render(messages, tools, False)
-        text = re.sub(f"[{OPEN}{CLOSE}]", "", rendered)
+        text = MARKS.sub("", rendered)
         self._check_whole(messages, tools, text)
         ids, places = self._encode(text)
         if train_on == "all":
@@ -158,9 +157,7 @@ class Chat:
             raise InputError("there is no assistant turn")
         if self.has_generation:
             spans = self._marked(rendered, text)
-            prompt = (
-                re.sub(f"[{OPEN}{CLOSE}]", "", self._guarded_render(messages[:first], tools, False)) if first else ""
-            )
+            prompt = MARKS.sub("", self._guarded_render(messages[:first], tools, False)) if first else ""
             if not text.startswith(prompt):
                 raise InputError("the chat template renders the prompt differently when an answer follows")
             spans = [span for span in spans if span[0] >= len(prompt)]
@@ -208,9 +205,7 @@ class Chat:
         """Raise InputError if the template leaves out a message's text or tools, or prints parts as a Python list."""
         for number, message in enumerate(self._guarded(messages), start=1):
             content = message.get("content")
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
-            for part in parts:
-                said = part.get("text") if isinstance(part, dict) else part
+            for said in [""] if content is None else content_texts(content):
                 if not isinstance(said, str):
                     raise InputError(f"message {number} has a part that is not text")
                 last = said.strip().rpartition("\n")[2].strip()
@@ -233,7 +228,7 @@ class Chat:
     def _marked(self, rendered: str, text: str) -> list[tuple[int, int]]:
         """The spans of {% generation %} blocks, each with the end-of-turn token if it comes right after the block."""
         spans, at, ended = [], 0, True
-        for index, piece in enumerate(re.split(f"[{OPEN}{CLOSE}]", rendered)):
+        for index, piece in enumerate(MARKS.split(rendered)):
             if index % 2 == 1:
                 if piece:
                     spans.append((at, at + len(piece)))

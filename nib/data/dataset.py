@@ -6,8 +6,8 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import resource
-from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ KINDS = ("text", "chat", "preference")
 # The most shards that a process keeps mapped, each of which is an open file. Opening a shard takes 40 us, reading a
 # window of an open one 4 us.
 OPEN_SHARDS = 128
+IDENTITY = operator.attrgetter("st_dev", "st_ino", "st_size", "st_mtime_ns")  # of a file that is still the same
 
 
 class Dataset:
@@ -57,72 +58,73 @@ class Dataset:
 
     def open_split(self, split: str) -> TokenStream:
         tokens, size = self.meta["tokens"][split], self.meta["shard_tokens"]
-        dtypes = {".bin": np.dtype(self.meta["dtype"]).newbyteorder("<")}
-        dtypes |= {".mask": np.dtype("u1"), ".rows": np.dtype("<u4")} if self.chat else {}
-        shards: dict[str, list[Shard]] = {suffix: [] for suffix in dtypes}
+        kinds = {".bin": (np.dtype(self.meta["dtype"]).newbyteorder("<"), self.vocab_size)}
+        if self.chat:
+            kinds |= {".mask": (np.dtype("u1"), 2), ".rows": (np.dtype("<u4"), 2**32)}
+        shards: dict[str, list[Shard]] = {suffix: [] for suffix in kinds}
         rows: list[NDArray[Any]] = [np.zeros(1, dtype=np.int64)]
         for index in range(math.ceil(tokens / size)):
             path = self.directory / f"{split}-{index:05d}.bin"
             count = min(size, tokens - index * size)
             try:
-                for suffix, dtype in dtypes.items():
-                    path = path.with_suffix(suffix)
-                    shard, expected = Shard(path), count * dtype.itemsize
-                    if shard.size != expected and suffix != ".rows":
-                        raise InputError(f"{path} has {counted(shard.size, 'byte')} instead of {expected}. {HOW}")
+                for suffix, (dtype, limit) in kinds.items():
+                    shard, expected = Shard(path.with_suffix(suffix), dtype, limit), count * dtype.itemsize
+                    if shard.status.st_size != expected and suffix != ".rows":
+                        has = counted(shard.status.st_size, "byte")
+                        raise InputError(f"{shard.path} has {has} instead of {expected}. {HOW}")
                     shards[suffix].append(shard)
-                self.check_content(path.with_suffix(".bin"), dtypes)
+                self.check_content([files[index] for files in shards.values()])
                 if self.chat:
-                    rows.append(np.fromfile(path, dtypes[".rows"]))
+                    rows.append(np.fromfile(shards[".rows"][index].path, "<u4"))
             except OSError as error:
                 how = HOW if isinstance(error, FileNotFoundError) else "Make it readable"
-                raise InputError(f"cannot read {path}: {error.strerror}. {way_out(error, how)}") from None
-        stream = TokenStream(MappedShards(shards[".bin"], dtypes[".bin"]), size)
+                at = error.filename or path
+                raise InputError(f"cannot read {at}: {error.strerror}. {way_out(error, how)}") from None
+        stream = TokenStream(shards[".bin"], size)
         if self.chat:
-            stream.mask = TokenStream(MappedShards(shards[".mask"], dtypes[".mask"]), size)
+            stream.mask = TokenStream(shards[".mask"], size)
             lengths = np.concatenate(rows)
             stream.starts = np.cumsum(lengths, dtype=np.int64)
             if stream.starts[-1] != tokens or (lengths[1:] == 0).any():
                 raise InputError(f"{self.directory}: the rows of {split} do not fit its {tokens} tokens. {HOW}")
         return stream
 
-    def check_content(self, shard: Path, dtypes: dict[str, np.dtype]) -> None:
+    def check_content(self, shards: list[Shard]) -> None:
         """Check the sha256 and the largest value of a shard's files once: a stamp file records what was checked.
 
         The stamp includes the files' ctime, which no program can set, so a stamp that was copied along with a file
         is not valid.
         """
-        limits, lines = {".bin": self.vocab_size, ".mask": 2, ".rows": 2**32}, []
-        for suffix, dtype in dtypes.items():
-            path = shard.with_suffix(suffix)
-            stat, expected = path.stat(), self.meta["sha256"].get(path.name)
-            times = f"{stat.st_mtime_ns} {stat.st_ctime_ns}"
-            lines.append(f"{expected} {dtype} {limits[suffix]} {stat.st_size} {times}")
-        stamp, seen = shard.with_suffix(".checked"), "\n".join(lines)
+        lines = []
+        for shard in shards:
+            status, expected = shard.status, self.meta["sha256"].get(shard.path.name)
+            times = f"{status.st_mtime_ns} {status.st_ctime_ns}"
+            lines.append(f"{expected} {shard.dtype} {shard.limit} {status.st_size} {times}")
+        stamp, seen = shards[0].path.with_suffix(".checked"), "\n".join(lines)
         try:
             if stamp.read_bytes() == seen.encode():
                 return
         except OSError:
             pass
-        for suffix, dtype in dtypes.items():
-            self.check_file(shard.with_suffix(suffix), dtype, limits[suffix])
+        for shard in shards:
+            self.check_file(shard)
         try:
             stamp.write_text(seen)
         except OSError:
             return  # a read-only data directory is checked at every start
 
-    def check_file(self, path: Path, dtype: np.dtype, limit: int) -> None:
-        digest, largest = hashlib.sha256(), 0
-        content = np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    def check_file(self, shard: Shard) -> None:
+        path, digest, largest = shard.path, hashlib.sha256(), 0
+        content = np.memmap(path, dtype=shard.dtype, mode="r") if shard.status.st_size else np.zeros(0, shard.dtype)
         for begin in range(0, len(content), 1 << 22):
             piece = content[begin : begin + (1 << 22)]
             digest.update(piece.tobytes())
             largest = max(largest, int(piece.max()))
         if digest.hexdigest() != self.meta["sha256"].get(path.name):
             raise InputError(f"{path} does not have the content that meta.json records (sha256 differs). {HOW}")
-        if largest >= limit:
+        if largest >= shard.limit:
             what, those = ("token id", "vocabulary") if path.suffix == ".bin" else ("a", "numbers")
-            raise InputError(f"{path} holds {what} {largest}, beyond the {those} of {limit}. {HOW}")
+            raise InputError(f"{path} holds {what} {largest}, beyond the {those} of {shard.limit}. {HOW}")
 
     def fingerprint(self) -> str:
         """A hash that identifies the corpus: of the checksums of its shards, its token counts and vocabulary size."""
@@ -158,12 +160,17 @@ def read_meta(directory: Path) -> dict[str, Any]:
 
 
 class Shard:
-    """One file of a shard, with its identity when the dataset was opened."""
+    """One file of a shard, which is mapped when it is read: values below `limit`."""
 
-    def __init__(self, path: Path) -> None:
-        status = path.stat()
-        self.path, self.size = path, status.st_size
-        self.identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    def __init__(self, path: Path, dtype: np.dtype, limit: int) -> None:
+        self.path, self.dtype, self.limit = path, dtype, limit
+        self.status = path.stat()  # when the dataset was opened
+
+    def __len__(self) -> int:
+        return self.status.st_size // self.dtype.itemsize
+
+    def __getitem__(self, places: slice) -> NDArray[Any]:
+        return map_shard(self)[places]
 
 
 def most_mapped() -> int:
@@ -173,14 +180,14 @@ def most_mapped() -> int:
 
 
 @functools.lru_cache(most_mapped())
-def map_shard(shard: Shard, dtype: np.dtype) -> NDArray[Any]:
+def map_shard(shard: Shard) -> NDArray[Any]:
     """Memory-map the shard. Of all datasets of this process, the most recently used shards stay mapped.
 
     Raises RunError for a shard that was replaced since the dataset was opened: the data would mix two corpora.
     """
     try:
-        mapped = np.memmap(shard.path, dtype=dtype, mode="r")
-        if Shard(shard.path).identity == shard.identity:
+        mapped = np.memmap(shard.path, dtype=shard.dtype, mode="r")
+        if IDENTITY(shard.path.stat()) == IDENTITY(shard.status):
             return mapped
         reason, how = "it was replaced meanwhile", "Run the same command again"
     except (OSError, ValueError) as error:
@@ -189,26 +196,13 @@ def map_shard(shard: Shard, dtype: np.dtype) -> NDArray[Any]:
     raise RunError(f"cannot read {shard.path}: {reason}. {how}")
 
 
-class MappedShards(Sequence[NDArray[Any]]):
-    """Shards that are mapped when they are read."""
-
-    def __init__(self, shards: list[Shard], dtype: np.dtype) -> None:
-        self.shards, self.dtype = shards, dtype
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, index: Any) -> Any:
-        return map_shard(self.shards[index], self.dtype)
-
-
 class TokenStream:
     """The tokens of one split, in shards of `size` tokens each (the last may be shorter), read as one sequence."""
 
     mask: TokenStream | None = None  # for conversations: 1 for each token that is learned
     starts: NDArray[np.int64] | None = None  # where each conversation begins, and where the last one ends
 
-    def __init__(self, shards: Sequence[NDArray[Any]], size: int) -> None:
+    def __init__(self, shards: list[Shard] | list[NDArray[Any]], size: int) -> None:
         self.shards, self.size = shards, size
         self.tokens = (len(shards) - 1) * size + len(shards[-1]) if shards else 0
 

@@ -28,7 +28,8 @@ from nib.common.wording import counted, printable, way_out
 from nib.data.download import download, url_path
 from nib.data.paths import walk
 from nib.data.questions import write_questions
-from nib.data.rows import CHAT_COLUMNS, MESSAGES, ROWS, row_text
+from nib.data.rows import CHAT_COLUMNS, MESSAGES, row_text
+from nib.data.settings import ROWS
 from nib.tokenizer.chunking import read_pieces
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some programs put it first in a JSONL file; also inside concatenated files
@@ -41,9 +42,9 @@ HEAD_BYTES = 1 << 16  # of the first line of a .json file, which shows whether i
 ROW_BYTES = 1 << 28  # the longest row of a .json file; in a broken file the end of a row is not found
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_BYTES = 1_115_394
-HUB = {  # built-in name: repository, its configuration, and the column that holds the text
-    "openwebtext": ("Skylion007/openwebtext", None, "text"),
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT", "text"),
+HUB = {  # built-in name: repository and its configuration
+    "openwebtext": ("Skylion007/openwebtext", None),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", "sample-10BT"),
 }
 BUILTIN_SOURCES = ("stdlib", "questions", "shakespeare", *HUB)
 # Tests, installed packages, and directories that some machines lack.
@@ -123,8 +124,8 @@ def _standard_library() -> list[Source]:
 
 def _downloaded(name: str, format: str, path: Path) -> Source:
     if name == "shakespeare":
-        size = download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
-        return Source(name, "text", path, size)
+        download(SHAKESPEARE_URL, path, SHAKESPEARE_BYTES)
+        return Source(name, "text", path, SHAKESPEARE_BYTES)
     shown = url_path(name)
     format, path = _format_of(shown, format), path.with_suffix(_compression(shown))
     download(name, path)
@@ -328,7 +329,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _hub_rows(source: Source) -> Iterator[Part]:
-    repository, configuration, field = HUB[source.name]
+    repository, configuration = HUB[source.name]
     try:
         import datasets
     except ImportError:
@@ -336,7 +337,7 @@ def _hub_rows(source: Source) -> Iterator[Part]:
     try:
         rows = datasets.load_dataset(repository, configuration, split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
-            yield _row(row[field], f"column {field!r}", f"{source.name}, row {number}")
+            yield _row(row["text"], "column 'text'", f"{source.name}, row {number}")
     except (OSError, ValueError, RuntimeError) as error:  # no network, or the hub's own errors
         raise InputError(f"cannot stream {repository}: {str(error)[:150]}. Check the network and try again") from None
 

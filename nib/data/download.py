@@ -17,8 +17,8 @@ TIMEOUT = 30  # seconds without a byte
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
-    """Fetch `url` into `path` and return its size in bytes.
+def download(url: str, path: Path, expected_bytes: int | None = None) -> None:
+    """Fetch `url` into `path`.
 
     Raises InputError for a URL that cannot be opened or a size that is not `expected_bytes`, RunError when the
     connection is cut.
@@ -51,7 +51,6 @@ def download(url: str, path: Path, expected_bytes: int | None = None) -> int:
         raise RunError(f"cannot fetch {url}: the connection was cut. Check the network and run again")
     if expected_bytes is not None and size != expected_bytes:
         raise InputError(f"{url} has {counted(size, 'byte')}, not the expected {expected_bytes}. Download it by hand")
-    return size
 
 
 def url_path(url: str) -> Path:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,16 @@ from nib.common.exits import InputError
 from nib.data.chat import Chat
 from nib.data.documents import Part
 from nib.data.rows import MESSAGES, learned_sides, row_text
+from nib.data.settings import PrepareSettings
 from nib.data.shards import FIRST, LEARNED
 from nib.data.template import TemplateFault
 from nib.tokenizer.chunking import PIECE_BYTES, cut
 from nib.tokenizer.load import load_tokenizer
+from nib.tokenizer.tokenizer import Tokenizer
 
 BATCH_BYTES = 1 << 20
 BATCH_PARTS = 4096
+CORRECT_ROW = "Correct it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
 
 
 class Encoded(NamedTuple):
@@ -36,71 +38,66 @@ class Encoded(NamedTuple):
     invalid: str  # why the document is left out, or ""
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    tokenizer_file: Path
-    field: str
-    invalid: str  # error, replace, skip
-    seed: int
-    dtype: str
-    kind: str = ""  # chat, preference; empty: text
-    train_on: str = "assistant"  # or all; for chats
+def token_dtype(tokenizer: Tokenizer) -> str:
+    """The type of the tokens in a dataset's files."""
+    return "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
 
 
 class Encoder:
-    """Encodes batches of parts; each document ends with the end-of-text id if the tokenizer has one."""
+    """Encodes batches of parts; each document ends with the end-of-text id if the tokenizer has one.
 
-    def __init__(self, settings: EncoderSettings) -> None:
+    For chats and preferences the bits LEARNED and FIRST are set in the tokens.
+    """
+
+    def __init__(self, directory: Path, settings: PrepareSettings) -> None:
+        """`directory` holds the tokenizer."""
         self.settings = settings
-        self.tokenizer = load_tokenizer(settings.tokenizer_file)
+        self.tokenizer = load_tokenizer(directory)
+        self.dtype = token_dtype(self.tokenizer)
         self.key = str(settings.seed).encode()
         self.lengths = self.tokenizer.byte_lengths() if settings.kind else np.zeros(0)
 
     def __call__(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
         """One `Encoded` a part, and the tokens of all parts together. Raises InputError."""
-        if self.settings.kind:
-            return self.rows(parts)
         results, arrays = [], []
-        end = self.tokenizer.end_of_text
-        end_array = np.array([] if end is None else [end], dtype=self.settings.dtype)
+        settings, end = self.settings, self.tokenizer.end_of_text
+        end_array = np.array([] if end is None or settings.kind else [end], dtype=self.dtype)
         for part in parts:
-            text, replaced, invalid = part_text(part, self.settings.field, self.settings.invalid)
-            try:
-                tokens = self.tokenizer.encode_array(text).astype(self.settings.dtype)
-            except InputError as error:
-                raise InputError(f"{part.where}: {error}") from None
+            text, replaced, invalid = part_text(part, settings.field, settings.invalid, settings.kind)
+            data = text.encode("utf-8")
+            content_hash = self.content_hash(data) if part.first else 0
+            if settings.kind:
+                tokens, invalid = self.row(part, text, invalid)
+                size = int(self.lengths[tokens & ~np.uint32(LEARNED | FIRST)].sum())
+            else:
+                tokens, size = self.text(part, text), len(data)
             arrays.append(tokens)
             count = len(tokens)
             # An empty document gives no tokens, not even end-of-text.
             if part.last and not invalid and (count or not part.first):
                 arrays.append(end_array)
                 count += len(end_array)
-            data = text.encode("utf-8")
-            content_hash = self.content_hash(data) if part.first else 0
-            results.append(Encoded(count, len(data), replaced, content_hash, invalid))
+            results.append(Encoded(count, size, replaced, content_hash, invalid))
         return results, np.concatenate(arrays)
 
-    def rows(self, parts: list[Part]) -> tuple[list[Encoded], np.ndarray]:
-        """As `__call__`, for conversations and preferences; the bits LEARNED and FIRST are set in the tokens."""
-        results, arrays = [], [np.zeros(0, dtype=np.uint32)]
-        invalid = self.settings.invalid
-        for part in parts:
-            text, replaced, fault = part_text(part, self.settings.field, invalid, self.settings.kind)
-            ids = np.zeros(0, dtype=np.uint32)
-            if not fault:
-                try:
-                    ids = np.concatenate([self.side(**side) for side in json.loads(text)])
-                except InputError as error:
-                    fault = f"{part.where}: {error}"
-                    if isinstance(error, TemplateFault):
-                        raise InputError(fault) from None
-                    if invalid != "skip":
-                        how = "Correct it, give another --chat-template, or leave such rows out with --invalid=skip"
-                        raise InputError(f"{fault}. {how}") from None
-            arrays.append(ids)
-            size = int(self.lengths[ids & ~np.uint32(LEARNED | FIRST)].sum())
-            results.append(Encoded(len(ids), size, replaced, self.content_hash(text.encode("utf-8")), fault))
-        return results, np.concatenate(arrays)
+    def text(self, part: Part, text: str) -> np.ndarray:
+        try:
+            return self.tokenizer.encode_array(text).astype(self.dtype)
+        except InputError as error:
+            raise InputError(f"{part.where}: {error}") from None
+
+    def row(self, part: Part, text: str, invalid: str) -> tuple[np.ndarray, str]:
+        """The tokens of a conversation or preference, and why it is left out, or ""."""
+        if invalid:
+            return np.zeros(0, dtype=np.uint32), invalid
+        try:
+            return np.concatenate([self.side(**side) for side in json.loads(text)]), ""
+        except InputError as error:
+            reason = f"{part.where}: {error}"
+            if isinstance(error, TemplateFault):
+                raise InputError(reason) from None
+            how = "Correct it, give another --chat-template, or leave such rows out with --invalid=skip"
+            return np.zeros(0, dtype=np.uint32), left_out(reason, how, self.settings.invalid)
 
     def side(self, prompt: str = "", text: str = "", **conversation: Any) -> np.ndarray:
         """The tokens, with LEARNED and FIRST, of a conversation, or of a prompt and the text learned after it."""
@@ -137,40 +134,35 @@ def part_text(part: Part, field: str, invalid: str, kind: str = "") -> tuple[str
         invalid = "skip"
     data = part.data
     if part.fault:
-        return without_text(f"{part.where}: {part.fault}", invalid)
+        return "", 0, left_out(f"{part.where}: {part.fault}", CORRECT_ROW, invalid)
     try:
         text, replaced = data.decode("utf-8"), 0
     except UnicodeDecodeError as error:
         where = part.where.partition(", line ")[0] if part.is_json else part.where
         reason = f"{where}: byte 0x{data[error.start]:02x} at offset {part.offset + error.start} is not UTF-8"
-        if invalid == "error":
-            raise InputError(f"{reason}. Convert it with iconv, or use --invalid=replace or --invalid=skip") from None
-        if invalid == "skip":
-            return "", 0, reason
+        if invalid != "replace":
+            how = "Convert it with iconv, or use --invalid=replace or --invalid=skip"
+            return "", 0, left_out(reason, how, invalid)
         text = data.decode("utf-8", errors="replace")
         replaced = text.count("\ufffd") - data.count("\ufffd".encode())
     if not part.is_json:
         return text, replaced, ""
     text, fault = _json_text(text, field, kind)
     if fault:
-        return without_text(f"{part.where}: {fault}", invalid)
+        return "", 0, left_out(f"{part.where}: {fault}", CORRECT_ROW, invalid)
     if halves := re.findall("[\ud800-\udfff]", text):  # "\ud83d" alone is valid JSON and no valid Unicode
         reason = f"{part.where}: U+{ord(halves[0]):04X} is a lone surrogate"
-        if invalid == "error":
-            raise InputError(f"{reason}. Use --invalid=replace or --invalid=skip")
-        if invalid == "skip":
-            return "", 0, reason
+        if invalid != "replace":
+            return "", 0, left_out(reason, "Use --invalid=replace or --invalid=skip", invalid)
         text = re.sub("[\ud800-\udfff]", "\ufffd", text)
     return text, replaced + len(halves), ""
 
 
-def without_text(reason: str, invalid: str) -> tuple[str, int, str]:
-    """What `part_text` returns for a row that is left out. Raises InputError unless `invalid` is skip."""
+def left_out(reason: str, how: str, invalid: str) -> str:
+    """`reason`, why a document is left out. Raises InputError with `how` to mend it unless `invalid` is skip."""
     if invalid == "skip":
-        return "", 0, reason
-    raise InputError(
-        f"{reason}. Correct it, give another --field, --format or --glob, or leave such rows out with --invalid=skip"
-    )
+        return reason
+    raise InputError(f"{reason}. {how}")
 
 
 def _json_text(line: str, field: str, kind: str) -> tuple[str, str]:

@@ -58,11 +58,10 @@ def dataset_tokenizer(directory: Path, name: str) -> Tokenizer:
 def copy_tokens(directory: Path, tokenizer: Tokenizer, writer: SplitWriter) -> None:
     """Append both splits to `writer`, checking every id. Raises InputError."""
     lengths, end = tokenizer.byte_lengths(), tokenizer.end_of_text
-    for split in ("train", "val"):
-        path = directory / f"{split}.bin"
+    for name, split in writer.splits.items():
+        path = directory / f"{name}.bin"
         if path.stat().st_size % 2:
             raise InputError(f"{path} has an odd number of bytes, not tokens of 2. Give nanoGPT's own files")
-        documents = 0
         with path.open("rb") as file:
             while data := file.read(2 * COPY_TOKENS):
                 tokens = np.frombuffer(data, dtype="<u2")
@@ -70,8 +69,8 @@ def copy_tokens(directory: Path, tokenizer: Tokenizer, writer: SplitWriter) -> N
                     size = tokenizer.vocab_size
                     ids = f"id {tokens.max()}, {tokenizer.name} only {counted(size, 'id')}"
                     raise InputError(f"{path} has {ids}. Give the --tokenizer it was made with")
-                writer.files[split].write(tokens.astype(writer.dtype).tobytes())
-                writer.tokens[split] += len(tokens)
-                writer.bytes[split] += int(lengths[tokens].sum())
-                documents += int((tokens == end).sum()) if end is not None else 0
-        writer.documents[split] = documents or min(1, writer.tokens[split])
+                split.file.write(tokens.astype(writer.dtype).tobytes())
+                split.tokens += len(tokens)
+                split.bytes += int(lengths[tokens].sum())
+                split.documents += int((tokens == end).sum()) if end is not None else 0
+        split.documents = split.documents or min(1, split.tokens)

@@ -9,9 +9,6 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from nib.common.exits import InputError
-from nib.common.wording import counted
-
 
 def epochs(sequences: NDArray[np.int64], size: int, seed: int) -> Iterator[tuple[NDArray[np.bool_], int, NDArray]]:
     """For each epoch of `size` sequences: which of the run's `sequences` are in it, its key, and their item numbers.
@@ -20,7 +17,7 @@ def epochs(sequences: NDArray[np.int64], size: int, seed: int) -> Iterator[tuple
     """
     for epoch in np.unique(sequences // size):
         chosen = sequences // size == epoch
-        key = int.from_bytes(hashlib.sha256(f"epoch {seed} {epoch}".encode()).digest()[:8], "little")
+        key = hashed(f"epoch {seed} {epoch}")
         yield chosen, key, permute(sequences[chosen] % size, size, key)
 
 
@@ -42,42 +39,6 @@ def deal(sequences: NDArray[np.int64], weights: list[Fraction]) -> tuple[NDArray
     return part, before
 
 
-def shuffled(sequences: NDArray[np.int64], size: int, seed: int) -> NDArray[np.int64]:
-    """The number of the item, of `size`, that each of the run's sequences is: each item once in an epoch."""
-    found = np.empty_like(sequences)
-    for chosen, _, index in epochs(sequences, size, seed):
-        found[chosen] = index
-    return found
-
-
-class WindowOrder:
-    """Which window of the stream is the i-th training sequence, for every i. No state is kept.
-
-    A window is block_size inputs and their targets, shifted by one token. Sequence i belongs to epoch i // windows.
-    An epoch visits every window once, in a permutation seeded by (seed, epoch). It cuts the stream at its own offset,
-    so that the borders of windows move. Raises InputError if the split is shorter than a window.
-    """
-
-    def __init__(self, tokens: int, block_size: int, seed: int) -> None:
-        if tokens < block_size + 1:
-            raise InputError(
-                f"the training split has {counted(tokens, 'token')}, fewer than one window of block_size + 1 = "
-                f"{block_size + 1}. Lower block_size or prepare more text"
-            )
-        self.block_size, self.seed = block_size, seed
-        # A block is left over for the offset, so that every epoch has the same number of windows. The offset can be so
-        # large that the last window ends with the stream, so that every token is used in some epoch.
-        self.windows = max(1, (tokens - block_size) // block_size)
-        self.offsets = tokens - self.windows * block_size
-
-    def begin(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The position of the first token of each of these sequences."""
-        begins = np.empty_like(sequences)
-        for chosen, key, window in epochs(sequences, self.windows, self.seed):
-            begins[chosen] = key % self.offsets + window * self.block_size
-        return begins
-
-
 def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """The images of `index` under a permutation of range(size) chosen by `key`.
 
@@ -86,7 +47,7 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << half) - 1)
-    keys = np.array([hash_round(key, turn) for turn in range(6)], dtype=np.uint64)
+    keys = np.array([hashed(f"round {key} {turn}") for turn in range(6)], dtype=np.uint64)
     x = index.astype(np.uint64)
     todo = np.ones(len(x), dtype=bool)
     while todo.any():
@@ -98,8 +59,9 @@ def permute(index: NDArray[np.int64], size: int, key: int) -> NDArray[np.int64]:
     return x.astype(np.int64)
 
 
-def hash_round(key: int, turn: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"round {key} {turn}".encode()).digest()[:8], "little")
+def hashed(text: str) -> int:
+    """64 bits of the SHA-256 of a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

@@ -19,12 +19,12 @@ import numpy as np
 
 from nib.common.exits import InputError, RunError
 from nib.common.wording import counted, printable, way_out
-from nib.data.chat import fit_tokenizer, said, shown
-from nib.data.documents import BUILTIN_SOURCES, Part, Source, find_sources, read_parts
+from nib.data.chat import fit_tokenizer, read_template, said, shown
+from nib.data.documents import Part, Source, find_sources, read_parts
 from nib.data.download import url_path
-from nib.data.encode import Encoder, EncoderSettings, batches, part_text
+from nib.data.encode import Encoder, batches, part_text, token_dtype
 from nib.data.nanogpt import copy_tokens, dataset_tokenizer, is_dataset
-from nib.data.rows import ROWS
+from nib.data.settings import PrepareSettings
 from nib.data.shards import FORMAT, META_FILE, SplitWriter, staging_directory
 from nib.data.workers import Worker, map_in_order
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
@@ -48,41 +48,23 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 def prepare_builtin(name: str) -> dict[str, Any]:
     """Prepare the built-in dataset `name` in data/`name`, and return the content of its meta.json."""
-    settings = {key: value for key, value in BUILTIN_DATASETS[name].items() if key != "source"}
-    return prepare([BUILTIN_DATASETS[name]["source"]], Path("data", name), **settings)
+    options = dict(BUILTIN_DATASETS[name])
+    return prepare([options.pop("source")], Path("data", name), PrepareSettings(**options))
 
 
-def prepare(
-    sources: list[str],
-    out: Path,
-    *,
-    tokenizer: str = "gpt2",
-    format: str = "auto",
-    field: str = "text",
-    glob: str = "",
-    val_fraction: float = 0.01,
-    workers: int = 0,
-    shard_tokens: int = 100_000_000,
-    seed: int = 1337,
-    invalid: str = "error",
-    overwrite: bool = False,
-    train_on: str = "assistant",
-    chat_template: str = "",
-    show: int = 0,
-) -> dict[str, Any]:
+def prepare(sources: list[str], out: Path, settings: PrepareSettings) -> dict[str, Any]:
     """Tokenize `sources` into the directory `out` and return the content of its `meta.json`.
 
-    The same sources and settings give the same bytes for any number of `workers` (0: one per core). A directory of
-    nanoGPT's token files keeps its split. For chats, `train_on` says what is learned, the first `show` are printed, and
-    `chat_template` is jinja to use instead of the tokenizer's own. `out` appears complete or not at all. Raises
-    InputError for a bad source, text or setting, RunError if the disk is full or the network fails.
+    The settings have to name a tokenizer: auto is for the command line. The same sources and settings give the same
+    bytes for any number of workers. A directory of nanoGPT's token files keeps its split. `out` appears complete or not
+    at all. Raises InputError for a bad source, text or setting, RunError if the disk is full or the network fails.
     """
     began = time.monotonic()
-    workers = workers or _cores()
+    template = read_template(Path(settings.chat_template)) if settings.chat_template else ""
+    tokenizer, kind = settings.tokenizer, settings.kind
     check_tokenizer_name(tokenizer)
-    kind = format if format in ROWS else ""
     try:
-        with staging_directory(out, overwrite) as staging:
+        with staging_directory(out, settings.overwrite) as staging:
             spool = tokenizer == "char" or tokenizer.startswith("bpe:")
             fetched = staging / "fetched"
             fetched.mkdir()
@@ -90,26 +72,27 @@ def prepare(
             if ready:
                 fitted = dataset_tokenizer(Path(sources[0]), tokenizer)
             else:
-                found = find_sources(sources, format, glob, fetched, spool)
-                fitted = _fit_tokenizer(tokenizer, found, field, invalid, staging, kind)
+                found = find_sources(sources, settings.format, settings.glob, fetched, spool)
+                fitted = _fit_tokenizer(settings, found, staging)
             # Pairs of plain texts need no template and none of its special tokens.
-            if kind == "chat" or (kind and (chat_template or fitted.chat_template)):
-                fit_tokenizer(fitted, chat_template)
-            dtype = "uint16" if fitted.vocab_size <= 1 << 16 else "uint32"
-            settings = EncoderSettings(fitted.save(staging), field, invalid, seed, dtype, kind, train_on)
-            writer = SplitWriter(staging, np.dtype(dtype).newbyteorder("<"), val_fraction, bool(kind))
+            if kind == "chat" or (kind and (template or fitted.chat_template)):
+                fit_tokenizer(fitted, template)
+            fitted.save(staging)
+            dtype = token_dtype(fitted)
+            writer = SplitWriter(staging, np.dtype(dtype).newbyteorder("<"), settings.val_fraction, bool(kind))
             try:
                 if ready:
                     copy_tokens(Path(sources[0]), fitted, writer)
                 else:
-                    _encode(found, settings, workers, writer, fitted, show)
+                    _encode(settings, found, fitted, writer)
                     writer.settle(fitted)
-                if writer.tokens["train"] == 0:
+                if writer.train.tokens == 0:
                     wrong = f"there is no text in {' '.join(sources)[:200]}. Give a source that has some"
-                    if writer.tokens["val"]:
-                        wrong = f"--val-fraction={val_fraction} leaves nothing to train on. Lower it or give more text"
+                    if writer.val.tokens:
+                        fraction = f"--val-fraction={settings.val_fraction}"
+                        wrong = f"{fraction} leaves nothing to train on. Lower it or give more text"
                     raise InputError(wrong)
-                sha256 = writer.write_shards(shard_tokens)
+                sha256 = writer.write_shards(settings.shard_tokens)
             finally:
                 writer.close()
             meta = {
@@ -118,16 +101,16 @@ def prepare(
                 "tokenizer": fitted.name,
                 "vocab_size": fitted.vocab_size,
                 "dtype": dtype,
-                "tokens": writer.tokens,
-                "bytes": writer.bytes,
-                "documents": writer.documents,
-                "shard_tokens": shard_tokens,
+                "tokens": writer.count("tokens"),
+                "bytes": writer.count("bytes"),
+                "documents": writer.count("documents"),
+                "shard_tokens": settings.shard_tokens,
                 "sha256": sha256,
-                "val_fraction": val_fraction,
-                "seed": seed,
+                "val_fraction": settings.val_fraction,
+                "seed": settings.seed,
             }
             if kind:
-                meta |= {"kind": kind, "learned": writer.learned}
+                meta |= {"kind": kind, "learned": writer.count("learned")}
             (staging / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
             shutil.rmtree(fetched)
     except OSError as error:
@@ -142,11 +125,6 @@ def prepare(
     return meta
 
 
-def _cores() -> int:
-    """The cores this process may use; in a container these may be fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def check_tokenizer_name(name: str) -> None:
     """Raise InputError for bpe:N with a bad N; other names are looked up when they are needed."""
     if name.startswith("bpe:"):
@@ -155,33 +133,34 @@ def check_tokenizer_name(name: str) -> None:
             raise InputError(f"--tokenizer={name}: N is 257 (bytes and end-of-text) to 1000000. Write bpe:8192")
 
 
-def _fit_tokenizer(name: str, sources: list[Source], field: str, invalid: str, directory: Path, kind: str) -> Tokenizer:
-    """The tokenizer of that name; `char` and `bpe:N` are trained on the corpus."""
+def _fit_tokenizer(settings: PrepareSettings, sources: list[Source], directory: Path) -> Tokenizer:
+    """The tokenizer that the settings name; `char` and `bpe:N` are trained on the corpus."""
+    name = settings.tokenizer
     if name == "char":
         _say("collecting the characters of the corpus")
-        return train_char(_texts(read_parts(sources, field, kind), field, invalid, kind))
+        return train_char(_texts(read_parts(sources, settings.field, settings.kind), settings))
     if not name.startswith("bpe:"):
         return make_tokenizer(name)
     size = int(name.removeprefix("bpe:"))
     _say(f"training {name} on the corpus")
     # In its own process: training does not return its memory to the system, and would delay Ctrl-C.
     with contextlib.closing(Worker(functools.partial, _train_bpe)) as worker:
-        tokenizer = load_tokenizer(worker(sources, field, invalid, kind, size, directory))
+        tokenizer = load_tokenizer(worker(settings, sources, size, directory))
     if tokenizer.vocab_size < size:
         _say(f"the corpus has words for only {tokenizer.vocab_size} tokens, so the tokenizer is {tokenizer.name}")
     return tokenizer
 
 
-def _train_bpe(sources: list[Source], field: str, invalid: str, kind: str, size: int, directory: Path) -> Path:
+def _train_bpe(settings: PrepareSettings, sources: list[Source], size: int, directory: Path) -> Path:
     """Train a tokenizer on the sources and save it."""
-    parts = _sample(read_parts(sources, field, kind), sources)
-    return train_bpe(_texts(parts, field, invalid, kind), size).save(directory)
+    parts = _sample(read_parts(sources, settings.field, settings.kind), sources)
+    return train_bpe(_texts(parts, settings), size).save(directory)
 
 
-def _texts(parts: Iterable[Part], field: str, invalid: str, kind: str) -> Iterator[str]:
+def _texts(parts: Iterable[Part], settings: PrepareSettings) -> Iterator[str]:
     for part in parts:
-        text = part_text(part, field, invalid, kind)[0]
-        yield from (words for side in json.loads(text) for words in said(side)) if kind and text else [text]
+        text = part_text(part, settings.field, settings.invalid, settings.kind)[0]
+        yield from (words for side in json.loads(text) for words in said(side)) if settings.kind and text else [text]
 
 
 def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
@@ -199,24 +178,24 @@ def _sample(parts: Iterable[Part], sources: list[Source]) -> Iterator[Part]:
             return
 
 
-def _encode(
-    sources: list[Source], settings: EncoderSettings, workers: int, writer: SplitWriter, tokenizer: Tokenizer, show: int
-) -> None:
+def _encode(settings: PrepareSettings, sources: list[Source], tokenizer: Tokenizer, writer: SplitWriter) -> None:
     """Encode all documents into `writer`, in order, and print the first rows."""
-    left_out = 0
+    left_out, show = 0, settings.show
+    # In a container a process may have fewer cores than the machine.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parts = batches(read_parts(sources, settings.field, settings.kind))
-    encoded = map_in_order(Encoder, settings, parts, workers)
-    with contextlib.closing(encoded), _Progress(sources) as progress:
+    make = functools.partial(Encoder, writer.directory)
+    encoded = map_in_order(make, settings, parts, settings.workers or cores)
+    with contextlib.closing(encoded), contextlib.closing(_Progress(sources)) as progress:
         for batch, (results, tokens) in encoded:
             position = 0
             for part, result in zip(batch, results, strict=True):
                 if part.first:
                     writer.begin(result.content_hash)
-                if result.invalid:
-                    if writer.document is not None:
-                        left_out += 1
-                        if left_out <= 10:
-                            _say(f"left out: {printable(result.invalid)}")
+                if writer.document is not None and result.invalid:
+                    left_out += 1
+                    if left_out <= 10:
+                        _say(f"left out: {printable(result.invalid)}")
                     writer.take_back()
                 elif writer.document is not None:
                     written = tokens[position : position + result.tokens]
@@ -246,10 +225,7 @@ class _Progress:
         self.began = self.said = time.monotonic()
         self.bar = tqdm(total=self.total, unit="B", unit_scale=True, desc="tokens", disable=not sys.stderr.isatty())
 
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def close(self) -> None:
         self.bar.close()
 
     def update(self, bytes: int, tokens: int) -> None:
@@ -289,7 +265,7 @@ def dataset_name(sources: list[str]) -> str:
     if len(sources) != 1:
         raise InputError("there is no default name for several sources. Give --out=data/NAME")
     source = sources[0]
-    if source in BUILTIN_DATASETS or source in BUILTIN_SOURCES:
+    if source in BUILTIN_DATASETS:
         return source
     is_url = source.startswith(("http://", "https://"))
     path = url_path(source) if is_url else Path(os.path.abspath(source))

@@ -6,8 +6,7 @@ import json
 from typing import Any
 
 MESSAGES = "messages"  # the field of a chat, used if there is no field called text
-ROWS = ("chat", "preference")  # formats with a loss mask
-# The fields of such a row, and the usual names of ShareGPT's roles.
+# The fields of a chat's or preference's row, and the usual names of ShareGPT's roles.
 CHAT_COLUMNS = (MESSAGES, *"conversations conversation prompt completion system tools chosen rejected".split())
 ROLES = {"human": "user", "input": "user", "gpt": "assistant", "output": "assistant"}
 
@@ -102,14 +101,18 @@ def chat_text(messages: list[Any]) -> str | None:
         if content is None and (message.get("tool_calls") or message.get("function_call")):
             content = ""
         if isinstance(content, list):  # parts; images and audio are left out
-            texts: list[Any] = [
-                part.get("text") if isinstance(part, dict) else part for part in content if not is_media(part)
-            ]
+            texts = content_texts([part for part in content if not is_media(part)])
             content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
         if not isinstance(role, str) or not isinstance(content, str):
             return None
         paragraphs.append(f"{role}: {content}\n")
     return "\n".join(paragraphs)
+
+
+def content_texts(content: Any) -> list[Any]:
+    """The text of a message's content, or of each of its parts; None or another type for what is not a text."""
+    parts = content if isinstance(content, list) else [content]
+    return [part.get("text") if isinstance(part, dict) else part for part in parts]
 
 
 def is_media(part: Any) -> bool:

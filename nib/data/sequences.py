@@ -1,13 +1,12 @@
-"""The sequences that a model is trained and validated on, as rows of batches: windows of a text, or conversations."""
+"""What a model is trained and validated on, as rows of batches: windows of a text, conversations or preferences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from nib.common.exits import InputError
 from nib.common.wording import amount, counted
 from nib.data.dataset import Dataset, TokenStream
 from nib.data.mixture import Mixture
-from nib.data.order import WindowOrder, deal, shuffled
+from nib.data.order import deal, epochs
 
 T = TypeVar("T")
 Row = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets of one sequence, of the same length
@@ -29,23 +28,59 @@ Batch = tuple[Tensor, Tensor]  # inputs and targets (rows, T) int64; targets of 
 class Windows:
     """The windows of a text, numbered from 0 without end. An epoch has `size` of them, of `mean_tokens` each.
 
-    Raises InputError if the text is shorter than one.
+    A window is block_size inputs and their targets, shifted by one token. An epoch visits every window once, in a
+    permutation seeded by (seed, epoch). It cuts the text at its own offset, so that the borders of windows move.
+    Raises InputError if the text is shorter than a window.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int) -> None:
-        self.stream, self.order = stream, WindowOrder(stream.tokens, block_size, seed)
-        self.size, self.mean_tokens = self.order.windows, float(block_size)
+        if stream.tokens < block_size + 1:
+            raise InputError(
+                f"the training split has {counted(stream.tokens, 'token')}, fewer than one window of block_size + 1 = "
+                f"{block_size + 1}. Lower block_size or prepare more text"
+            )
+        self.stream, self.block_size, self.seed = stream, block_size, seed
+        self.mean_tokens = float(block_size)
+        # A block is left over for the offset, so that every epoch has the same number of windows. The offset can be so
+        # large that the last window ends with the text, so that every token is used in some epoch.
+        self.size = max(1, (stream.tokens - block_size) // block_size)
+        self.offsets = stream.tokens - self.size * block_size
+
+    def begin(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The position of the first token of each of the run's sequences."""
+        begins = np.empty_like(sequences)
+        for chosen, key, window in epochs(sequences, self.size, self.seed):
+            begins[chosen] = key % self.offsets + window * self.block_size
+        return begins
 
     def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
-        length = self.order.block_size + 1
-        windows = [self.stream.read(begin, begin + length) for begin in self.order.begin(sequences).tolist()]
+        length = self.block_size + 1
+        windows = [self.stream.read(begin, begin + length) for begin in self.begin(sequences).tolist()]
         return [(window[:-1], window[1:]) for window in windows]
 
     def tokens(self, sequences: NDArray[np.int64]) -> int:
-        return len(sequences) * self.order.block_size
+        return len(sequences) * self.block_size
 
 
-class Conversations:
+class Shuffled:
+    """Items of `lengths` tokens, numbered from 0 without end: an epoch has each of the `size` items once."""
+
+    def __init__(self, lengths: NDArray[np.int64], seed: int) -> None:
+        self.lengths, self.size, self.seed = lengths, len(lengths), seed
+        self.mean_tokens = max(1.0, float(lengths.mean())) if self.size else 1.0
+
+    def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The number of the item that each of the run's sequences is."""
+        found = np.empty_like(sequences)
+        for chosen, _, index in epochs(sequences, self.size, self.seed):
+            found[chosen] = index
+        return found
+
+    def tokens(self, sequences: NDArray[np.int64]) -> int:
+        return int(self.lengths[self.index(sequences)].sum())
+
+
+class Conversations(Shuffled):
     """The conversations of a split, each a sequence of its own, truncated to block_size + 1 tokens.
 
     Tokens after the last learned one are left out of a row, since no target depends on them.
@@ -53,15 +88,9 @@ class Conversations:
 
     def __init__(self, stream: TokenStream, block_size: int, seed: int = 0) -> None:
         assert stream.starts is not None and stream.mask is not None
-        self.stream, self.mask, self.starts, self.seed = stream, stream.mask, stream.starts, seed
-        whole = np.diff(self.starts) - 1
-        self.lengths = np.minimum(whole, block_size)
-        self.size, self.cut = len(whole), int((whole > block_size).sum())
-        self.mean_tokens = max(1.0, float(self.lengths.mean())) if self.size else 1.0
-
-    def index(self, sequences: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of the conversation that each of the run's sequences is."""
-        return shuffled(sequences, self.size, self.seed)
+        self.stream, self.mask, self.starts = stream, stream.mask, stream.starts
+        self.whole = np.diff(self.starts) - 1  # their lengths before they are truncated
+        super().__init__(np.minimum(self.whole, block_size), seed)
 
     def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
         return [self.row(number) for number in self.index(sequences).tolist()]
@@ -72,9 +101,6 @@ class Conversations:
         tokens, learned = self.stream.read(begin, end), self.mask.read(begin, end)[1:]
         width = int(learned.nonzero()[0].max(initial=-1)) + 1
         return tokens[:width], np.where(learned[:width], tokens[1 : width + 1], -1)
-
-    def tokens(self, sequences: NDArray[np.int64]) -> int:
-        return int(self.lengths[self.index(sequences)].sum())
 
 
 class Mixed:
@@ -120,8 +146,8 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
         )
         for name, split in (("training", part.train), ("validation", part.val)) if part.chat else ():
             rows = Conversations(split, block_size)
-            if rows.cut:
-                what = f"{rows.cut} of {rows.size} {name} conversations of {part.directory} are cut"
+            if cut := int((rows.whole > block_size).sum()):
+                what = f"{cut} of {rows.size} {name} conversations of {part.directory} are cut"
                 yield f"warning: {what}: they do not fit into block_size {block_size}"
 
 
@@ -152,6 +178,45 @@ def padded(rows: list[Row], width: int) -> Batch:
     return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
+class PairBatch(NamedTuple):
+    """n preferences: rows 0 to n - 1 are the chosen answers, rows n to 2n - 1 the rejected ones, in the same order."""
+
+    inputs: Tensor  # (2n, T) int64
+    targets: Tensor  # (2n, T), -1 where nothing is learned: in the prompt and the padding
+    numbers: NDArray[np.int64]  # (n,) the pairs' numbers in their split
+
+
+class Pairs(Shuffled):
+    """The preferences of a split: pairs of a chosen and a rejected answer to the same prompt.
+
+    A sequence of the run is a pair. Raises InputError for a pair longer than the context.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, seed: int = 0, name: str = "") -> None:
+        self.conversations = Conversations(stream, block_size)
+        whole = self.conversations.whole.reshape(-1, 2)  # (pairs, 2)
+        super().__init__(whole.sum(axis=1), seed)
+        if (whole > block_size).any():
+            count, most = int((whole > block_size).any(axis=1).sum()), int(whole.max())
+            what = f"{count} of {self.size} pairs in {name} do not fit into block_size {block_size}"
+            raise InputError(f"{what}: the longest has {most} tokens. Raise block_size, or leave these pairs out")
+
+    def batches(self, numbers: NDArray[np.int64], size: int, block_size: int, widths: int = 0) -> list[PairBatch]:
+        """Pairs in batches of `size`, those of similar lengths together; `widths` as in `by_length`."""
+        rows = {n: [self.conversations.row(2 * n + side) for side in (0, 1)] for n in set(numbers.tolist())}
+        longest = {n: max(len(inputs) for inputs, _ in pair) for n, pair in rows.items()}
+        found = []
+        for part, width in by_length(numbers.tolist(), longest.__getitem__, size, block_size, widths):
+            batch = padded([rows[n][side] for side in (0, 1) for n in part], width)
+            found.append(PairBatch(*batch, np.array(part, dtype=np.int64)))
+        return found
+
+    @staticmethod
+    def empty() -> PairBatch:
+        """The batch of a process that has no pair left: sharded models need the same number of passes on each."""
+        return PairBatch(torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), -1), np.zeros(0, dtype=np.int64))
+
+
 class BatchesAhead:
     """The micro-batches of any step, made by `load(step)`. A thread loads the next step's while this step is trained.
 
@@ -176,17 +241,13 @@ class BatchesAhead:
         return [(inputs.pin_memory(), targets.pin_memory()) for inputs, targets in batch]
 
 
-@dataclass
 class ValidationWindows:
     """Adjacent windows that cover all targets of a text, or of its first `limit` tokens (0: all)."""
 
-    stream: TokenStream
-    block_size: int
-    limit: int
-
-    def __post_init__(self) -> None:
-        tokens = min(self.stream.tokens, self.limit + 1) if self.limit else self.stream.tokens
-        self.size = math.ceil((tokens - 1) / self.block_size) if tokens > 1 else 0
+    def __init__(self, stream: TokenStream, block_size: int, limit: int) -> None:
+        self.stream, self.block_size = stream, block_size
+        tokens = min(stream.tokens, limit + 1) if limit else stream.tokens
+        self.size = math.ceil((tokens - 1) / block_size) if tokens > 1 else 0
 
     def batch(self, first: int, count: int) -> Batch:
         """Windows `first` to first + count - 1; targets past the end of the text are -1."""

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,7 +27,6 @@ REPLACEMENT, REPLACED = ".nib-staging/nib-replacement", "replaced.json"
 COPY_BYTES = 1 << 22
 # Bits in the uint32 of a chat's token until the shards are cut: the token is learned, it begins a conversation.
 LEARNED, FIRST = 1 << 31, 1 << 30
-SPLITS = ("train", "val")
 
 
 def staging_path(out: Path) -> Path:
@@ -70,11 +69,12 @@ def _finish_replacement(out: Path) -> None:
     if (new / META_FILE).exists():
         if (out / META_FILE).exists():
             (out / META_FILE).rename(new / REPLACED)
+        ours = dataset_files(new)
         for name in dataset_files(new, REPLACED):
             if name.endswith(".bin"):
                 with contextlib.suppress(OSError):
                     (out / name).with_suffix(".checked").unlink()  # the stamp of nib.data.dataset
-            if name not in dataset_files(new):  # a file of the new dataset may already be in place
+            if name not in ours:  # a file of the new dataset may already be in place
                 (out / name).unlink(missing_ok=True)
         for path in new.iterdir():
             if path.name not in (META_FILE, REPLACED):
@@ -111,11 +111,20 @@ def dataset_files(directory: Path, meta_file: str = META_FILE) -> set[str]:
         return set()
 
 
+class Split:
+    """The token file of a split while it is written, and the counts of what is in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "w+b")  # noqa: SIM115
+        self.tokens = self.bytes = self.documents = 0
+        self.learned = 0  # tokens, of chats
+
+
 @dataclass
 class _Document:
     """The document being written, with its start, so that it can be removed again."""
 
-    split: str
+    split: Split
     start: int  # in tokens of its split
     content_hash: int
     tokens: int = 0
@@ -123,45 +132,42 @@ class _Document:
     replaced: int = 0
 
 
-@dataclass
 class SplitWriter:
     """Appends documents to one token file for each split, then completes the val split and cuts the shards.
 
     A document goes to val if its content hash, as a fraction of 2^64, is below `val_fraction`.
     """
 
-    directory: Path
-    dtype: np.dtype
-    val_fraction: float
-    rows: bool = False  # conversations, which have a loss mask
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    documents: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    learned: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # tokens, of chats
-    replaced: int = 0
-
-    def __post_init__(self) -> None:
-        self.files: dict[str, BinaryIO] = {split: open(self._path(split), "w+b") for split in SPLITS}  # noqa: SIM115
-        self.stored = np.dtype("<u4") if self.rows else self.dtype  # with the bits LEARNED and FIRST
+    def __init__(self, directory: Path, dtype: np.dtype, val_fraction: float, rows: bool) -> None:
+        """`rows`: conversations, which have a loss mask."""
+        self.directory, self.dtype, self.val_fraction, self.rows = directory, dtype, val_fraction, rows
+        self.stored = np.dtype("<u4") if rows else dtype  # with the bits LEARNED and FIRST
+        self.train, self.val = (Split(directory / f"{name}.tokens") for name in ("train", "val"))
+        self.replaced = 0
         self.document: _Document | None = None
         self.lowest: _Document | None = None  # the document in train with the lowest hash
 
-    def close(self) -> None:
-        for file in self.files.values():
-            file.close()
+    @property
+    def splits(self) -> dict[str, Split]:
+        return {"train": self.train, "val": self.val}
 
-    def _path(self, split: str) -> Path:
-        return self.directory / f"{split}.tokens"
+    def count(self, noun: str) -> dict[str, int]:
+        """The number of tokens, bytes, documents or learned tokens in each split."""
+        return {name: getattr(split, noun) for name, split in self.splits.items()}
+
+    def close(self) -> None:
+        self.train.file.close()
+        self.val.file.close()
 
     def begin(self, content_hash: int) -> None:
         """Start a document."""
-        split = "val" if content_hash < self.val_fraction * 2**64 else "train"
-        self.document = _Document(split, self.tokens[split], content_hash)
+        split = self.val if content_hash < self.val_fraction * 2**64 else self.train
+        self.document = _Document(split, split.tokens, content_hash)
 
     def append(self, tokens: np.ndarray, bytes: int, replaced: int) -> None:
         """Add a piece to the document that was begun."""
         assert self.document is not None
-        self.files[self.document.split].write(tokens.tobytes())
+        self.document.split.file.write(tokens.tobytes())
         self.document.tokens += len(tokens)
         self.document.bytes += bytes
         self.document.replaced += replaced
@@ -171,68 +177,65 @@ class SplitWriter:
         document, self.document = self.document, None
         if document is None or document.tokens == 0:
             return
-        self.tokens[document.split] += document.tokens
-        self.bytes[document.split] += document.bytes
-        self.documents[document.split] += 1
+        document.split.tokens += document.tokens
+        document.split.bytes += document.bytes
+        document.split.documents += 1
         self.replaced += document.replaced
-        if document.split == "train" and (self.lowest is None or document.content_hash < self.lowest.content_hash):
+        in_train = document.split is self.train
+        if in_train and (self.lowest is None or document.content_hash < self.lowest.content_hash):
             self.lowest = document
 
     def take_back(self) -> None:
         """Undo the document that was begun."""
-        if self.document is not None:
-            file = self.files[self.document.split]
-            file.seek(self.document.start * self.stored.itemsize)
-            file.truncate()
-            self.document = None
+        assert self.document is not None
+        self.document.split.file.seek(self.document.start * self.stored.itemsize)
+        self.document.split.file.truncate()
+        self.document = None
 
     def settle(self, tokenizer: Tokenizer) -> None:
         """Fill an empty val split with the document of the lowest hash, or with the last part of a single document."""
         if self.val_fraction == 0:
             return
-        if sum(self.documents.values()) == 1:
+        if self.train.documents + self.val.documents == 1:
             self._cut_single(tokenizer)
-        elif self.documents["val"] == 0 and self.lowest is not None:
+        elif self.val.documents == 0 and self.lowest is not None:
             self._move_to_val(self.lowest.start, self.lowest.tokens, self.lowest.bytes)
-            self.documents = {"train": self.documents["train"] - 1, "val": 1}
+            self.train.documents -= 1
 
     def _cut_single(self, tokenizer: Tokenizer) -> None:
-        if self.documents["val"]:  # the hash put it there
-            self.files = {"train": self.files["val"], "val": self.files["train"]}
-            self.tokens, self.bytes, self.documents = (
-                {"train": counts["val"], "val": 0} for counts in (self.tokens, self.bytes, self.documents)
-            )
+        if self.val.documents:  # the hash put it there
+            self.train, self.val = self.val, self.train
         if self.rows:
             return  # a conversation is not cut
-        total = self.tokens["train"]
+        total = self.train.tokens
         start = int(total * (1 - self.val_fraction))
-        while start < total and _inside_character(tokenizer, self._read("train", start, 1)):
+        while start < total and _inside_character(tokenizer, self._read(start, 1)):
             start += 1
         lengths = tokenizer.byte_lengths()
         val_bytes = 0
         for position in range(start, total, COPY_BYTES):
-            val_bytes += int(lengths[self._read("train", position, min(COPY_BYTES, total - position))].sum())
-        self._move_to_val(start, total - start, val_bytes)
-        self.documents["val"] = 1 if start < total else 0
+            val_bytes += int(lengths[self._read(position, min(COPY_BYTES, total - position))].sum())
+        if start < total:
+            self._move_to_val(start, total - start, val_bytes)
 
-    def _read(self, split: str, start: int, count: int) -> np.ndarray:
-        file = self.files[split]
-        file.seek(start * self.stored.itemsize)
-        return np.frombuffer(file.read(count * self.stored.itemsize), dtype=self.stored)
+    def _read(self, start: int, count: int) -> np.ndarray:
+        """Tokens of train."""
+        self.train.file.seek(start * self.stored.itemsize)
+        return np.frombuffer(self.train.file.read(count * self.stored.itemsize), dtype=self.stored)
 
     def _move_to_val(self, start: int, count: int, bytes: int) -> None:
-        """Move `count` tokens of train, which stand for `bytes` bytes, to the empty val, and close the gap."""
-        train, size = self.files["train"], self.stored.itemsize
-        self.files["val"].seek(0)
-        for data in _chunks(train, start * size, count * size):
-            self.files["val"].write(data)
+        """Make `count` tokens of train, which stand for `bytes` bytes, the only document of val, and close the gap."""
+        train, val, size = self.train, self.val, self.stored.itemsize
+        val.file.seek(0)
+        for data in _chunks(train.file, start * size, count * size):
+            val.file.write(data)
         to = start * size
-        for data in _chunks(train, to + count * size, (self.tokens["train"] - start - count) * size):
-            train.seek(to)
-            to += train.write(data)
-        train.truncate(to)
-        self.tokens = {"train": self.tokens["train"] - count, "val": count}
-        self.bytes = {"train": self.bytes["train"] - bytes, "val": bytes}
+        for data in _chunks(train.file, to + count * size, (train.tokens - start - count) * size):
+            train.file.seek(to)
+            to += train.file.write(data)
+        train.file.truncate(to)
+        train.tokens, train.bytes = train.tokens - count, train.bytes - bytes
+        val.tokens, val.bytes, val.documents = count, bytes, 1
 
     def write_shards(self, shard_tokens: int) -> dict[str, str]:
         """Cut the token files into shards and return the sha256 of each; every shard but a split's last is full.
@@ -240,34 +243,32 @@ class SplitWriter:
         Shards are cut from the end of the file, so that the disk never holds more than one shard twice.
         """
         sha256 = {}
-        size = self.stored.itemsize
-        for split, file in self.files.items():
-            end = self.tokens[split] * size
-            row_end = self.tokens[split]
-            for index in reversed(range(-(-self.tokens[split] // shard_tokens))):
-                shard = self.directory / f"{split}-{index:05d}.bin"
-                start = index * shard_tokens * size
-                if index == 0 and not self.rows:
-                    file.flush()
-                    os.rename(file.name, shard)
+        for name, split in self.splits.items():
+            end = row_end = split.tokens
+            for index in reversed(range(-(-split.tokens // shard_tokens))):
+                shard, start = self.directory / f"{name}-{index:05d}.bin", index * shard_tokens
+                if start == 0 and not self.rows:
+                    split.file.flush()
+                    os.rename(split.file.name, shard)
                 else:
-                    row_end = self._write_shard(split, shard, index * shard_tokens, end // size, row_end)
-                    file.truncate(start)
+                    row_end = self._write_shard(split, shard, start, end, row_end)
+                    split.file.truncate(start * self.stored.itemsize)
                     end = start
-                for path in (shard, shard.with_suffix(".mask"), shard.with_suffix(".rows"))[: 3 if self.rows else 1]:
+                for suffix in (".bin", ".mask", ".rows") if self.rows else (".bin",):
+                    path = shard.with_suffix(suffix)
                     sha256[path.name] = file_sha256(path)
-            file.close()
-            Path(file.name).unlink(missing_ok=True)
+            split.file.close()
+            Path(split.file.name).unlink(missing_ok=True)
         return dict(sorted(sha256.items()))
 
-    def _write_shard(self, split: str, shard: Path, start: int, end: int, row_end: int) -> int:
+    def _write_shard(self, split: Split, shard: Path, start: int, end: int, row_end: int) -> int:
         """Write tokens `start` to `end`; for chats also the loss mask and the length of each conversation.
 
         A conversation may continue in the next shard; its length is stored with the shard in which it begins.
         `row_end` is the end of the last conversation that begins here. Returns the start of the first one.
         """
         size = self.stored.itemsize
-        chunks = _chunks(self.files[split], start * size, (end - start) * size)
+        chunks = _chunks(split.file, start * size, (end - start) * size)
         if not self.rows:
             with open(shard, "wb") as file:
                 file.writelines(chunks)
@@ -280,7 +281,7 @@ class SplitWriter:
                 starts.append(at + np.flatnonzero(tokens & FIRST))
                 file.write((tokens & (FIRST - 1)).astype(self.dtype).tobytes())
                 masks.write(mask.astype(np.uint8).tobytes())
-                self.learned[split] += int(mask.sum())
+                split.learned += int(mask.sum())
                 at += len(tokens)
         begin = np.concatenate(starts)
         np.diff(begin, append=row_end).astype("<u4").tofile(shard.with_suffix(".rows"))
@@ -289,7 +290,7 @@ class SplitWriter:
 
 def _inside_character(tokenizer: Tokenizer, token: np.ndarray) -> bool:
     """Whether the token begins with a continuation byte of UTF-8."""
-    return tokenizer.decode_bytes(token.tolist())[:1] in [bytes([value]) for value in range(0x80, 0xC0)]
+    return b"\x80" <= tokenizer.decode_bytes(token.tolist())[:1] < b"\xc0"
 
 
 def _chunks(file: BinaryIO, start: int, count: int) -> Iterator[bytes]:

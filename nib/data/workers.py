@@ -7,6 +7,7 @@ itself if the parent dies in any way.
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pickle
 import signal
@@ -52,9 +53,6 @@ class Worker:
         if error is not None:
             raise InputError(error)
         return answer
-
-    def kill(self) -> None:
-        self.process.kill()
 
     def close(self) -> None:
         self.process.kill()
@@ -109,24 +107,24 @@ def map_in_order(
             mine.worker = Worker(make, setting)
             workers.append(mine.worker)
             if closed.is_set():  # while it was started
-                mine.worker.kill()
+                mine.worker.process.kill()
         return mine.worker(item)
 
     threads = ThreadPoolExecutor(count)
     pending: collections.deque[tuple[Any, Future]] = collections.deque()
+    remaining = iter(items)
     try:
-        for item in items:
-            pending.append((item, threads.submit(call, item)))
-            if len(pending) > 2 * count:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
+        while True:
+            for item in itertools.islice(remaining, 2 * count + 1 - len(pending)):
+                pending.append((item, threads.submit(call, item)))
+            if not pending:
+                return
             done, future = pending.popleft()
             yield done, future.result()
     finally:
         closed.set()
         for worker in workers:
-            worker.kill()
+            worker.process.kill()
         threads.shutdown(cancel_futures=True)
         for worker in workers:
             worker.close()

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from nib.common.exits import InputError, RunError
 from nib.common.files import plain_file, write_whole
 from nib.data.dataset import Dataset
-from nib.data.pairs import PairBatch, Pairs
+from nib.data.sequences import PairBatch, Pairs
 from nib.formats.checkpoint import Checkpoint
 from nib.training.settings import TrainSettings
 

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from nib.training.distributed import is_sharded, whole
 
 if TYPE_CHECKING:
-    from nib.data.pairs import PairBatch
-    from nib.data.sequences import Batch
+    from nib.data.sequences import Batch, PairBatch
     from nib.training.run import Run
 
 

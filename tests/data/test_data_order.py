@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nib.common.exits import InputError
 from nib.data.dataset import TokenStream
-from nib.data.order import WindowOrder, permute
+from nib.data.order import permute
 from nib.data.sequences import Batch, BatchesAhead, ValidationWindows, Windows, micro_batches
 
 torch.set_num_threads(1)
@@ -29,8 +29,12 @@ def stream_of(tokens: int, shard: int) -> TokenStream:
     return TokenStream([whole[begin : begin + shard] for begin in range(0, tokens, shard)], shard)
 
 
+def windows_of(tokens: int, block: int, seed: int) -> Windows:
+    return Windows(stream_of(tokens, max(1, tokens)), block, seed)
+
+
 def batch_of(windows: Windows, first: int, count: int) -> Batch:
-    (batch,) = micro_batches(windows.rows(np.arange(first, first + count)), count, windows.order.block_size)
+    (batch,) = micro_batches(windows.rows(np.arange(first, first + count)), count, windows.block_size)
     return batch
 
 
@@ -68,12 +72,12 @@ def test_permutation_mixes() -> None:
 @given(SIZES, BLOCKS, SEEDS, st.integers(0, 5))
 def test_every_window_once_an_epoch(tokens: int, block: int, seed: int, epoch: int) -> None:
     tokens = max(tokens, block + 1)
-    order = WindowOrder(tokens, block, seed)
-    begins = order.begin(np.arange(order.windows) + epoch * order.windows)
+    windows = windows_of(tokens, block, seed)
+    begins = windows.begin(np.arange(windows.size) + epoch * windows.size)
     offset = int(begins.min())
-    assert sorted(begins.tolist()) == [offset + block * window for window in range(order.windows)]
+    assert sorted(begins.tolist()) == [offset + block * window for window in range(windows.size)]
     assert offset >= 0 and begins.max() + block + 1 <= tokens, "inputs and targets lie in the split"
-    assert order.windows >= max(1, tokens // block - 2), "nearly all of the split is used"
+    assert windows.size >= max(1, tokens // block - 2), "nearly all of the split is used"
 
 
 @settings(quick, max_examples=30)
@@ -81,21 +85,21 @@ def test_every_window_once_an_epoch(tokens: int, block: int, seed: int, epoch: i
 def test_every_token_has_its_turn(block: int, more: int, seed: int) -> None:
     """Over the epochs no target is left out: the offset moves windows over the first and the last token too."""
     tokens = block + 1 + more
-    order = WindowOrder(tokens, block, seed)
-    begins = order.begin(np.arange(order.windows * 40 * block))
+    windows = windows_of(tokens, block, seed)
+    begins = windows.begin(np.arange(windows.size * 40 * block))
     assert begins.min() == 0 and begins.max() + block + 1 == tokens
 
 
 @quick
 @given(SEEDS)
 def test_offsets_and_orders_are_fresh(seed: int) -> None:
-    order = WindowOrder(5000, 50, seed)
-    epochs = order.begin(np.arange(order.windows * 20)).reshape(20, order.windows)
+    windows = windows_of(5000, 50, seed)
+    epochs = windows.begin(np.arange(windows.size * 20)).reshape(20, windows.size)
     offsets = epochs.min(1)
     assert len(set(offsets.tolist())) >= 8, "20 draws of 50, of which some 17 differ"
     orders = {tuple((epoch - offset).tolist()) for epoch, offset in zip(epochs, offsets, strict=True)}
     assert len(orders) == 20
-    assert not np.array_equal(WindowOrder(5000, 50, seed + 1).begin(np.arange(99)), epochs.flatten()[:99])
+    assert not np.array_equal(windows_of(5000, 50, seed + 1).begin(np.arange(99)), epochs.flatten()[:99])
 
 
 @quick
@@ -114,10 +118,9 @@ def test_same_global_batch_for_any_processes_and_micro_batches(
     rows = [windows.rows(np.arange(first, first + local)) for first in firsts]
     pieces = [piece for part in rows for piece in micro_batches(part, micro, block)]
     assert all(torch.equal(torch.cat([piece[side] for piece in pieces]), whole[side]) for side in (0, 1))
-    order = windows.order
     # Processes share a window only where the batch is larger than what is left of an epoch.
-    places = order.begin(np.arange(step * batch, (step + 1) * batch)).reshape(world, local)
-    if step * batch // order.windows == ((step + 1) * batch - 1) // order.windows:
+    places = windows.begin(np.arange(step * batch, (step + 1) * batch)).reshape(world, local)
+    if step * batch // windows.size == ((step + 1) * batch - 1) // windows.size:
         assert len(set(places.flatten().tolist())) == batch
 
 
@@ -128,10 +131,10 @@ def test_batches_are_the_windows_of_the_concatenated_shards(
 ) -> None:
     """Also where a batch crosses the end of an epoch, and a window the end of a shard or of several."""
     tokens = max(tokens, block + 1)
-    order, whole = WindowOrder(tokens, block, seed), np.arange(tokens)
+    windows, whole = windows_of(tokens, block, seed), np.arange(tokens)
     inputs, targets = batch_of(Windows(stream_of(tokens, shard), block, seed), first, count)
     assert inputs.dtype == targets.dtype == torch.int64 and inputs.shape == targets.shape == (count, block)
-    begins = [int(order.begin(np.array([sequence]))[0]) for sequence in range(first, first + count)]
+    begins = [int(windows.begin(np.array([sequence]))[0]) for sequence in range(first, first + count)]
     for row, begin in enumerate(begins):
         assert inputs[row].tolist() == whole[begin : begin + block].tolist()
         assert targets[row].tolist() == whole[begin + 1 : begin + block + 1].tolist()
@@ -148,16 +151,16 @@ def test_reading_shards_is_reading_one_array(tokens: int, shard: int, data: st.D
 
 def test_order_is_the_same_on_every_machine_and_in_every_version() -> None:
     """Runs are resumed with it: a change here silently makes another run of them."""
-    order = WindowOrder(10_007, 16, 1337)
-    found = order.begin(np.array([0, 1, 2, 623, 624, 10**9]))
+    windows = windows_of(10_007, 16, 1337)
+    found = windows.begin(np.array([0, 1, 2, 623, 624, 10**9]))
     assert found.tolist() == [3005, 8877, 4653, 7357, 8020, 2113]
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 8])
 def test_a_split_shorter_than_a_window_is_refused(tokens: int) -> None:
     with pytest.raises(InputError, match=f"the training split has {tokens} tokens?, fewer than one window of .* = 9"):
-        WindowOrder(tokens, 8, 0)
-    assert WindowOrder(9, 8, 0).windows == 1
+        windows_of(tokens, 8, 0)
+    assert windows_of(9, 8, 0).size == 1
 
 
 # ---- validation ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from data_helpers import command, left_over
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
 from nib.data.prepare import prepare
+from nib.data.settings import PrepareSettings
 from nib.data.shards import dataset_files, staging_directory
 
 
@@ -29,10 +30,10 @@ def make(
     out: Path, text: str, overwrite: bool = True, shard_tokens: int = 10, source: Path = Path("text.txt")
 ) -> dict[str, Any]:
     source.write_text(text)
-    return prepare(
-        [str(source)], out, tokenizer="byte", val_fraction=0.0, workers=1, shard_tokens=shard_tokens,
-        overwrite=overwrite,
-    )  # fmt: skip
+    settings = PrepareSettings(
+        tokenizer="byte", val_fraction=0.0, workers=1, shard_tokens=shard_tokens, overwrite=overwrite
+    )
+    return prepare([str(source)], out, settings)
 
 
 def content(out: Path) -> dict[str, bytes]:
@@ -136,7 +137,7 @@ def test_a_failure_leaves_the_old_dataset(work: Path) -> None:
     before = content(work / "out")
     (work / "bad.txt").write_bytes(b"\xff")
     with pytest.raises(InputError, match="is not UTF-8"):
-        prepare(["bad.txt"], work / "out", tokenizer="byte", workers=1, overwrite=True)
+        prepare(["bad.txt"], work / "out", PrepareSettings(tokenizer="byte", workers=1, overwrite=True))
     assert content(work / "out") == before
 
 

@@ -16,8 +16,9 @@ from data_helpers import TORTURE, Data, gpt2_cache, left_over, prepared, run, wr
 
 from nib.common.wording import counted
 from nib.data.documents import Part, Source, read_parts
-from nib.data.encode import Encoder, EncoderSettings
+from nib.data.encode import Encoder
 from nib.data.prepare import BPE_SAMPLE_BYTES, _sample
+from nib.data.settings import PrepareSettings
 from nib.tokenizer.chunking import PIECE_BYTES
 
 # What it writes
@@ -217,7 +218,8 @@ def test_a_single_document_is_not_cut_inside_a_character(tmp_path: Path, seed: i
 
     text = "中文🙂é" * 10
     (tmp_path / "t.txt").write_text(text)
-    prepare([str(tmp_path / "t.txt")], tmp_path / "out", tokenizer="byte", val_fraction=fraction, seed=seed, workers=1)
+    settings = PrepareSettings(tokenizer="byte", val_fraction=fraction, seed=seed, workers=1)
+    prepare([str(tmp_path / "t.txt")], tmp_path / "out", settings)
     data = Data(tmp_path / "out")
     assert data.text("train") + data.text("val") == text  # each is valid UTF-8 by itself
     total = len(text.encode()) + 1
@@ -227,7 +229,8 @@ def test_a_single_document_is_not_cut_inside_a_character(tmp_path: Path, seed: i
 def test_a_long_document_has_one_hash_in_every_format(tmp_path: Path) -> None:
     from nib.tokenizer.tokenizer import ByteTokenizer
 
-    encoder = Encoder(EncoderSettings(ByteTokenizer().save(tmp_path), "text", "error", 1337, "uint16"))
+    ByteTokenizer().save(tmp_path)
+    encoder = Encoder(tmp_path, PrepareSettings())
     text = ("some words " * 200_000)[: 2 * PIECE_BYTES + 1]
     (tmp_path / "t.txt").write_text(text)
     write_jsonl(tmp_path / "t.jsonl", [text])

@@ -18,6 +18,7 @@ from nib.data.documents import HEAD_BYTES, find_sources, read_parts
 from nib.data.encode import part_text
 from nib.data.prepare import prepare
 from nib.data.rows import chat_text
+from nib.data.settings import PrepareSettings
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +97,7 @@ def test_what_is_no_file_in_a_directory_is_passed_over_with_a_line(capsys: pytes
 def test_a_dataset_in_a_directory_is_no_text(work: Path) -> None:
     write("d/input.txt")
     for out in ("d", "d/inner"):
-        prepare(["d/input.txt"], work / "new", tokenizer="byte", workers=1)
+        prepare(["d/input.txt"], work / "new", PrepareSettings(tokenizer="byte", workers=1))
         (work / out).mkdir(exist_ok=True)
         for path in (work / "new").iterdir():
             path.rename(work / out / path.name)
@@ -221,7 +222,8 @@ def test_rows_without_a_text_are_left_out_counted_and_said(
 ) -> None:
     good = '{"text": "good"}\n'
     Path("t.jsonl").write_text(good + "".join(f"{row}\n" for row, _ in BAD_ROWS) + good)
-    meta = prepare(["t.jsonl"], work / "out", tokenizer=tokenizer, val_fraction=0.0, workers=1, invalid="skip")
+    settings = PrepareSettings(tokenizer=tokenizer, val_fraction=0.0, workers=1, invalid="skip")
+    meta = prepare(["t.jsonl"], work / "out", settings)
     assert meta["documents"]["train"] == 2 and meta["bytes"]["train"] == 8
     said = capsys.readouterr().out
     assert f"left out {len(BAD_ROWS)} documents" in said and said.count("left out: t.jsonl, line ") == 10
@@ -325,7 +327,8 @@ def test_times_that_python_cannot_hold_are_rows_without_a_text(kind: str, value:
 
 def test_what_is_left_out_is_said_on_one_line(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.jsonl").write_text('{"text": "good"}\n' + json.dumps({"a\n\x1b[31m": 1}) + "\n")
-    prepare(["t.jsonl"], work / "out", tokenizer="byte", val_fraction=0.0, workers=1, invalid="skip")
+    settings = PrepareSettings(tokenizer="byte", val_fraction=0.0, workers=1, invalid="skip")
+    prepare(["t.jsonl"], work / "out", settings)
     said = capsys.readouterr().out
     assert "no field 'text' among a\\n\\x1b[31m\n" in said and "\x1b" not in said
 

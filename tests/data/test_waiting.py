@@ -18,6 +18,7 @@ from nib.common.files import UNFINISHED
 from nib.data.dataset import Dataset
 from nib.data.open import open_dataset
 from nib.data.prepare import BUILTIN_DATASETS, prepare
+from nib.data.settings import PrepareSettings
 from nib.data.shards import staging_path
 from nib.training.distributed import own_place, start_cluster
 
@@ -111,7 +112,7 @@ def test_a_first_process_that_is_at_work_is_waited_for() -> None:
         for number in range(12):  # longer than either patience
             (staging / "train.tokens").write_bytes(bytes(number))
             time.sleep(0.1)
-        prepare(["t.txt"], Path("data/tiny"), tokenizer="byte", workers=1)
+        prepare(["t.txt"], Path("data/tiny"), PrepareSettings(tokenizer="byte", workers=1))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -20,7 +20,7 @@ from test_train import TINY, assert_same_run, in_corpus, metrics, tensors, train
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
 from nib.data.dataset import Dataset
-from nib.data.pairs import Pairs
+from nib.data.sequences import Pairs
 from nib.formats.load import build, open_source, read_config
 
 __all__ = ["in_corpus"]  # the fixture that gives each test a directory with data/
