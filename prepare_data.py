@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import option, parse
 
 USAGE = "python prepare_data.py SOURCE... [--option=value]..."
@@ -59,7 +59,6 @@ def main() -> None:
     if chat_only and parsed.settings.format not in ("chat", "preference"):
         raise InputError(f"--{chat_only[0].replace('_', '-')} is for chats. Give --format=chat too")
 
-    from nib.common.memory import memory_errors
     from nib.data.chat import read_template
     from nib.data.paths import find_dataset
     from nib.data.prepare import BUILTIN_DATASETS, dataset_name, prepare

@@ -14,7 +14,7 @@ if __name__ == "__main__":  # before the other imports, so that Ctrl-C during th
 import sys
 from pathlib import Path
 
-from nib.common.exits import run_script
+from nib.common.exits import memory_errors, run_script
 from nib.common.options import Parsed, parse
 from nib.training.settings import TrainSettings
 from nib.training.slurm import adopt_slurm
@@ -30,7 +30,6 @@ def main() -> int:
     from nib.cpu.threads import choose_threads
 
     choose_threads()
-    from nib.common.memory import memory_errors
     from nib.training.distributed import lost_processes
 
     with lost_processes(), memory_errors("Use a smaller model, block_size or micro_batch_size"):
