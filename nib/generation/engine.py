@@ -149,12 +149,8 @@ class Rows:
         return x
 
     def prefill(self, contexts: list[list[int]]) -> Tensor:
-        """Fill the empty cache with the contexts; the logits (B, V) after each."""
-        return self.last_logits(contexts, self.cache)
-
-    def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
-        """The logits (B, V) after each context, computed only at its last position."""
-        x = self.encode(contexts, cache)
+        """The logits (B, V) after each context, computed only at its last position; fills the empty cache."""
+        x = self.encode(contexts, self.cache)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
         return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, : self.vocab_size]
 
@@ -202,7 +198,7 @@ class Rows:
         if self.seen is not None:
             self.seen.scatter_(1, newest, True)
         if self.cache is None:
-            self.logits = self.last_logits(self.contexts, None)
+            self.logits = self.prefill(self.contexts)
             return
         if full:
             self.refill(full)
