@@ -159,13 +159,13 @@ class Rows:
         """Draw each row's next token. Reading them is the only synchronisation with the device in a step."""
         self.new = choose(self.logits, self.next_uniforms(), self.settings, self.seen).tolist()
         if self.settings.top_logprobs:
-            self.record(self.settings.top_logprobs)
+            self.record()
         return self.new
 
-    def record(self, count: int) -> None:
-        """Store with each sample the log-probability of its new token, and the `count` most probable tokens."""
+    def record(self) -> None:
+        """Store with each sample the log-probability of its new token, and the most probable tokens."""
         log_probs = self.logits.float().log_softmax(-1)  # (B, V)
-        values, ids = log_probs.topk(min(count, log_probs.shape[-1]))
+        values, ids = log_probs.topk(min(self.settings.top_logprobs, log_probs.shape[-1]))
         for row, (sample, token) in enumerate(zip(self.samples, self.new, strict=True)):
             best = list(zip(ids[row].tolist(), values[row].tolist(), strict=True))
             sample.logprobs.append((float(log_probs[row, token]), best))
