@@ -82,11 +82,11 @@ class FusedBlocks(nn.Module):
     def norm(self, module: Any, size: int) -> Norm:
         if module is None:
             return Norm()
-        parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
+        parts = [module.weight, getattr(module, "bias", None)]
         given = [each for each in parts if each is not None]
         if parts[0] is None or any(each.shape != (size,) or each.dtype != torch.float32 for each in given):
             raise ValueError("a norm of another size")
-        parts = [None if each is None else each.contiguous() for each in parts]
+        parts = [None if each is None else each.detach().contiguous() for each in parts]
         self.kept += parts
         return Norm(*map(address, parts))
 
