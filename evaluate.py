@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import ADAPTER, DEVICES, DTYPES, option, parse
 from nib.common.streams import write_result
 from nib.cpu.threads import choose_threads
@@ -58,7 +58,6 @@ def main() -> None:
         raise InputError(f"--stride {settings.stride} is above --context {settings.context}. Lower it")
 
     choose_threads()
-    from nib.common.memory import memory_errors
     from nib.formats.load import open_source
 
     results = []

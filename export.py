@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import DTYPES, option, parse
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ def main() -> None:
         raise InputError(f"{out} is not UTF-8. Give another directory")
 
     from model import GPT, GPTConfig
-    from nib.common.memory import memory_errors
     from nib.formats.export import export
     from nib.formats.load import open_source, read_config, read_weights
 

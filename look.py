@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import ADAPTER, DEVICES, Parsed, option, parse
 from nib.cpu.threads import choose_threads
 from nib.generation.request import SamplingSettings, read_prompt
@@ -53,10 +53,7 @@ def main() -> None:
         raise InputError("there is no text to look at. Give --prompt TEXT or --prompt FILE:path")
     check_writable(Path(parsed.settings.output))
 
-    # Here, not at the top, so that --help and usage errors answer before torch is imported.
     choose_threads()
-    from nib.common.memory import memory_errors
-
     with memory_errors("Give a shorter prompt, or use a smaller model"):
         look(parsed, prompt)
 

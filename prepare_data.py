@@ -11,7 +11,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import parse
 from nib.data.settings import PrepareSettings
 
@@ -34,7 +34,6 @@ def main() -> None:
     if chat_only and not parsed.settings.kind:
         raise InputError(f"--{chat_only[0].replace('_', '-')} is for chats. Give --format=chat too")
 
-    from nib.common.memory import memory_errors
     from nib.data.paths import find_dataset
     from nib.data.prepare import BUILTIN_DATASETS, dataset_name, prepare
 

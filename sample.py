@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nib.common.exits import InputError, run_script
+from nib.common.exits import InputError, memory_errors, run_script
 from nib.common.options import ADAPTER, DEVICES, DTYPES, option, parse
 from nib.common.streams import write_result
 from nib.cpu.threads import choose_threads
@@ -84,7 +84,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--compile does not support --top-logprobs. Leave out --compile or --top-logprobs")
     # Here, not at the top, so that --help and a typing error answer before torch is loaded.
     choose_threads()
-    from nib.common.memory import memory_errors
     from nib.generation.chat import open_chat
     from nib.generation.cuda_graph import CompiledRows
     from nib.generation.engine import Rows

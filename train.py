@@ -14,9 +14,8 @@ if __name__ == "__main__":  # before the other imports, so that Ctrl-C during th
 import sys
 from pathlib import Path
 
-from nib.common.exits import run_script
+from nib.common.exits import memory_errors, run_script
 from nib.common.options import Parsed, parse
-from nib.cpu.threads import choose_threads
 from nib.training.settings import TrainSettings
 from nib.training.slurm import adopt_slurm
 
@@ -27,9 +26,10 @@ ABOUT = "Train a GPT language model. CONFIG.py is plain Python that assigns sett
 def main() -> int:
     adopt_slurm()
     parsed = read_settings(sys.argv[1:])
+    # Here, not at the top, so that --help and usage errors answer at once.
+    from nib.cpu.threads import choose_threads
+
     choose_threads()
-    # Here, not at the top, so that --help and usage errors answer before torch is imported.
-    from nib.common.memory import memory_errors
     from nib.training.distributed import lost_processes
 
     with lost_processes(), memory_errors("Use a smaller model, block_size or micro_batch_size"):

@@ -159,13 +159,14 @@ def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Pa
     script = """
 import torch
 from pathlib import Path
-from nib.common.exits import RunError, script_errors
+from nib.common.exits import RunError, run_script
 from nib.training.saving import Saver
 from nib.tokenizer.load import make_tokenizer
-with script_errors():
+def main():
     saver = Saver(Path("run"), keep=1, tokenizer=make_tokenizer("byte"))
     saver.save({"weights": torch.zeros(2**26)}, {}, {"step": 5, "model_config": {}}, best=True)
     raise RunError("the others are gone")
+run_script(main)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "0"}
     done = subprocess.run(

@@ -8,7 +8,7 @@ import re
 import resource
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,14 +148,14 @@ class Precision:
         There cuDNN takes half of flash attention's time; elsewhere it is slower (transformers pull request 48163).
         It is off otherwise: it plans anew for each length, and wrong results were reported (pytorch 193893, 196678).
         """
-        with ExitStack() as stack:
-            hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
-            if hopper and not masked:
-                from torch.nn.attention import SDPBackend, sdpa_kernel
+        kernels: AbstractContextManager[object] = nullcontext()
+        hopper = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
+        if hopper and not masked:
+            from torch.nn.attention import SDPBackend, sdpa_kernel
 
-                others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-                stack.enter_context(sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True))
-            stack.enter_context(self.autocast())
+            others = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            kernels = sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *others], set_priority=True)
+        with kernels, self.autocast():
             yield
 
     def casting_once(self, parts: Iterable[T]) -> Iterator[T]:

@@ -42,8 +42,23 @@ def leave(status: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def script_errors() -> Iterator[None]:
-    """End the process with the matching exit status when the body raises one of these errors.
+def memory_errors(advice: str) -> Iterator[None]:
+    """Turn out-of-memory errors of the body, on the host or a device, into a RunError that ends in `advice`."""
+    try:
+        yield
+    except MemoryError:
+        raise RunError(f"there is not enough memory. {advice}") from None
+    except RuntimeError as error:
+        from nib.common.device import is_out_of_memory  # imports torch, which prepare_data.py does without
+
+        too_many_bytes = "Storage size calculation overflowed" in str(error)  # torch's message beyond 64 bits
+        if not too_many_bytes and not is_out_of_memory(error):
+            raise
+        raise RunError(f"there is not enough memory. {advice}") from None
+
+
+def run_script(main: Callable[[], int | None]) -> NoReturn:
+    """Call `main` and end the process with the status it returns (None: 0), or with that of its error.
 
     2: `InputError`. 1: `RunError`, a full disk, or a result that cannot be written. 130: Ctrl-C. Any other exception
     is a bug and keeps its traceback. Under torchrun every process raises the same InputError; only the first process
@@ -51,7 +66,9 @@ def script_errors() -> Iterator[None]:
     """
     guard_streams()
     try:
-        yield
+        status = main() or 0
+        sys.stdout.flush()
+        leave(status)
     except (InputError, RunError) as error:
         rank = os.environ.get("LOCAL_RANK", "0")  # not set if something other than torchrun set RANK
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
@@ -74,11 +91,3 @@ def script_errors() -> Iterator[None]:
         leave(2)
     except KeyboardInterrupt:
         leave(130)
-
-
-def run_script(main: Callable[[], int | None]) -> None:
-    """Call `main` and end the process with the status it returns (None: 0), or with that of its error."""
-    with script_errors():
-        status = main() or 0
-        sys.stdout.flush()
-        leave(status)

@@ -7,6 +7,7 @@ one line of help. Imports nothing heavy, so that `--help` answers at once.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -209,16 +210,10 @@ class _Parser:
                 )
             return text.lower() in TRUE
         if kind in (int, float):
-            try:
-                value: Any = int(text)
-            except ValueError:
-                try:
-                    value = float(text)
-                except ValueError:
-                    raise InputError(
-                        f"{where} must be {_article(kind)}, not {_shown(text)}. {self.example(name)}"
-                    ) from None
-            return self.checked(name, value, where)
+            for read in (int, float):
+                with contextlib.suppress(ValueError):
+                    return self.checked(name, read(text), where)
+            raise InputError(f"{where} must be {_article(kind)}, not {_shown(text)}. {self.example(name)}")
         if self.is_switch(name) and text.lower() in TRUE + FALSE:
             text = "true" if text.lower() in TRUE else "false"
         return self.checked(name, text, where)

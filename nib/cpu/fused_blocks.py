@@ -69,10 +69,10 @@ class FusedBlocks(nn.Module):
             len(blocks), config.n_embd, config.n_head, config.n_kv_head, config.head_size, config.mlp_hidden,
             config.window, MLPS.index(config.mlp), config.norm == "rmsnorm", config.norm_eps,
         )  # fmt: skip
-        self.parts = (Block * len(blocks))(*(self.part(block.attention, block) for block in blocks))
+        self.parts = (Block * len(blocks))(*(self.part(block) for block in blocks))
 
-    def part(self, attention: Any, block: Any) -> Block:
-        shape, wide = self.shape, 2 if MLPS[self.shape.mlp] == "swiglu" else 1
+    def part(self, block: Any) -> Block:
+        attention, shape, wide = block.attention, self.shape, 2 if MLPS[self.shape.mlp] == "swiglu" else 1
         C, D, H, K = shape.width, shape.head_size, shape.heads, shape.kv_heads
         norms = self.norm(block.attention_norm, C), self.norm(attention.q_norm, D), self.norm(attention.k_norm, D)
         qkv, out = self.matrix(attention.qkv, (H + 2 * K) * D, C), self.matrix(attention.out, C, H * D)
@@ -82,11 +82,11 @@ class FusedBlocks(nn.Module):
     def norm(self, module: Any, size: int) -> Norm:
         if module is None:
             return Norm()
-        parts = [None if each is None else each.detach() for each in (module.weight, getattr(module, "bias", None))]
+        parts = [module.weight, getattr(module, "bias", None)]
         given = [each for each in parts if each is not None]
         if parts[0] is None or any(each.shape != (size,) or each.dtype != torch.float32 for each in given):
             raise ValueError("a norm of another size")
-        parts = [None if each is None else each.contiguous() for each in parts]
+        parts = [None if each is None else each.detach().contiguous() for each in parts]
         self.kept += parts
         return Norm(*map(address, parts))
 
@@ -184,8 +184,7 @@ def outputs_agree(model: Any, fused: nn.ModuleList) -> bool:
     """
     few = min(model.config.block_size, CHECKED)
     T = min(2, few)
-    whole = min(model.config.block_size, MOST_NUMBERS // model.make_cache(1, 1).memory.numel())
-    whole = max(few, whole)
+    whole = max(few, min(model.config.block_size, MOST_NUMBERS // model.make_cache(1, 1).memory.numel()))
     generator = torch.Generator().manual_seed(0)
     blocks = model.blocks
     for lengths, new, size in (([0, few - T], T, few), ([whole - 1], 1, whole)):

@@ -6,14 +6,13 @@ dequantized for each matmul, which saves memory but no time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nib.cpu.build import MOST_ROWS, kernels
+from nib.cpu.build import Linear, kernels
 from nib.cpu.linear import many_rows, replace_linears
 
 ROWS = 4096  # quantized at a time
@@ -37,24 +36,21 @@ class Int8Linear(nn.Module):
 
     weight: Tensor
     weight_scale: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", weight_scale)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
-        self.few_rows: Callable[[Tensor], Tensor] | None = None
-        self.few = 0
+        self.bias = bias
+        self.few_rows: Linear | None = None
 
     def pack(self) -> None:
         """Prepare for kernels.c if the layer is on the CPU. After this it must not be moved."""
         if self.weight.device.type == "cpu" and (native := kernels()):
             self.few_rows = native.linear(self.weight, self.weight_scale, self.bias)
-            self.few = MOST_ROWS[torch.int8] * self.weight.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.few_rows is not None and x.numel() <= self.few:
+        if self.few_rows is not None and x.numel() <= self.few_rows.few:
             return self.few_rows(x.float()).to(x.dtype)
         weight = self.weight * self.weight_scale[:, None]  # before the matmul: sums of integers overflow float16
         if self.few_rows is not None:
@@ -84,11 +80,7 @@ def quantize(model: Any, dtype: torch.dtype = torch.float32) -> None:
 
     Biases, norms and position tables, which are small, are not quantized.
     """
-
-    def make(layer: nn.Linear) -> nn.Module:
-        return Int8Linear(*quantize_rows(layer.weight), layer.bias)
-
-    replace_linears(model, make)
+    replace_linears(model, lambda layer: Int8Linear(*quantize_rows(layer.weight), layer.bias))
     model.wte = Int8Embedding(*quantize_rows(model.wte.weight), dtype)
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nib.cpu.build import MOST_ROWS, Kernels, check_factor, kernels
+from nib.cpu.build import Kernels, check_factor, kernels
 
 
 def many_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear in float32 on the CPU, with oneDNN if torch has it: twice as fast as MKL on an AMD processor."""
     check_factor(x, weight.shape[1])
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -34,10 +34,10 @@ class RowsLinear(nn.Module):
         super().__init__()
         self.register_buffer("weight", weight.detach().contiguous())
         self.bias = bias
-        self.few_rows, self.few = native.linear(self.weight, None, bias), MOST_ROWS[weight.dtype] * weight.shape[1]
+        self.few_rows = native.linear(self.weight, None, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.few_rows(x) if x.numel() <= self.few else many_rows(x, self.weight.float(), self.bias)
+        return self.few_rows(x) if x.numel() <= self.few_rows.few else many_rows(x, self.weight.float(), self.bias)
 
 
 class Bfloat16Embedding(nn.Module):

@@ -154,9 +154,8 @@ class LoadWatch(threading.Thread):
         now, own, busy = usage(self.cores)
         began, own_before, busy_before = self.before
         seconds = now - began
-        if seconds < PERIOD / 2 or not busy.keys() == busy_before.keys() == set(
-            self.cores
-        ):  # a container may hide some
+        complete = busy.keys() == busy_before.keys() == set(self.cores)  # a container may hide some
+        if seconds < PERIOD / 2 or not complete:
             return
         self.before = now, own, busy
         shares = {core: min(1.0, (busy[core] - busy_before[core]) / seconds) for core in busy}

@@ -112,20 +112,16 @@ class CompiledRows(Rows):
         self.put_rows(list(range(count)), filled)
         if self.step.seen is not None and self.seen is not None:
             self.step.seen.copy_(self.seen)
-        self.draw()
-        self.step.tokens.copy_(choose(self.logits, self.step.uniforms, settings, self.seen))
+        self.step.tokens.copy_(choose(self.logits, self.next_uniforms(), settings, self.seen))
         self.fetch()
-
-    def draw(self) -> None:
-        """Copy each row's next uniform number into the step's buffer."""
-        self.step.uniforms.copy_(self.next_uniforms())
 
     def fetch(self) -> None:
         """Start an asynchronous copy of the step's tokens to the host, before the next step overwrites them."""
         self.unread.append(Copied(self.step.tokens))
 
     def queue(self) -> None:
-        self.draw()
+        """Start the next step, with each row's next uniform number."""
+        self.step.uniforms.copy_(self.next_uniforms())
         self.step.run()
         self.fetch()
 

@@ -149,12 +149,8 @@ class Rows:
         return x
 
     def prefill(self, contexts: list[list[int]]) -> Tensor:
-        """Fill the empty cache with the contexts; the logits (B, V) after each."""
-        return self.last_logits(contexts, self.cache)
-
-    def last_logits(self, contexts: list[list[int]], cache: Any) -> Tensor:
-        """The logits (B, V) after each context, computed only at its last position."""
-        x = self.encode(contexts, cache)
+        """The logits (B, V) after each context, computed only at its last position; fills the empty cache."""
+        x = self.encode(contexts, self.cache)
         last = torch.tensor([len(context) - 1 for context in contexts], device=self.device)
         return self.model.logits(x[torch.arange(len(contexts), device=self.device), last])[:, : self.vocab_size]
 
@@ -163,13 +159,13 @@ class Rows:
         """Draw each row's next token. Reading them is the only synchronisation with the device in a step."""
         self.new = choose(self.logits, self.next_uniforms(), self.settings, self.seen).tolist()
         if self.settings.top_logprobs:
-            self.record(self.settings.top_logprobs)
+            self.record()
         return self.new
 
-    def record(self, count: int) -> None:
-        """Store with each sample the log-probability of its new token, and the `count` most probable tokens."""
+    def record(self) -> None:
+        """Store with each sample the log-probability of its new token, and the most probable tokens."""
         log_probs = self.logits.float().log_softmax(-1)  # (B, V)
-        values, ids = log_probs.topk(min(count, log_probs.shape[-1]))
+        values, ids = log_probs.topk(min(self.settings.top_logprobs, log_probs.shape[-1]))
         for row, (sample, token) in enumerate(zip(self.samples, self.new, strict=True)):
             best = list(zip(ids[row].tolist(), values[row].tolist(), strict=True))
             sample.logprobs.append((float(log_probs[row, token]), best))
@@ -202,7 +198,7 @@ class Rows:
         if self.seen is not None:
             self.seen.scatter_(1, newest, True)
         if self.cache is None:
-            self.logits = self.last_logits(self.contexts, None)
+            self.logits = self.prefill(self.contexts)
             return
         if full:
             self.refill(full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from nib.common.options import option
 if TYPE_CHECKING:
     from nib.tokenizer.tokenizer import Tokenizer
 
+sampling = functools.partial(option, group="sampling")
 BYTE_ORDER_MARK = "\ufeff"  # some programs put it at the start of a text file
 
 
@@ -24,39 +26,30 @@ class SamplingSettings:
     """How to continue a text. After the repetition penalty and the temperature, the filters apply in the order of
     their fields, as in Hugging Face transformers."""
 
-    num_samples: int = option(1, "continuations of each prompt", at_least=1, group="sampling")
-    max_new_tokens: int = option(200, "maximum number of tokens to generate", at_least=0, group="sampling")
-    temperature: float = option(
-        0.8, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the most probable token",
-        at_least=0, group="sampling",
-    )  # fmt: skip
-    top_k: int = option(
-        200, "draw from this many most probable tokens, ties by lowest id; 0: from all", at_least=0,
-        group="sampling",
-    )  # fmt: skip
-    top_p: float = option(
+    num_samples: int = sampling(1, "continuations of each prompt", at_least=1)
+    max_new_tokens: int = sampling(200, "maximum number of tokens to generate", at_least=0)
+    temperature: float = sampling(
+        0.8, "below 1 sharpens the distribution, above 1 flattens it; 0 takes the most probable token", at_least=0
+    )
+    top_k: int = sampling(200, "draw from this many most probable tokens, ties by lowest id; 0: from all", at_least=0)
+    top_p: float = sampling(
         1.0, "draw from the fewest most probable tokens that together have this probability; 0: take the best one",
-        at_least=0, at_most=1, group="sampling",
+        at_least=0, at_most=1,
     )  # fmt: skip
-    min_p: float = option(
-        0.0, "draw from tokens with at least this share of the best token's probability", at_least=0, at_most=1,
-        group="sampling",
-    )  # fmt: skip
-    repetition_penalty: float = option(
-        1.0, "above 1 makes tokens of the prompt and of the text so far less probable", above=0, group="sampling"
+    min_p: float = sampling(
+        0.0, "draw from tokens with at least this share of the best token's probability", at_least=0, at_most=1
+    )
+    repetition_penalty: float = sampling(
+        1.0, "above 1 makes tokens of the prompt and of the text so far less probable", above=0
     )
     stop: list[str] = option([], "stop before this text; may be given several times", group="sampling")
-    seed: int = option(
-        1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0, group="sampling"
+    seed: int = sampling(1337, "sample i of a prompt is a function of the seed, the prompt and i", at_least=0)
+    top_logprobs: int = sampling(
+        0, "with --json: also each token's log-probability, and those of this many most probable tokens", at_least=0
     )
-    top_logprobs: int = option(
-        0, "with --json: also each token's log-probability, and those of this many most probable tokens", at_least=0,
-        group="sampling",
-    )  # fmt: skip
-    cache: bool = option(
-        True, "use a KV cache; --no-cache recomputes everything for each token, with the same result",
-        group="sampling",
-    )  # fmt: skip
+    cache: bool = sampling(
+        True, "use a KV cache; --no-cache recomputes everything for each token, with the same result"
+    )
 
 
 class TextStream:

@@ -7,6 +7,7 @@ elsewhere, without synchronisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +62,13 @@ def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
-def largest(values: Tensor, count: Tensor | int, smallest: Tensor) -> Tensor:
-    """A mask (B, N) of the `count` largest values of each row; `smallest` (B, 1) is the smallest of these.
+def largest(values: Any, count: Any, smallest: Any) -> Any:
+    """A mask (..., N) of the `count` largest values of each row; `smallest` (..., 1) is the smallest of these.
 
-    Of equal values those with the lowest index are taken, so that there are exactly `count`.
+    Of equal values those with the lowest index are taken, so that there are exactly `count`. For numpy and torch.
     """
     above, tied = values > smallest, values == smallest
-    return above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= count - above.sum(-1, keepdim=True)))
+    return above | (tied & (tied.cumsum(-1) <= count - above.sum(-1)[..., None]))
 
 
 def top_ids(logits: Tensor, k: int) -> Tensor:
@@ -113,9 +114,7 @@ def choose_by_numpy(
         descending = -np.sort(-weights, axis=-1)
         cumulative = descending.cumsum(-1, dtype=np.float64)
         count = (cumulative - descending < settings.top_p * cumulative[:, -1:]).sum(-1, keepdims=True).clip(1)
-        smallest = descending[row, count - 1]
-        above, tied = weights > smallest, weights == smallest
-        weights = weights * (above | tied & (tied.cumsum(-1) <= count - above.sum(-1, keepdims=True)))
+        weights = weights * largest(weights, count, descending[row, count - 1])
     if settings.min_p > 0:
         weights = weights * (weights >= settings.min_p)
     cumulative = weights.cumsum(-1, dtype=np.float64)
@@ -128,9 +127,7 @@ def top_ids_of_row(logits: np.ndarray, k: int) -> np.ndarray:
     border = np.partition(logits, -k)[-k]
     (ids,) = (logits >= border).nonzero()
     if len(ids) > k:
-        values = logits[ids]
-        above, tied = values > border, values == border
-        ids = ids[above | tied & (tied.cumsum() <= k - above.sum())]
+        ids = ids[largest(logits[ids], k, border)]
     if len(ids) < k:
         raise RunError("the model's logits are not finite: its training diverged. Use an earlier checkpoint")
     return ids

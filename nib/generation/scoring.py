@@ -175,8 +175,10 @@ def texts_of_dataset(dataset: Dataset, tokenizer: Tokenizer) -> Iterator[list[in
     ends = np.flatnonzero(ids == end) if end is not None else np.zeros(0, dtype=np.int64)
     for begin, stop in itertools.pairwise([-1, *ends.tolist(), len(ids)]):
         document = ids[begin + 1 : stop].tolist()
+        if not same:
+            document = tokenizer.encode(dataset.tokenizer.decode(document))
         if document:
-            yield document if same else tokenizer.encode(dataset.tokenizer.decode(document))
+            yield document
 
 
 def texts_of_file(path: Path, field: str, tokenizer: Tokenizer) -> Iterator[list[int]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import re
 import sys
 import tokenize
 import types
@@ -33,20 +34,24 @@ def load_config(path: Path = MODEL_FILE) -> tuple[type, dict[str, str]]:
     """
     with tokenize.open(path) as file:
         source = file.read()
-    whole = ast.parse(source, filename=str(path))
-    config = next(node for node in whole.body if isinstance(node, ast.ClassDef) and node.name == "GPTConfig")
-    above = whole.body[: whole.body.index(config) + 1]
+    up_to_config = re.match(r".*?^class GPTConfig\b.*?(?=^[^\s#]|\Z)", source, re.DOTALL | re.MULTILINE)
+    try:
+        tree = ast.parse(up_to_config[0] if up_to_config else source)  # the whole file takes 5 ms
+    except SyntaxError:  # a text in the class has lines that are not indented
+        tree = ast.parse(source, filename=str(path))
+    config = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "GPTConfig")
+    above = tree.body[: tree.body.index(config) + 1]
     beginning = ast.Module([node for node in above if not imports_torch(node)], type_ignores=[])
     module = types.ModuleType("model_config")
     sys.modules[module.__name__] = module  # dataclass and typing look up names of annotations there
     try:
         exec(compile(beginning, str(path), "exec"), module.__dict__)
     except Exception:  # it needs torch, or has a bug, which is raised again below
-        exec(compile(whole, str(path), "exec"), module.__dict__)
+        exec(compile(source, str(path), "exec"), module.__dict__)
     found = [(node.target, node.end_lineno) for node in config.body if isinstance(node, ast.AnnAssign)]
     lines = {target.id: last or 0 for target, last in found if isinstance(target, ast.Name)}
     before = config.lineno - 1
-    fields = source.splitlines(keepends=True)[before : max(lines.values(), default=0)]  # the whole file takes 10 ms
+    fields = source.splitlines(keepends=True)[before : max(lines.values(), default=0)]
     tokens = tokenize.generate_tokens(iter(fields).__next__)
     comments = {before + each.start[0]: each.string.lstrip("# ") for each in tokens if each.type == tokenize.COMMENT}
     return module.GPTConfig, {name: comments.get(line, "") for name, line in lines.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError
@@ -177,6 +176,8 @@ class TrainSettings(ModelSettings):
 
         max_tokens uses the mean length of conversations; max_epochs is rounded up to a whole step.
         """
+        from fractions import Fraction  # not at the top: --help does without it
+
         limits = [self.max_iters] if self.max_iters else []
         if self.max_tokens:
             limits.append(math.ceil(self.max_tokens / (self.batch_size * sequence_tokens)))

@@ -17,8 +17,7 @@ from test_export import save_run
 
 import evaluate as evaluate_script
 import sample as sample_script
-from nib.common.exits import RunError
-from nib.common.memory import memory_errors
+from nib.common.exits import RunError, memory_errors
 from nib.data.workers import Worker
 
 LACKS: list[Callable[[], object]] = [

@@ -53,13 +53,17 @@ def test_what_is_no_quota_limits_nothing(tmp_path, text):
     assert quota(tmp_path, "0::/\n", cpu_dot_max=text) == math.inf
 
 
-def chosen(**environment: str) -> list[str]:
+def environment(**changes: str) -> dict[str, str]:
+    """This process's environment without what says how many threads there are, and with the changes."""
+    return {name: value for name, value in os.environ.items() if name not in NAMES} | changes
+
+
+def chosen(**changes: str) -> list[str]:
     """The threads of torch in a process that calls choose_threads, and OMP_NUM_THREADS there."""
-    before = {name: value for name, value in os.environ.items() if name not in NAMES}
     script = "from nib.cpu.threads import choose_threads; choose_threads(); import torch, os; "
     script += "print(torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS'))"
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=before | environment, capture_output=True, text=True
+        [sys.executable, "-c", script], cwd=ROOT, env=environment(**changes), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
@@ -71,8 +75,7 @@ def test_a_users_number_of_threads_wins():
     # A shell that gives the number to this command alone does not have it itself.
     script = "import nib.cpu.threads as t, os; t.choose_threads(); print(os.environ['OMP_NUM_THREADS'])"
     command = f'LOCAL_WORLD_SIZE=2 OMP_NUM_THREADS=3 {sys.executable} -c "{script}"; exit $?'
-    before = {name: value for name, value in os.environ.items() if name not in NAMES}
-    assert subprocess.check_output(["sh", "-c", command], cwd=ROOT, env=before, text=True) == "3\n"
+    assert subprocess.check_output(["sh", "-c", command], cwd=ROOT, env=environment(), text=True) == "3\n"
 
 
 def test_alone_there_are_as_many_threads_as_torch_has_by_itself_and_of_several_processes_each_has_its_share():
@@ -101,9 +104,8 @@ def test_torchrun_that_got_no_number_gives_each_process_its_share_and_one_that_g
         "t.choose_threads(); import os; sys.stdout.write(f\"threads {os.environ['OMP_NUM_THREADS']}\\n\")  # at once\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    before = {name: value for name, value in os.environ.items() if name not in NAMES}
     for given, expected in (({}, "3"), ({"OMP_NUM_THREADS": "1"}, "1")):
-        done = subprocess.run(command, env=before | given, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment(**given), capture_output=True, text=True)
         assert done.stdout.split().count(expected) == 2, done.stdout + done.stderr
 
 
@@ -176,10 +178,9 @@ print(hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parame
 
 
 def weights(*arguments: str, threads: int) -> str:
-    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     done = subprocess.run(
         [sys.executable, "-c", TRAINS, *arguments], cwd=ROOT, capture_output=True, text=True,
-        env=environment | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)},
+        env=environment(OMP_NUM_THREADS=str(threads), PYTHONPATH=str(ROOT)),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -214,12 +215,12 @@ print(len(watch.taken) < len(watch.cores), threads.free_threads(2), watch.sleepe
 @LINUX
 @pytest.mark.skipif(len(getattr(os, "sched_getaffinity", lambda _: [0])(0)) < 2, reason="one core")
 def test_beside_a_busy_loop_a_process_keeps_to_the_cores_that_are_left():
-    here, environment = sorted(os.sched_getaffinity(0)), {k: v for k, v in os.environ.items() if k not in NAMES}
+    here = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, here[:2])  # for both of what is started
     try:
         with subprocess.Popen([sys.executable, "-c", LOOP]) as loop:
             done = subprocess.run(
-                [sys.executable, "-c", WATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
+                [sys.executable, "-c", WATCHES], cwd=ROOT, env=environment(), capture_output=True, text=True
             )
             loop.kill()
     finally:
@@ -231,8 +232,8 @@ def test_a_run_that_goes_on_with_other_threads_says_so_in_one_line(corpus, tmp_p
     shape = "--n_layer=1 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_interval=0 --eval_tokens=100"
     options = [*shape.split(), f"--dataset={corpus / 'data/words'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
     for steps, threads in ((2, "1"), (3, "1"), (4, "2")):
-        environment = os.environ | {"OMP_NUM_THREADS": threads}
-        done = run_script("train.py", *options, f"--max_iters={steps}", cwd=tmp_path, env=environment)
+        limited = os.environ | {"OMP_NUM_THREADS": threads}
+        done = run_script("train.py", *options, f"--max_iters={steps}", cwd=tmp_path, env=limited)
         assert done.returncode == 0, done.stderr
         said = [line for line in (done.stdout + done.stderr).splitlines() if "thread" in line and "warning" in line]
         assert len(said) == (threads == "2") and all("OMP_NUM_THREADS=1" in line for line in said)

@@ -276,10 +276,10 @@ def test_a_shard_that_is_replaced_while_it_is_in_use_ends_the_run(data: Path, mo
 FULL = """
 import os, resource, sys
 from pathlib import Path
-from nib.common.exits import script_errors
+from nib.common.exits import run_script
 from nib.data.dataset import Dataset
 
-with script_errors():
+def main():
     kind, path = sys.argv[1], Path(sys.argv[2])
     dataset = Dataset(path)
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
@@ -294,6 +294,8 @@ with script_errors():
          "training": lambda: dataset.train.read(0, 9999)}[kind]()
     finally:
         list(map(os.close, held))  # Python may need one at its end
+
+run_script(main)
 """
 
 

@@ -11,14 +11,6 @@ from nib.generation.engine import stream_text
 from nib.generation.request import Sample, make_samples
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def encode(messages: list[Message]) -> list[int]:
     return BYTES.encode("".join(f"{message['role'][0]}{message['content']}\n" for message in messages) + "a")
 

@@ -20,14 +20,6 @@ from nib.tokenizer.load import make_tokenizer
 BYTES = make_tokenizer("byte")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_model(**changes) -> GPT:
     """A model of a few thousand parameters with weights large enough that what comes before matters."""
     shape = GPT2 | dict(vocab_size=257, block_size=16, n_layer=2, n_head=4, n_embd=16) | changes

@@ -50,6 +50,13 @@ def test_a_model_file_that_needs_torch_above_gpt_config(tmp_path: Path) -> None:
     assert config().n_layer == 6 and comments["n_layer"] == "blocks"
 
 
+def test_a_gpt_config_with_a_text_and_a_comment_that_are_not_indented(tmp_path: Path) -> None:
+    first = "    n_layer: int = 6"
+    path = edited(tmp_path, first, f'# blocks\n    """A text\nof two lines."""\n{first}')
+    config, comments = load_config(path)
+    assert config().n_layer == 6 and comments == load_config()[1]
+
+
 @pytest.mark.parametrize("line", ["sizes: tuple[int, ...] = (1, 2)", "maybe: int | None = None"])
 def test_a_field_that_cannot_be_written_as_an_option(tmp_path: Path, line: str) -> None:
     path = edited(tmp_path, "    n_layer: int = 6", f"    {line}\n    n_layer: int = 6")
