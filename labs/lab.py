@@ -111,8 +111,8 @@ def train_one(parsed: Parsed[Any], out: Path, seed: int, options: dict[str, Any]
     known = {name: value for name, value in options.items() if name in vars(parsed.settings)}
     settings = dataclasses.replace(parsed.settings, out_dir=str(out), seed=seed, **known)
     base = model.GPTConfig
-    own, types = options.keys() - known.keys(), get_type_hints(base)
-    fields = [(name, types[name], dataclasses.field(default=options[name])) for name in own]
+    own, types = {name: value for name, value in options.items() if name not in known}, get_type_hints(base)
+    fields = [(name, types[name], dataclasses.field(default=value)) for name, value in own.items()]
     try:
         model.GPTConfig = dataclasses.make_dataclass("GPTConfig", fields, bases=(base,))  # type: ignore[assignment, misc]
         with contextlib.redirect_stdout(io.StringIO()):  # the output is also in the run's log.txt

@@ -247,12 +247,15 @@ def test_the_token_that_begins_an_ending_is_the_endings() -> None:
         ("a --data=empty.txt", "there is no text in empty.txt"),
         ("a --data=bad.jsonl", 'bad.jsonl, line 2: not {"context": TEXT'),
         ("a --data=binary.txt", "is not UTF-8"),
+        ("a --data=notes.txt --data=task.jsonl --tokens", "task.jsonl holds questions"),
         ("a --data=empty.txt --context=4 --stride=5", "--stride 5 is above --context 4"),
         ("none", "there is no run or checkpoint none"),
     ],
 )
 def test_a_mistake_is_one_line(call: Call, command: str, message: str, tmp_path: Path) -> None:
     save_run(tmp_path / "out/a", random_model(vocab_size=257))
+    write_task(tmp_path)
+    (tmp_path / "notes.txt").write_text("a text that is scored if nothing is wrong")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe")
     rows = [QUESTIONS[0], QUESTIONS[1] | {"label": 9}]

@@ -97,6 +97,13 @@ def test_files_forged_with_their_checksums_end_in_an_error_or_load(checkpoint: P
         sums.write_bytes(kept)
 
 
+@pytest.mark.parametrize("part", ["model_config", "adapter"])
+def test_a_part_of_the_state_that_is_no_object_is_refused(part: str, tmp_path: Path) -> None:
+    written = write_checkpoint(tmp_path, WEIGHTS, {}, STATE | {part: 5}, make_tokenizer("byte"))
+    with pytest.raises(InputError, match="was not written by this version of nib"):
+        Checkpoint(written)
+
+
 def test_a_header_that_claims_gigabytes_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     forged = tmp_path / "forged"
     shutil.copytree(checkpoint, forged)

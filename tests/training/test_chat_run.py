@@ -117,6 +117,7 @@ def test_validation_is_over_learned_tokens(monkeypatch: pytest.MonkeyPatch, caps
     found = json.loads(capsys.readouterr().out)
     assert (found["texts"], found["tokens"], found["bytes"]) == (len(VAL), len(learned), size)
     assert found["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
+    assert found["stride"] == 0  # each conversation is one window
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
