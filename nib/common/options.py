@@ -9,14 +9,14 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
-import difflib
 import math
 import operator
-import shutil
+import os
 import sys
 import textwrap
 import tokenize
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -161,8 +161,8 @@ class _Parser:
             return name, False
         if key.startswith("--no") and name[3:] in self.fields and self.is_switch(name[3:]):
             return name[3:], True
-        near = difflib.get_close_matches(name, self.fields, n=1, cutoff=0.5)
-        shown = (self.shown(near[0]) if key.startswith("-") else near[0]) if near else ""
+        near = _nearest(name, self.fields, 0.5)
+        shown = self.shown(near) if near and key.startswith("-") else near
         raise InputError(f"unknown {what}. " + (f"Did you mean {shown}?" if near else "--help lists all names"))
 
     def config_file(self, path: Path) -> dict[str, Any]:
@@ -245,8 +245,8 @@ class _Parser:
         elif kind is str and ("\0" in value or value != value.encode("utf-8", "ignore").decode("utf-8")):
             raise InputError(f"{where} holds a NUL or invalid Unicode: {_shown(value)}. {self.example(name)}")
         if limits["choices"] and value not in limits["choices"]:
-            near = difflib.get_close_matches(str(value), limits["choices"], n=1)
-            hint = f"Did you mean {near[0]}?" if near else "Choose one of them"
+            near = _nearest(str(value), limits["choices"], 0.6)
+            hint = f"Did you mean {near}?" if near else "Choose one of them"
             raise InputError(f"{where} must be one of {', '.join(limits['choices'])}, not {_shown(value)}. {hint}")
         return value
 
@@ -255,7 +255,11 @@ class _Parser:
         return "See --help" if default in ("", dataclasses.MISSING) else f"The default is {_literal(default)}"
 
     def help_text(self, usage: str, about: str) -> str:
-        width = max(70, min(shutil.get_terminal_size((110, 24)).columns, 120))
+        try:
+            width = int(os.environ.get("COLUMNS") or 0) or os.get_terminal_size().columns or 110
+        except (ValueError, OSError):  # standard output is not a terminal
+            width = 110
+        width = max(70, min(width, 120))
         lines = [f"usage: {usage}", "", *textwrap.wrap(about, width)]
         group = None
         for name, field in self.fields.items():
@@ -276,6 +280,13 @@ class _Parser:
         note = "Booleans: --name, --name=true or --no-name. Numbers may be written 1e4 or 10_000. - and _ are the same."
         lines += ["", note]
         return "\n".join(lines)
+
+
+def _nearest(word: str, words: Iterable[str], cutoff: float) -> str:
+    """The most similar of `words`; empty if none is as similar as `cutoff` (1: the same)."""
+    import difflib  # here, not at the top, since it takes 1 ms of --help
+
+    return (difflib.get_close_matches(word, words, n=1, cutoff=cutoff) or [""])[0]
 
 
 def _article(kind: Any) -> str:

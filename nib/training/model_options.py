@@ -48,13 +48,12 @@ def load_config(path: Path = MODEL_FILE) -> tuple[type, dict[str, str]]:
         exec(compile(beginning, str(path), "exec"), module.__dict__)
     except Exception:  # it needs torch, or has a bug, which is raised again below
         exec(compile(source, str(path), "exec"), module.__dict__)
-    found = [(node.target, node.end_lineno) for node in config.body if isinstance(node, ast.AnnAssign)]
-    lines = {target.id: last or 0 for target, last in found if isinstance(target, ast.Name)}
-    before = config.lineno - 1
-    fields = source.splitlines(keepends=True)[before : max(lines.values(), default=0)]
-    tokens = tokenize.generate_tokens(iter(fields).__next__)
-    comments = {before + each.start[0]: each.string.lstrip("# ") for each in tokens if each.type == tokenize.COMMENT}
-    return module.GPTConfig, {name: comments.get(line, "") for name, line in lines.items()}
+    lines, comments = source.split("\n"), {}
+    for node in config.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            last = lines[(node.end_lineno or 0) - 1].encode()  # columns count bytes
+            comments[node.target.id] = last[node.end_col_offset :].decode().lstrip(" #").rstrip()
+    return module.GPTConfig, comments
 
 
 def model_settings(config: type, comments: dict[str, str]) -> type:
@@ -69,4 +68,4 @@ def model_settings(config: type, comments: dict[str, str]) -> type:
         if kind not in (int, float, bool, str) or field.default is dataclasses.MISSING:
             raise TypeError(f"GPTConfig.{field.name} needs a default, and a type of int, float, bool, str or Literal")
         made.append((field.name, kind, option(field.default, comments[field.name], choices=choices, group="model")))
-    return dataclasses.make_dataclass("ModelSettings", made)
+    return dataclasses.make_dataclass("ModelSettings", made, init=False, repr=False, eq=False)

@@ -38,7 +38,7 @@ IDENTITY_KEYS = [
 ]
 
 
-@dataclass
+@dataclass(repr=False, eq=False)  # which would add 1 ms to --help
 class TrainSettings(ModelSettings):
     """Names as in nanoGPT wherever the meaning is the same. `nib.common.options.parse` fills and checks it."""
 
