@@ -33,12 +33,12 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("script, module", [(script, "difflib") for script in RUNS] + [
+@pytest.mark.parametrize("script, module", [(script, "textwrap") for script in RUNS] + [
     ("train.py", "torch"), ("sample.py", "torch"), ("prepare_data.py", "numpy"), ("evaluate.py", "torch"),
     ("export.py", "numpy"), ("look.py", "torch"), ("prepare_data.py", "tiktoken"),
 ])  # fmt: skip
 def test_ctrl_c_while_a_module_is_loaded_ends_without_a_word(script: str, module: str, tmp_path: Path) -> None:
-    """difflib is one of the first modules that a script loads, tiktoken is loaded when there is work to clean up."""
+    """textwrap is one of the first modules that a script loads, tiktoken is loaded when there is work to clean up."""
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "stubs").mkdir()
     (tmp_path / f"stubs/{module}.py").write_text(STUB)
