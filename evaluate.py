@@ -27,7 +27,7 @@ from nib.cpu.threads import choose_threads
 if TYPE_CHECKING:
     from nib.formats.load import Source
 
-USAGE = "python evaluate.py [RUN|CHECKPOINT|HF_DIR]... [--data NAME|FILE]... [--tokens] [--option=value]..."
+USAGE = "python evaluate.py [RUN|CHECKPOINT|HF_DIR]... [--data NAME|FILE...]... [--tokens] [--option=value]..."
 ABOUT = """Scores models on whole texts: each text separately, each of its tokens once. --data is a prepared dataset,
 whose validation split is used, or a file of text, JSONL or Parquet. JSONL with {"context", "endings", "label"} is a
 multiple-choice task."""
@@ -37,7 +37,7 @@ CHOICE_COLUMNS = "model data questions accuracy stderr accuracy_norm stderr_norm
 
 @dataclass
 class Settings:
-    data: list[str] = option([], "a dataset, a file, or a task; may be given several times. None: that of the run")
+    data: list[str] = option([], "datasets, files or tasks; may be given several times. None: the dataset of the run")
     context: int = option(0, "tokens in a window; 0: all that the model takes", at_least=0)
     stride: int = option(0, "tokens from one window to the next, up to context; 0: half of it", at_least=0)
     max_tokens: int = option(0, "stop after this many tokens of each dataset or file; 0: never", at_least=0)
@@ -60,9 +60,13 @@ def main() -> None:
     choose_threads()
     from nib.formats.load import open_source
 
+    models = parsed.arguments
+    if settings.data:  # which takes several values, as of a shell's *.txt
+        models = [name for name in models if not is_data(name)]
+        settings.data += [name for name in parsed.arguments if name not in models]
     results = []
     with memory_errors("Lower --batch-size or --context, or use a smaller model"):
-        for target in parsed.arguments or [""]:
+        for target in models or [""]:
             source = open_source(target or None, adapter=settings.adapter)
             results += evaluate(source, target or str(source.directory), settings)
     if settings.json:
@@ -72,6 +76,17 @@ def main() -> None:
     for columns in (TEXT_COLUMNS, CHOICE_COLUMNS):
         if rows := [result for result in results if columns[4] in result]:
             write_result(table(rows, columns))
+
+
+def is_data(name: str) -> bool:
+    """Whether a name without an option before it is a dataset or a text file, not a model."""
+    from nib.data.paths import find_dataset
+    from nib.data.shards import dataset_files
+    from nib.formats.load import existing
+
+    if (path := existing(name)) is None:
+        return find_dataset(name).exists()
+    return (path.is_file() and path.suffix != ".pt") or bool(dataset_files(path))
 
 
 def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:

@@ -92,7 +92,8 @@ def test_several_models_and_data_side_by_side(corpus: Path, tmp_path: Path) -> N
         logits = theirs(torch.tensor([ids[:-1]])).logits[0]
     assert results[4]["loss"] == pytest.approx(float(F.cross_entropy(logits, torch.tensor(ids[1:]))), rel=1e-5)
 
-    shown = run_script("evaluate.py", *command, cwd=tmp_path).stdout.splitlines()
+    after = ["--max-tokens=500", "--stride=20", "--data", "words", "notes.txt", "rows.jsonl"]  # as of a shell's *.txt
+    shown = run_script("evaluate.py", "a", "b", *after, cwd=tmp_path).stdout.splitlines()
     assert shown[0].split() == script.TEXT_COLUMNS and len(shown) == 7
     assert shown[5].split()[4:7] == [f"{results[4][key]:.4f}" for key in ("loss", "perplexity", "bits_per_byte")]
     # Without --data: the validation split of the dataset a run was trained on; "whole" is what meta.json says.
