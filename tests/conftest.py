@@ -19,8 +19,14 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torchrun and its processes ask for the name of each address; a lost question costs 1 second instead of 5 to 10.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
-# Whoever runs the tests in the background of a shell has them ignore Ctrl-C, and all that they start.
+# Whoever runs the tests in the background of a shell, or by nohup, has them ignore a signal, and all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+import torch  # noqa: E402  after the number of threads is set
+
+HAS_FSDP = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 has none for CPUs
+needs_fsdp = pytest.mark.skipif(not HAS_FSDP, reason="torch 2.6 has no FSDP for CPUs")
 
 
 def run_script(script: str, *arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:

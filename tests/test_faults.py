@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
-from conftest import ROOT, run_script
+from conftest import HAS_FSDP, ROOT, needs_fsdp, run_script
 from test_train import TINY, assert_same_run, in_corpus, losses, metrics, tensors, torchrun, train
 
 from nib.common.exits import InputError
@@ -157,7 +156,6 @@ def test_a_full_file_system_leaves_the_last_checkpoint_good(full: bool, once: Pa
 def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Path) -> None:
     """One of several leaves without teardown, which must not cut the write that is under way in the background."""
     script = """
-import torch
 from pathlib import Path
 from nib.common.exits import RunError, run_script
 from nib.training.saving import Saver
@@ -316,9 +314,6 @@ def test_a_restarted_run_does_not_call_the_dead(tmp_path: Path) -> None:
             assert (process.returncode, output) == (0, "[3.0]\n"), errors
 
 
-HAS_FSDP = hasattr(torch.cpu.Stream, "record_event")  # torch 2.6 has none for CPUs
-
-
 def test_the_number_of_processes_may_change(tmp_path: Path) -> None:
     """1 -> 2 -> 1 processes: the same sums in another order, so the losses agree to float32 rounding, grown."""
     settings = ["--schedule=constant", "--micro_batch_size=2", f"--parallel={'fsdp' if HAS_FSDP else 'ddp'}"]
@@ -332,7 +327,7 @@ def test_the_number_of_processes_may_change(tmp_path: Path) -> None:
     assert tensors("out/mixed").keys() == tensors("out/one").keys()
 
 
-@pytest.mark.skipif(not HAS_FSDP, reason="torch 2.6 has no FSDP for CPUs")
+@needs_fsdp
 def test_fsdp_follows_one_process(tmp_path: Path) -> None:
     settings = ["--max_iters=30", "--micro_batch_size=2", "--eval_interval=20", "--activation_checkpointing"]
     train(*settings, "--out_dir=out/one")

@@ -32,6 +32,8 @@ def open_chat(tokenizer: Tokenizer) -> Encode:
         try:
             return chat.prompt_ids(messages)
         except InputError as error:
+            if ". " in str(error):  # it has advice of its own
+                raise
             raise InputError(f"{error}. Give other messages, or leave out --system") from None
 
     return encode

@@ -129,9 +129,9 @@ def test_texts_of_other_lengths_take_the_same_compiled_step(counter):
     assert counter.frame_count == 2
 
 
-def test_a_process_compiles_more_shapes_than_torch_allows(monkeypatch):
+@torch._dynamo.config.patch(cache_size_limit=2)  # by itself it is 8
+def test_a_process_compiles_more_shapes_than_torch_allows():
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 2)  # by itself it is 8
     model = make_model(n_layer=1)
     for rows in range(1, 4):
         cache = static_cache(model, rows)

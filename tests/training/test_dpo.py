@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from chat_data import conversation, write_chats
-from conftest import ROOT
+from conftest import ROOT, needs_fsdp
 from safetensors.torch import load_file
 from test_train import TINY, assert_same_run, in_corpus, metrics, tensors, train
 
@@ -129,6 +129,7 @@ def test_what_dpo_cannot_do_is_refused_before_anything_is_written(base: Path, co
     assert Pairs(Dataset(Path("data/pairs")).train, 48).size == 20
 
 
+@needs_fsdp
 def test_two_sharded_processes_train_an_adapter_as_one_does(base: Path) -> None:
     options = (*DPO, "--batch_size=6", "--max_iters=3", "--dtype=float32", "--lora_rank=4")
     train(*options, "--out_dir=out/one")
