@@ -205,10 +205,10 @@ def test_a_changed_corpus_is_not_resumed_on(once: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    slow = ["--n_layer=8", "--n_embd=256", "--batch_size=16", "--block_size=128", "--max_iters=1000"]
+    slow = ["--n_layer=8", "--n_embd=256", "--batch_size=64", "--micro_batch_size=4", "--block_size=128"]
     command = [sys.executable, str(ROOT / "train.py"), *TINY, *slow, "--out_dir=out/slow"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        wait_for(lambda: (tmp_path / "out/slow/metrics.jsonl").exists() or process.poll() is not None)
+        wait_for(lambda: (tmp_path / "out/slow/config.json").exists() or process.poll() is not None)
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
         process.send_signal(signal.SIGINT)
