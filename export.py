@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nib.common.exits import InputError, memory_errors, run_script
-from nib.common.options import DTYPES, option, parse
+from nib.common.options import ADAPTER, DTYPES, option, parse
 
 if TYPE_CHECKING:
     from nib.formats.load import Source
@@ -39,6 +39,7 @@ class Settings:
         "hf: a Hugging Face directory; gguf: one file for llama.cpp; peft: the adapter alone",
         choices=("hf", "gguf", "peft"),
     )
+    adapter: str = option("", f"{ADAPTER}; with --merge or --format=peft")
     merge: bool = option(False, "add the adapter of a run with lora_rank to its base, in float32, then cast to dtype")
 
 
@@ -54,17 +55,23 @@ def main() -> None:
         raise InputError(f"{out} is not UTF-8. Give another directory")
 
     from model import GPT, GPTConfig
-    from nib.formats.export import export
+    from nib.cpu.fused_blocks import computes_otherwise
+    from nib.formats.export import export, export_adapter
     from nib.formats.load import open_source, read_config, read_weights
 
     with memory_errors("Lower --max-shard-size, or use a machine with more memory"):
-        source = open_source(parsed.arguments[0])
+        source = open_source(parsed.arguments[0], settings.adapter)
         config = read_config(source, GPTConfig)
         check_adapter(source, settings)
+        weights = read_weights(source, lambda: GPT(config))
         if settings.format == "peft":
             check_same_rotation(config, read_config(source.base, GPTConfig))  # type: ignore[union-attr]
-        weights = read_weights(source, lambda: GPT(config))
-        name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
+            name = export_adapter(source, weights, out, settings.dtype)  # type: ignore[arg-type]
+        else:
+            if computes_otherwise(GPT, config):
+                how = "Change them too, or export a model that was trained with nib's model.py"
+                print(f"warning: model.py computes something else than other programs will. {how}", file=sys.stderr)
+            name = export(source, config, weights, out, settings.dtype, shard_bytes, settings.format)
     size = sum(path.stat().st_size for path in out.iterdir())
     print(f"{source.directory} is in {out} as {name}, {size / 1e6:.1f} MB")
 

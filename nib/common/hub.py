@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 
 from nib.common.exits import InputError
 
 TOKENIZER_FILES = [
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-    "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "*.jinja",
 ]  # fmt: skip
 MODEL_FILES = [*TOKENIZER_FILES, "*.safetensors", "model.safetensors.index.json"]
 
@@ -32,7 +33,7 @@ def download(name: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # of the hub, of three network libraries, or of the disk
-        reason = " ".join(str(error).split())[:150]
+        reason = textwrap.shorten(str(error), 150, placeholder="...")
         raise InputError(
             f"{name} is not here, and the hub gives none: {reason}. Check the name and the network"
         ) from None

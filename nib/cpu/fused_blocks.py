@@ -8,6 +8,7 @@ input, such as a limit on large activations, may escape this check.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import traceback
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nib.cpu.build import MOST_ROWS, Matrix, kernels, made_kernels
+from nib.cpu.linear import pack_linears
 from nib.cpu.threads import free_threads
 
 TORCH = Path(torch.__file__).parent
@@ -24,6 +26,7 @@ CHECKED = 64  # positions
 MOST_NUMBERS = 2**26  # keys and values in the check of a whole context: 256 MB
 # Scale of the random keys of a whole context: SmolLM2's own blocks differ from float64 by 8e-5 at 1, by 6e-6 at 0.1.
 FAR_KEYS = 0.1
+DIFFER = "their results differ from those of blocks.c"
 TOLERANCE = 1e-4  # of the largest number: reordered float32 sums differ by 1e-6, real differences by more than this
 
 
@@ -150,6 +153,21 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def computes_otherwise(GPT: Any, config: Any) -> bool:
+    """Whether the blocks of a changed model.py compute something else than nib's, seen on a small random model.
+
+    False if that cannot be known: without a C compiler, or with blocks of another structure.
+    """
+    small = dict(n_layer=1, n_head=2, n_kv_head=1, n_embd=64, mlp_hidden=64, vocab_size=32)
+    try:
+        model = GPT(dataclasses.replace(config, **small, block_size=min(config.block_size, 128)))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        return pack_linears(model) and fuse_blocks(model) == DIFFER
+    except Exception:  # a changed model.py may raise anything
+        return False
+
+
 def fuse_blocks(model: Any) -> str:
     """Replace the blocks of a packed model on the CPU by one call.
 
@@ -158,7 +176,7 @@ def fuse_blocks(model: Any) -> str:
     if kernels() is None:
         return made_kernels()[1]
     blocks, was_training, agreed = model.blocks, model.training, False
-    reason = "their results differ from those of blocks.c"
+    reason = DIFFER
     model.eval()
     try:
         fused = nn.ModuleList([FusedBlocks(blocks, model.config)]).eval()

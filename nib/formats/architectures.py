@@ -102,9 +102,12 @@ ARCHITECTURES = [
     Architecture("LlamaForCausalLM", "llama", RMS | {"mlp": ("swiglu",)} | NO_QK_NORM | FULL, bias_keys=LLAMA_BIASES),
     Architecture(
         "MistralForCausalLM", "mistral", RMS | {"mlp": ("swiglu",)} | NO_QK_NORM | NO_BIAS,
-        defaults={"sliding_window": 4096},
+        defaults={"sliding_window": 4096, "num_key_value_heads": 8},
     ),
-    Architecture("Qwen3ForCausalLM", "qwen3", RMS | {"mlp": ("swiglu",), "qk_norm": (True,)} | NO_BIAS),
+    Architecture(
+        "Qwen3ForCausalLM", "qwen3", RMS | {"mlp": ("swiglu",), "qk_norm": (True,)} | NO_BIAS,
+        defaults={"num_key_value_heads": 32, "head_dim": 128},
+    ),
     Architecture(
         "ArceeForCausalLM", "arcee", RMS | {"mlp": ("relu2", "gelu_tanh", "gelu", "relu")} | NO_QK_NORM | FULL,
         LLAMA_NAMES | UP_ONLY, defaults={"hidden_act": "relu2", "rms_norm_eps": 1e-5}, bias_keys=LLAMA_BIASES,
@@ -113,19 +116,23 @@ ARCHITECTURES = [
         "Starcoder2ForCausalLM", "starcoder2",
         {"norm": ("layernorm",), "position": ("rope",), "mlp": PLAIN_MLPS} | NO_QK_NORM, STARCODER2_NAMES,
         LLAMA_KEYS | {"norm_eps": "norm_epsilon"},
-        {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True},
+        {"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "use_bias": True,
+         "num_key_value_heads": 2},
         bias_keys={"use_bias": LINEAR},
     ),
     # Only read, as a model with biases in all layers, zero where Qwen2 has none. It is exported as Llama with biases.
     Architecture(
         "Qwen2ForCausalLM", "qwen2", RMS | {"mlp": ("swiglu",), "bias": (True,)} | NO_QK_NORM,
-        always_bias=LINEAR[:1],
+        defaults={"num_key_value_heads": 32}, always_bias=LINEAR[:1],
     ),
 ]  # fmt: skip
 EXPORTED = ARCHITECTURES[:-1]
 # The fields of GPTConfig that an architecture stores, restricts, or does not need.
 KNOWN = {*GPT2_KEYS, *LLAMA_KEYS, *RMS, *ROPE_KEYS["yarn"], "qk_norm", "window", "bias", "dropout", "init"}
 KNOWN |= {"rope_base", "rope_scaling", "rope_factor", "rope_original"}
+# The values of options that a user may have removed from model.py.
+REMOVED = {"window": 0, "rope_scaling": "none", "rope_factor": 1.0, "dropout": 0.0, "init": ""}
+REMOVED |= {"rope_original": 0} | dict.fromkeys(ROPE_KEYS["yarn"], 0.0)
 # Other keys of config.json that change the model, and the values at which they do not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quantization_config": (None,), "auto_map": (None,), "scale_attn_weights": (True,),
@@ -177,7 +184,7 @@ def read_config_json(config: dict[str, Any]) -> tuple[Architecture, dict[str, An
 
 def find_architecture(config: dict[str, Any]) -> Architecture:
     names = config.get("architectures")
-    if names is None:
+    if not names:
         names = [each.name for each in ARCHITECTURES if each.model_type == config.get("model_type")]
     known = {each.name: each for each in ARCHITECTURES}
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str) or names[0] not in known:
@@ -250,7 +257,7 @@ def read_rope(architecture: Architecture, value: dict[str, Any], block_size: int
         scales = [number(rope[name], name, float, 0, 1e3) for name in ("mscale", "mscale_all_dim")]
         above, below = (0.1 * scale * math.log(factor) + 1.0 for scale in scales)
         model["rope_attention"] = above / below
-    if factor == 1 and not model.get("rope_attention"):  # the scaling changes nothing
+    if factor == 1 and model.get("rope_attention", 0) in (0, 1):  # the scaling changes nothing
         return {"rope_base": base}
     return model
 

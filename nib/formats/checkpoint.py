@@ -35,6 +35,7 @@ MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, SUMS_FILE = (
 )  # fmt: skip
 FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, TOKENIZER_FILE)
 RUNS = Path("out")  # the directory of runs that are given by name
+KEEP_FILE = "base-of-an-adapter"  # an empty file: a LoRA run began with this checkpoint
 STEP_NAME = re.compile(r"step-(\d{8,})")
 FORMAT = "nib-checkpoint-1"
 
@@ -181,7 +182,7 @@ def newest_good(checkpoints: Path, optimizer: bool = False) -> Checkpoint | None
 
 
 def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
-    """Remove all but the newest `keep` checkpoints (0: keep all), the best one and those that are being read.
+    """Remove all but the newest `keep` checkpoints (0: keep all), the best one, bases, and those that are being read.
 
     `newest` is the one just written. Checkpoints of later steps are damaged ones that the run skipped. They do not
     count, and are replaced when the run reaches their steps.
@@ -189,7 +190,7 @@ def remove_old(checkpoints: Path, keep: int, newest: str) -> None:
     best = named_checkpoint(checkpoints, "best")
     counted = [path for path in list_checkpoints(checkpoints) if int(path.name[5:]) <= int(newest[5:])]
     for path in counted[keep:] if keep else []:
-        if path.name == best:
+        if path.name == best or (path / KEEP_FILE).exists():
             continue
         lock: IO[bytes] | None = None
         try:
@@ -218,7 +219,9 @@ def open_checkpoint(path: Path) -> Checkpoint | None:
 
     None if `path` is none of these. Raises InputError.
     """
-    if path.is_file() and (name := named_checkpoint(path.parent, path.name)):
-        return Checkpoint(path.parent / name)
+    if path.is_file():
+        label = path.resolve()  # which may be reached by a link
+        if name := named_checkpoint(label.parent, label.name):
+            return Checkpoint(label.parent / name)
     good = newest_good(path / "checkpoints") or newest_good(path)
     return good or (Checkpoint(path) if (path / SUMS_FILE).exists() else None)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nib.common.device import DTYPES
+from nib.common.device import DTYPES, cast
 from nib.common.exits import InputError, RunError
 from nib.common.files import new_directory
 from nib.common.wording import counted
 from nib.formats.adapter import AdaptedModel
-from nib.formats.architectures import KNOWN, Architecture, choose_architecture, write_config_json
+from nib.formats.architectures import KNOWN, REMOVED, Architecture, choose_architecture, write_config_json
 from nib.formats.gguf import check_gguf, write_gguf
 from nib.formats.huggingface import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, HuggingFaceModel
 from nib.formats.peft import write_peft
@@ -42,10 +43,12 @@ def export(
 ) -> str:  # fmt: skip
     """Write the model into the new directory `out`, which appears complete or not at all.
 
-    `config` is the GPTConfig of the source's model, `kind` hf, gguf or peft (the adapter alone). Returns the name of
-    its architecture. Raises InputError for a model that no architecture expresses, RunError for a full disk.
+    `config` is the GPTConfig of the source's model, `kind` hf or gguf. Returns the name of its architecture. Raises
+    InputError for a model that no architecture expresses, RunError for a full disk.
     """
-    model, size = vars(config), sum(tensor.numel() for tensor in weights.values())
+    model, size = REMOVED | vars(config), sum(tensor.numel() for tensor in weights.values())
+    if lacking := sorted(KNOWN - model.keys()):
+        raise InputError(f"this model.py has no option {lacking[0]}, which decides the architecture. Put it back")
     for field in dataclasses.fields(config):
         if field.name not in KNOWN and model[field.name] != field.default:
             own, usual = (f"{field.name}={value}" for value in (model[field.name], field.default))
@@ -58,27 +61,39 @@ def export(
     weights = with_biases(architecture, model, weights)
     shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     tensors = their_tensors(places(architecture, model, shapes), weights)
+    with new_output(out) as staging:
+        if kind == "gguf":
+            path = staging / f"{out.name}.gguf"
+            write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
+        else:
+            write_weights(tensors, stored, staging, max_shard_bytes)
+            write_settings(architecture, source, model, tokenizer, stored, staging)
+            write_tokenizer(tokenizer, staging, model["block_size"], content)
+            card = model_card(source, architecture, model, size, tokenizer, out.name)
+            (staging / "README.md").write_text(card, "utf-8")
+            HuggingFaceModel(staging).match(shapes)  # check that the written model can be read
+    return architecture.name
+
+
+def export_adapter(source: AdaptedModel, weights: dict[str, Tensor], out: Path, dtype: str = "auto") -> str:
+    """Write the adapter alone, as peft does, as `export` does a model. Returns "an adapter for peft"."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    with new_output(out) as staging:
+        write_peft(source, shapes, staging, None if dtype == "auto" else DTYPES[dtype])
+    return "an adapter for peft"
+
+
+@contextlib.contextmanager
+def new_output(out: Path) -> Iterator[Path]:
+    """A directory that becomes `out` after the body. Raises InputError and RunError if it cannot be written."""
     try:
         with new_directory(out) as staging:
-            if kind == "peft":
-                assert isinstance(source, AdaptedModel)
-                write_peft(source, shapes, staging, None if dtype == "auto" else stored)
-            elif kind == "gguf":
-                path = staging / f"{out.name}.gguf"
-                write_gguf(path, architecture, model, tensors, stored, tokenizer, content)
-            else:
-                write_weights(tensors, stored, staging, max_shard_bytes)
-                write_settings(architecture, source, model, tokenizer, stored, staging)
-                write_tokenizer(tokenizer, staging, model["block_size"], content)
-                card = model_card(source, architecture, model, size, tokenizer, out.name)
-                (staging / "README.md").write_text(card, "utf-8")
-                HuggingFaceModel(staging).match(shapes)  # check that the written model can be read
+            yield staging
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise InputError(f"cannot write {out}: {error.strerror}. Give another directory") from None
     except (OSError, SafetensorError) as error:  # safetensors wraps OSErrors
         reason = getattr(error, "strerror", None) or str(error)
         raise RunError(f"cannot write {out}: {reason}. Make room, or give another directory") from None
-    return architecture.name
 
 
 def with_biases(architecture: Architecture, model: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -116,7 +131,8 @@ def write_weights(tensors: dict[str, Tensor], dtype: torch.dtype, directory: Pat
     names = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     names = [WEIGHTS_FILE] if len(shards) == 1 else names
     for file, shard in zip(names, shards, strict=True):
-        save_file({name: tensors[name].to(dtype).contiguous() for name in shard}, directory / file, {"format": "pt"})
+        kept = {name: cast(tensors[name], dtype, name).contiguous() for name in shard}
+        save_file(kept, directory / file, {"format": "pt"})
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         total = sum(tensor.numel() for tensor in tensors.values()) * dtype.itemsize
@@ -150,7 +166,7 @@ def model_card(
         f"a context of {counted(model['block_size'], 'token')}, and a vocabulary of {model['vocab_size']} "
         f"({tokenizer.name}).",
         "", "```python", "from transformers import pipeline", "",
-        f'write = pipeline("text-generation", "{name}")', 'print(write("Once")[0]["generated_text"])',
+        f'write = pipeline("text-generation", {json.dumps(name)})', 'print(write("Once")[0]["generated_text"])',
         "```",
     ]  # fmt: skip
     if state := getattr(source, "state", {}):

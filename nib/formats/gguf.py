@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nib.common.device import cast
 from nib.common.exits import InputError
 from nib.formats.architectures import Architecture, rope_scaling
-from nib.tokenizer.huggingface import begin_of_text
+from nib.tokenizer.huggingface import begin_of_text, special_ids_around
 from nib.tokenizer.tokenizer import SPLIT_PATTERN, ByteTokenizer, Tokenizer
 
 # llama.cpp has one activation for each architecture, and no sliding window in these.
@@ -36,6 +37,8 @@ def check_gguf(
     if ACTIVATION.get(architecture.model_type) != model["mlp"] or model["window"]:
         asked = f"{architecture.name} with mlp={model['mlp']}" + (f", window={model['window']}" * bool(model["window"]))
         raise InputError(f"GGUF is written for {', '.join(ACTIVATION)}, not for {asked}. Use --format=hf")
+    if model["bias"] and architecture.model_type == "arcee":
+        raise InputError(f"llama.cpp has no biases in {architecture.name}. Use --format=hf")
     kind, scaling = model["rope_scaling"], rope_scaling(model)
     if kind == "llama3" and architecture.model_type not in INTERLEAVED:
         raise InputError(f"llama.cpp has no rope_scaling=llama3 for {architecture.name}. Use --format=hf")
@@ -45,6 +48,9 @@ def check_gguf(
         ids = ", ".join(map(str, sorted(tokenizer.stop_ids)))
         raise InputError(f"llama.cpp has 3 ids to end a text; this model has {ids} and end-of-text. Use --format=hf")
     pre_tokenizer(tokenizer, content)
+    after = special_ids_around(tokenizer)[1]
+    if after not in ([], [tokenizer.end_of_text]):
+        raise InputError(f"llama.cpp puts nothing after a text as {tokenizer.name} does. Use --format=hf")
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -76,6 +82,7 @@ def write_gguf(
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
     writer.add_add_bos_token(is_added)
+    writer.add_add_eos_token(bool(special_ids_around(tokenizer)[1]))
     writer.add_tokenizer_pre(pre)
 
     arch = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == kind)
@@ -90,7 +97,7 @@ def write_gguf(
             halves = tensor.reshape(heads, 2, model["head_size"] // 2, *tensor.shape[1:])
             tensor = halves.transpose(1, 2).reshape(tensor.shape)
         ours = str(names.get_name(theirs, try_suffixes=(".weight", ".bias")))
-        data = tensor.to(dtype).float().contiguous().numpy()
+        data = cast(tensor, dtype, theirs).float().contiguous().numpy()
         stored = gguf.GGMLQuantizationType[types[dtype] if tensor.ndim > 1 else "F32"]
         writer.add_tensor(ours, gguf.quants.quantize(data, stored), raw_dtype=stored)
     writer.write_header_to_file()
@@ -138,14 +145,15 @@ def llama3_divisors(model: dict[str, Any]) -> Tensor:
 
 
 def add_tokens(writer: Any, types: Any, content: dict[str, Any], vocab_size: int) -> None:
-    """Add the tokens by id (ids without a token are UNUSED) and the merges."""
+    """Add the merges, and the tokens by id: ids without a token are UNUSED, those beyond the model's are left out."""
     tokens = [f"[PAD{id}]" for id in range(vocab_size)]
     kinds = [types.UNUSED] * vocab_size
-    for token, id in content["model"]["vocab"].items():
-        tokens[id], kinds[id] = token, types.NORMAL
+    known = [(token, id, types.NORMAL) for token, id in content["model"]["vocab"].items()]
     for added in content["added_tokens"]:
-        special = types.CONTROL if added["special"] else types.USER_DEFINED
-        tokens[added["id"]], kinds[added["id"]] = added["content"], special
+        known.append((added["content"], added["id"], types.CONTROL if added["special"] else types.USER_DEFINED))
+    for token, id, kind in known:
+        if id < vocab_size:
+            tokens[id], kinds[id] = token, kind
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in content["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
@@ -160,6 +168,8 @@ def pre_tokenizer(tokenizer: Tokenizer, content: dict[str, Any]) -> str:
     parts = split.get("pretokenizers", [split])
     kinds = [part.get("type") for part in parts]
     by_regex = parts[-1].get("use_regex") is True
+    if any(part.get("add_prefix_space") for part in parts):
+        raise InputError(f"llama.cpp puts no space before a text as {tokenizer.name} does. Use --format=hf")
     if isinstance(tokenizer, ByteTokenizer) or (kinds == ["ByteLevel"] and by_regex):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and by_regex and parts[0].get("individual_digits"):

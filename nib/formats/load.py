@@ -49,7 +49,7 @@ def open_source(target: str | None, adapter: str = "") -> Source:
         if pickled.is_file() and not (path / "checkpoints").exists():
             return NanoGPTCheckpoint(pickled)
         # A directory with config.json but without weights does not hide a run of the same name.
-        if (config := find_config(path)) and any(each.suffix in (".safetensors", ".bin") for each in path.iterdir()):
+        if (config := find_config(path)) and any(map(is_weights, path.iterdir())):
             return HuggingFaceModel(path, config)
         if is_peft(path):
             return with_base(PeftAdapter(path))
@@ -63,6 +63,11 @@ def open_source(target: str | None, adapter: str = "") -> Source:
     if find_config(found):
         return HuggingFaceModel(found)  # says which of its files are missing
     raise InputError(f"{found} is neither a run nor a checkpoint of nib. Give a directory such as {RUNS}/small")
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file of a Hugging Face directory holds weights of a model, not of an adapter."""
+    return path.suffix in (".safetensors", ".bin") and not path.name.startswith("adapter_model.")
 
 
 def existing(name: str) -> Path | None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nib.common.device import cast
 from nib.common.exits import InputError
 from nib.common.files import read_object
 from nib.formats.adapter import AdaptedModel, Pair, Pairs, adapted_layers
@@ -173,13 +174,17 @@ def write_peft(source: AdaptedModel, shapes: Shapes, directory: Path, dtype: tor
             A, B, alpha = as_one_pair(own, sizes)
             tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"] = A, B
             ranks[name], alphas[name] = len(A), alpha
-    tensors = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in tensors.items()}
+    tensors = {name: cast(tensor, dtype or tensor.dtype, name).contiguous() for name, tensor in tensors.items()}
     rank, alpha = min(ranks.values()), min(alphas.values())
+    # peft adapts every module whose name ends in a target. GPT-2 has two called c_proj: attn.c_proj and mlp.c_proj.
+    paths = [name.split(".") for _, name, _ in their_modules(base, shapes)]
+    others = {path[-1] for path in paths if ".".join(path) not in ranks}
+    targets = {".".join(path[-2:] if path[-1] in others else path[-1:]) for path in paths if ".".join(path) in ranks}
     name = source.state.get("adapter", {}).get("base") or str(base.directory)
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": name, "inference_mode": True,
         "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha, "lora_dropout": 0.0, "bias": "none",
-        "target_modules": sorted({name.rpartition(".")[2] for name in ranks}), "use_rslora": False,
+        "target_modules": sorted(targets), "use_rslora": False,
         "rank_pattern": {name: each for name, each in ranks.items() if each != rank},
         "alpha_pattern": {name: each for name, each in alphas.items() if each != alpha},
         "fan_in_fan_out": architecture_of(base).transposed, "modules_to_save": None,

@@ -22,7 +22,8 @@ from nib.tokenizer.tokenizer import (
 )
 
 TOKENIZER_JSON, CONFIG_JSON, GENERATION_JSON = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+SPECIAL_JSON, ADDED_JSON = "special_tokens_map.json", "added_tokens.json"  # of directories without added_tokens_decoder
+CHAT_TEMPLATE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # The settings of tokenizer_config.json that are kept from reading to writing.
 KEPT = (*NAMED_TOKENS, "chat_template", "add_bos_token", "add_eos_token")
 GPT2_MODELS = ("gpt2", None)  # model types whose vocab.json and merges.txt go with GPT-2's split pattern
@@ -37,6 +38,8 @@ def read_tokenizer(directory: Path, model: dict[str, Any] | None = None) -> Toke
     if model is None:
         model = read_settings(directory / "config.json", optional=True)
     settings, generation = (read_settings(directory / name, optional=True) for name in (CONFIG_JSON, GENERATION_JSON))
+    if "added_tokens_decoder" not in settings:  # as in transformers
+        settings |= read_settings(directory / SPECIAL_JSON, optional=True)
     template = read_text(directory / CHAT_TEMPLATE) if (directory / CHAT_TEMPLATE).is_file() else None
     if (directory / TOKENIZER_JSON).is_file():
         content = read_settings(directory / TOKENIZER_JSON)
@@ -55,6 +58,9 @@ def read_tokenizer(directory: Path, model: dict[str, Any] | None = None) -> Toke
     config = {key: _text_of(settings[key]) for key in KEPT if settings.get(key) is not None}
     if template is not None:
         config["chat_template"] = template
+    if more := {path.stem: read_text(path) for path in sorted((directory / MORE_TEMPLATES).glob("*.jinja"))}:
+        templates = ({} if template is None else {"default": template}) | more
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
     tokenizer = HuggingFaceTokenizer(directory.resolve().name[:90] or "huggingface", content, config, None)
     named = (tokenizer.tokenizer.token_to_id(token) for token in (str(config.get("eos_token", "")), END_OF_TEXT))
     first, last = ([] if id is None else [id] for id in named)
@@ -116,9 +122,13 @@ def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
     lines = read_text(directory / "merges.txt").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
     special = {END_OF_TEXT: vocab[END_OF_TEXT]} if END_OF_TEXT in vocab else {}
+    added = _added_tokens(directory, settings)
+    special |= {token["content"]: token["id"] for token in added if token["special"]}
     prefix = settings.get("add_prefix_space") is True
     split = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True, "use_regex": True}
     content = _content(vocab, merges, special, split)
+    content["added_tokens"] += [token for token in added if token["content"] not in special]
+    content["added_tokens"].sort(key=lambda token: token["id"])
     content["model"]["ignore_merges"] = False
     begin = _text_of(settings.get("bos_token", END_OF_TEXT))
     if settings.get("add_bos_token") is True and isinstance(begin, str) and begin in special:
@@ -128,6 +138,25 @@ def _gpt2_content(directory: Path, settings: dict[str, Any]) -> dict[str, Any]:
             "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": tokens,
         }  # fmt: skip
     return content
+
+
+def _added_tokens(directory: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens that were added to a vocab.json, as in a tokenizer.json. Raises InputError."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    file = CONFIG_JSON if "added_tokens_decoder" in settings else ADDED_JSON
+    try:
+        if file == CONFIG_JSON:
+            tokens = [flags | token | {"id": int(id)} for id, token in settings["added_tokens_decoder"].items()]
+        else:
+            lists = [settings.get(f"{kind}_special_tokens") or [] for kind in ("additional", "extra")]
+            named = {_text_of(token) for token in itertools.chain(map(settings.get, NAMED_TOKENS), *lists)}
+            ids = read_settings(directory / ADDED_JSON, optional=True)
+            tokens = [flags | {"id": id, "content": token, "special": token in named} for token, id in ids.items()]
+        if all(isinstance(token["content"], str) and type(token["id"]) is int for token in tokens):
+            return tokens
+    except (ValueError, TypeError, AttributeError, KeyError):
+        pass
+    raise InputError(f"the added tokens in {directory / file} are not texts with ids. Give a complete model directory")
 
 
 def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], split: Any) -> dict[str, Any]:
@@ -147,11 +176,20 @@ def _content(vocab: dict[str, int], merges: list[str], special: dict[str, int], 
 
 def begin_of_text(tokenizer: Tokenizer) -> tuple[int | None, bool]:
     """The begin-of-text id, and whether transformers puts it before a text by default."""
-    if before := tokenizer.encode_prompt(""):
+    if before := special_ids_around(tokenizer)[0]:
         return before[0], True
     token = tokenizer.config.get("bos_token") if isinstance(tokenizer, HuggingFaceTokenizer) else None
     found = tokenizer.tokenizer.token_to_id(token) if isinstance(token, str) else None  # type: ignore[attr-defined]
     return (tokenizer.end_of_text if found is None else found), False
+
+
+def special_ids_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids that transformers puts before and after a text by default."""
+    special = {*tokenizer.special_tokens.values(), *tokenizer.encode_prompt("")}
+    known = "".join(token.decode() for token in tokenizer.token_bytes[:1000] if token.isalnum() and token.isascii())
+    ids = tokenizer.encode_prompt(known[:1])
+    inside = [place for place, id in enumerate(ids) if id not in special] or [len(ids)]
+    return ids[: inside[0]], ids[inside[-1] + 1 :]
 
 
 def as_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -235,9 +273,10 @@ def write_tokenizer(
             config["eos_token"] = tokenizer.tokenizer.id_to_token(tokenizer.end_of_text)
     elif tokenizer.end_of_text is not None:
         config = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
-    if isinstance(config.get("chat_template"), str):
-        del config["chat_template"]
-    if tokenizer.chat_template:
+    several = isinstance(config.get("chat_template"), list)  # by name: they stay in tokenizer_config.json
+    if not several:
+        config.pop("chat_template", None)
+    if tokenizer.chat_template and not several:
         (directory / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
     config["clean_up_tokenization_spaces"] = False

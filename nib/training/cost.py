@@ -42,7 +42,7 @@ def flops_by_part(model: nn.Module, length: int = 0) -> dict[str, int]:
     length 0: block_size.
     """
     config: Any = model.config
-    seen = min(length or config.block_size, config.window or config.block_size)
+    seen = min(length or config.block_size, getattr(config, "window", 0) or config.block_size)
     scores = 12 * config.n_layer * config.n_head * config.head_size * seen
     found = {"attention": 0, "scores": scores, "feed_forward": 0, "head": 0}
     for name, parameter in model.named_parameters():

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 from nib.common.exits import InputError
 from nib.formats.adapter import TARGETS, adapted_layers, weights_checksum
-from nib.formats.checkpoint import BrokenCheckpoint, Checkpoint
+from nib.formats.checkpoint import KEEP_FILE, BrokenCheckpoint, Checkpoint
 from nib.formats.load import Source
 from nib.training.settings import TrainSettings
 
@@ -109,6 +110,9 @@ def adapt(model: Any, base: Source | None, settings: TrainSettings, checkpoint: 
         "base_sha256": weights_checksum(model.state_dict()),
     }  # fmt: skip
     add_adapter(model, settings)
+    if isinstance(base, Checkpoint):
+        with contextlib.suppress(OSError):  # another user's, perhaps
+            (base.directory / KEEP_FILE).touch()
     if checkpoint is not None:
         before = checkpoint.state.get("adapter", {}).get("base_sha256")
         if before != about["base_sha256"]:

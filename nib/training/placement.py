@@ -17,7 +17,7 @@ from nib.formats.checkpoint import Checkpoint
 from nib.training.distributed import Cluster, is_sharded
 from nib.training.report import Reporter
 from nib.training.settings import TrainSettings
-from nib.training.step import exchanging
+from nib.training.step import exchanging, has_window
 
 # The largest useful micro-batch on a CPU, in tokens x width x layers. About 17 such numbers are kept for the backward
 # pass, so this is 1 GB, or one sequence of GPT-2. Larger micro-batches are not faster.
@@ -186,7 +186,7 @@ def trial(
                 parameter.grad = torch.zeros_like(parameter)
         tokens, targets = torch.zeros(2, size, block_size, dtype=torch.int64, device=device)
         # DDP exchanges nothing here: a process that runs out of memory would leave the others waiting.
-        with exchanging(ready, is_sharded(model)), precision.training(masked=model.config.window > 0):
+        with exchanging(ready, is_sharded(model)), precision.training(masked=has_window(model)):
             _, loss = ready(tokens, targets)
         loss.sum().backward()
         del room, loss

@@ -35,7 +35,7 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
         torch.manual_seed(seed_for(settings.seed, run.progress.step, cluster.rank, index))
         # Gradients are averaged over the processes, only in the last backward pass of a step.
         with exchanging(model, index == len(batch) - 1):
-            with run.precision.training(masked=run.model.config.window > 0):
+            with run.precision.training(masked=has_window(run.model)):
                 loss = objective.loss(run, part)
             share = loss * (objective.weight(part) / max(1.0, counted))
             scaler.scale(share * cluster.world).backward()
@@ -57,6 +57,10 @@ def optimizer_step(run: Run, batch: Sequence[Batch | PairBatch]) -> tuple[Tensor
         optimizer.zero_grad(set_to_none=True)
     scaler.update()
     return loss_sum, grad_norm
+
+
+def has_window(model: Any) -> bool:
+    return getattr(model.config, "window", 0) > 0  # a user may have removed the option
 
 
 def exchanging(model: nn.Module, last: bool) -> AbstractContextManager[object]:
