@@ -156,6 +156,7 @@ def test_a_full_file_system_leaves_the_last_checkpoint_good(full: bool, once: Pa
 def test_a_process_that_fails_writes_its_last_checkpoint_to_the_end(tmp_path: Path) -> None:
     """One of several leaves without teardown, which must not cut the write that is under way in the background."""
     script = """
+import torch
 from pathlib import Path
 from nib.common.exits import RunError, run_script
 from nib.training.saving import Saver

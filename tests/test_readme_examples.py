@@ -1,4 +1,7 @@
-"""The examples of README.md, "Change the model": each diff, applied to a copy, trains, resumes and samples."""
+"""The examples of README.md, "Change the model": each diff, applied to a copy, trains, resumes and samples.
+
+And a copy from which an option is removed, and whose activation is another.
+"""
 
 from __future__ import annotations
 
@@ -115,3 +118,17 @@ def test_a_new_parameter_is_only_the_place_where_it_acts(copy: Path) -> None:
     lacks = "error: this model.py has the parameter blocks.0.scale, which Qwen3ForCausalLM lacks. "
     assert lacks in exported and lacks in theirs
     assert not (copy / "exported").exists(), "no format that lacks it takes it silently"
+
+
+def test_an_option_may_be_removed_and_another_activation_is_noticed_at_export(copy: Path) -> None:
+    source = (copy / "model.py").read_text(encoding="utf-8")
+    lines = [line for line in source.splitlines() if not line.startswith("    window: int")]
+    changed = "\n".join(lines).replace("mlp_hidden window dropout", "mlp_hidden dropout")
+    (copy / "model.py").write_text(changed.replace("self.config.window", "0"), encoding="utf-8")
+    printed = run(copy, WHOLE, SAMPLE, ["export", "out/whole", "one"])
+    assert "one as Qwen3ForCausalLM" in printed[2] and "warning" not in printed[2]
+    assert json.loads((copy / "one/config.json").read_text())["use_sliding_window"] is False
+    (copy / "model.py").write_text(source.replace("F.silu(gate)", "F.gelu(gate)"), encoding="utf-8")
+    (printed,) = run(copy, ["export", "out/whole", "two"])
+    assert "warning: model.py computes something else than other programs will" in printed
+    assert "two as Qwen3ForCausalLM" in printed

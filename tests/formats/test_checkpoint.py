@@ -17,9 +17,11 @@ from safetensors.torch import save_file
 from nib.common.exits import InputError
 from nib.formats.checkpoint import (
     FILES,
+    KEEP_FILE,
     MODEL_FILE,
     SUMS_FILE,
     Checkpoint,
+    name_checkpoint,
     open_checkpoint,
     remove_old,
     write_checkpoint,
@@ -114,13 +116,25 @@ def test_a_header_that_claims_gigabytes_is_refused(checkpoint: Path, tmp_path: P
         Checkpoint(forged).weights()
 
 
-def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
+def test_old_checkpoints_go_and_the_best_and_the_base_of_an_adapter_stay(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         write_checkpoint(tmp_path, WEIGHTS, {}, {**STATE, "step": step}, make_tokenizer("byte"))
         if step == 2:
             (tmp_path / "best").write_text("step-00000002\n")
+        if step == 1:
+            (tmp_path / "step-00000001" / KEEP_FILE).touch()
         remove_old(tmp_path, 2, f"step-{step:08d}")
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [1, 2, 3, 4]
+    write_checkpoint(tmp_path, WEIGHTS, {}, {**STATE, "step": 5}, make_tokenizer("byte"))
+    remove_old(tmp_path, 2, "step-00000005")
+    assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [1, 2, 4, 5]
+
+
+def test_a_link_to_latest_is_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    name_checkpoint(checkpoint.parent, "latest", checkpoint.name)
+    (tmp_path / "link").symlink_to(checkpoint.parent / "latest")
+    found = open_checkpoint(tmp_path / "link")
+    assert found and found.directory.resolve() == checkpoint.resolve()
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_push_out_a_good_one(tmp_path: Path) -> None:

@@ -310,6 +310,79 @@ def test_a_chat_is_asked_and_ended_in_transformers_as_in_nib(kind: str, tmp_path
     assert {again.end_of_text, *again.stop_ids} - {None} == set(ends)
 
 
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_numbers_too_large_for_float16_are_refused(kind: str, tmp_path: Path) -> None:
+    if kind == "gguf":
+        pytest.importorskip("gguf")
+    model = random_model(vocab_size=257, **LLAMA)
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight[1, 1] = -7e4
+    save_run(tmp_path / "run", model)
+    with pytest.raises(InputError, match=r"mlp\.down_proj\.weight has numbers above 65504, the largest of float16"):
+        exported(tmp_path / "run", tmp_path / "out", kind=kind, dtype="float16")
+    assert not (tmp_path / "out").exists()
+    exported(tmp_path / "run", tmp_path / "out", kind=kind, dtype="bfloat16")
+
+
+def test_what_llama_cpp_does_otherwise_is_refused(tmp_path: Path) -> None:
+    from tokenizers.pre_tokenizers import ByteLevel
+    from tokenizers.processors import TemplateProcessing
+
+    relu2 = dict(LLAMA, mlp="relu2", bias=True, vocab_size=257)
+    save_run(tmp_path / "biases", random_model(**relu2))
+    models = {"biases": r"llama\.cpp has no biases in ArceeForCausalLM"}
+    for name in ("before", "after"):
+        made, directory = trained_tokenizer("smollm"), tmp_path / f"{name} files"
+        if name == "before":
+            made.pre_tokenizer = ByteLevel(add_prefix_space=True)
+        else:
+            tokens = [("<|begin|>", made.token_to_id("<|begin|>"))]
+            made.post_processor = TemplateProcessing(single="$A <|begin|>", special_tokens=tokens)
+        directory.mkdir()
+        made.save(str(directory / "tokenizer.json"))
+        tokenizer = read_tokenizer(directory)
+        save_run(tmp_path / name, random_model(vocab_size=tokenizer.vocab_size, **LLAMA), tokenizer)
+        models[name] = {"before": "puts no space before a text", "after": "puts nothing after a text"}[name]
+    for name, message in models.items():
+        with pytest.raises(InputError, match=message):
+            exported(tmp_path / name, tmp_path / "out", kind="gguf")
+        exported(tmp_path / name, tmp_path / f"{name} out")
+
+
+def test_gguf_of_a_tokenizer_with_more_ids_than_the_model_and_an_end_after_each_text(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    from tokenizers.processors import TemplateProcessing
+
+    made = trained_tokenizer("smollm")
+    end = made.token_to_id("<|endoftext|>")
+    made.post_processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", end)])
+    size = made.get_vocab_size()
+    made.add_special_tokens(["<pad>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    save_run(tmp_path / "run", random_model(vocab_size=size, **LLAMA), read_tokenizer(tmp_path))
+    exported(tmp_path / "run", tmp_path / "out", kind="gguf")
+    fields = gguf.GGUFReader(tmp_path / "out/out.gguf").fields
+    assert len(fields["tokenizer.ggml.tokens"].contents()) == size
+    added = [fields[f"tokenizer.ggml.add_{side}_token"].contents() for side in ("bos", "eos")]
+    assert added == [False, True]
+
+
+def test_a_model_py_without_an_option_that_decides_the_architecture(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", random_model(vocab_size=257, **LLAMA))
+    source = open_source(str(tmp_path / "run"))
+    config = GPTConfig(**source.model_config)
+    weights = source.weights()  # type: ignore[call-arg]
+    for name in ("rope_attention", "window", "mlp"):
+        del config.__dict__[name]
+        if name != "mlp":
+            export(source, config, weights, tmp_path / name)
+            assert (tmp_path / name / "config.json").read_text() == (
+                tmp_path / "rope_attention/config.json"
+            ).read_text()
+    with pytest.raises(InputError, match=r"this model\.py has no option mlp, which decides the architecture"):
+        export(source, config, weights, tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_gguf_has_the_chat_template_and_the_end_of_a_turn(kind: str, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")

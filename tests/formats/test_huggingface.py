@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,21 @@ def test_names_as_in_the_files_of_gpt2_itself(tmp_path: Path) -> None:
     tokens = random_tokens(1, 20)
     with torch.no_grad():
         assert (load_ours(tmp_path)(tokens)[0] - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("kind", "own"), [
+    ("Mistral", dict(num_attention_heads=8, num_key_value_heads=8, sliding_window=None)),
+    ("Qwen3", dict(hidden_size=128, num_attention_heads=32, num_key_value_heads=32, head_dim=128)),
+    ("Starcoder2", dict(num_key_value_heads=2)),
+])  # fmt: skip
+def test_what_a_config_leaves_out_is_the_default_of_its_class(kind: str, own: dict[str, Any], tmp_path: Path) -> None:
+    theirs = make_model(kind, **own)
+    theirs.save_pretrained(tmp_path)
+    change_config(tmp_path, num_key_value_heads="remove", head_dim="remove", architectures=[])
+    tokens = random_tokens(1, 20)
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        assert (load_ours(tmp_path)(tokens)[0] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["Llama", "GPT2"])

@@ -10,11 +10,12 @@ import pytest
 import torch
 from hf_helpers import change_tensors, load_ours, make_model, save_model, their_logits
 from model_helpers import random_tokens, randomise
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
 from nib.formats.adapter import AdaptedModel
+from nib.formats.export import export, export_adapter
 from nib.formats.load import build, open_source, parameter_shapes, read_config
 from nib.formats.peft import PeftAdapter, write_peft
 
@@ -77,6 +78,42 @@ def test_an_adapter_gives_the_same_logits_in_peft_and_here(kind: str, settings: 
     write_peft(source, parameter_shapes(lambda: GPT(read_config(source, GPTConfig))), tmp_path / "again", None)
     back = peft.PeftModel.from_pretrained(make_model(kind, **settings), tmp_path / "again").eval()
     check(their_logits(back, TOKENS))
+
+
+def test_targets_name_no_other_module(tmp_path: Path) -> None:
+    """GPT-2's attn.c_proj is not adapted here, so c_proj alone would name too much. A config.json beside is ignored."""
+    base = save_model(tmp_path / "base", "GPT2")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG | {"base_model_name_or_path": str(base)}))
+    (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
+    tensors = {}
+    for name, (rows, columns) in {"attn.c_attn": (96, 32), "mlp.c_proj": (32, 128)}.items():
+        for layer in range(2):
+            start = f"base_model.model.transformer.h.{layer}.{name}"
+            tensors[f"{start}.lora_A.weight"] = torch.randn(4, columns)
+            tensors[f"{start}.lora_B.weight"] = torch.randn(rows, 4)
+    save_file(tensors, adapter / "adapter_model.safetensors", {"format": "pt"})
+    source = open_source(str(adapter))
+    assert isinstance(source, AdaptedModel)
+    weights = source.weights(shapes := parameter_shapes(lambda: GPT(read_config(source, GPTConfig))))
+    assert {name: tuple(tensor.shape) for name, tensor in weights.items()} == shapes
+    assert export_adapter(source, weights, tmp_path / "out") == "an adapter for peft"
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"] == ["c_attn", "mlp.c_proj"]
+
+
+def test_the_adapter_of_a_model_that_cannot_be_exported_is_written(tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "Qwen2", use_sliding_window=True, sliding_window=6, max_window_layers=0,
+                      num_key_value_heads=2)  # fmt: skip
+    source = open_source(str(base), adapter=str(write_adapter(tmp_path / "adapter", base_model_name_or_path=str(base))))
+    assert isinstance(source, AdaptedModel)
+    config = read_config(source, GPTConfig)
+    weights = source.weights(parameter_shapes(lambda: GPT(config)))
+    with pytest.raises(InputError, match="no architecture of transformers has"):
+        export(source, config, weights, tmp_path / "out")
+    export_adapter(source, weights, tmp_path / "out")
+    written = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert written.keys() == load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

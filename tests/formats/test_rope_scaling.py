@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hf_helpers import change_config, exported, load_ours, make_model, save_model, their_logits
+from hf_helpers import SMALL, change_config, exported, load_ours, make_model, save_model, their_logits
 from model_helpers import LLAMA, random_model, random_tokens, randomise
 from test_export import BYTE, open_theirs, save_run
 from test_load import in_corpus, tiny_train  # noqa: F401
@@ -266,6 +266,13 @@ def test_a_checkpoint_from_before_there_were_scalings_opens(tmp_path: Path) -> N
     old = {name: old[name] for name in old if name == "rope_base" or not name.startswith("rope_")}
     save_run(tmp_path / "run", model, model_config=old)
     assert read_config(open_checkpoint(tmp_path / "run"), GPTConfig) == model.config
+
+
+def test_a_yarn_that_changes_nothing_is_no_scaling() -> None:
+    rope = {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.0, "rope_theta": 500.0}
+    config = {"architectures": ["LlamaForCausalLM"], **SMALL, "rope_parameters": rope}
+    model = read_config_json(config)[1]
+    assert (model["rope_base"], model.get("rope_scaling")) == (500.0, None)
 
 
 def in_gguf(tmp_path: Path, **options: Any) -> dict[str, Any]:

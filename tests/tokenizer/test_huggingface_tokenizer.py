@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nib.common.exits import InputError
-from nib.tokenizer.huggingface import as_onig, merges_of, read_tokenizer, write_tokenizer
+from nib.data.chat import Chat
+from nib.tokenizer.huggingface import (
+    as_onig,
+    begin_of_text,
+    merges_of,
+    read_tokenizer,
+    special_ids_around,
+    write_tokenizer,
+)
 from nib.tokenizer.load import load_tokenizer, make_tokenizer
 from nib.tokenizer.tokenizer import Tokenizer, train_bpe, train_char
 
@@ -121,6 +129,74 @@ def test_a_tokenizer_that_is_read_gives_the_ids_of_transformers(kind: str, tmp_p
     exported = transformers.AutoTokenizer.from_pretrained(out)
     assert exported.eos_token_id == end and exported.chat_template == theirs.chat_template
     check_same_ids(again, exported, TEXTS)
+
+
+def test_directories_of_older_transformers_have_tokens_in_two_more_files(tmp_path: Path) -> None:
+    """special_tokens_map.json and added_tokens.json; a later added_tokens_decoder replaces both."""
+    import transformers
+
+    gpt2_files(tmp_path)
+    messages = [{"role": "user", "content": "hi"}]
+    template = (
+        "{{ bos_token }}{% for message in messages %}<|im_start|>{{ message.content }}{{ eos_token }}{% endfor %}"
+    )
+    (tmp_path / "chat_template.jinja").write_text(template)
+    settings: dict[str, Any] = {"tokenizer_class": "GPT2Tokenizer"}
+    special = {"bos_token": "<|endoftext|>", "eos_token": {"content": "<|im_end|>"}}
+    special |= {"additional_special_tokens": ["<|im_start|>"]}  # type: ignore[dict-item]
+    added = {"<|im_start|>": 50257, "<|im_end|>": 50258, "<think>": 50259}
+    flags = dict(lstrip=False, rstrip=False, normalized=False, single_word=False, special=True)
+    ids = {"50256": "<|endoftext|>", "50257": "<|im_start|>", "50258": "<tool>"}
+    decoder = {id: {"content": token, **flags, "special": id != "50258"} for id, token in ids.items()}
+    newer = {"added_tokens_decoder": decoder, "bos_token": "<|im_start|>", "eos_token": "<|endoftext|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    for more, end, size in (({}, 50258, 50260), (newer, 50256, 50259)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | more))
+        theirs = transformers.GPT2Tokenizer.from_pretrained(tmp_path)
+        ours = read_tokenizer(tmp_path)
+        assert (ours.end_of_text, ours.vocab_size) == (end, size) == (theirs.eos_token_id, len(theirs))
+        assert Chat(ours).render(messages) == theirs.apply_chat_template(messages, tokenize=False)
+        prompts = [*TEXTS, "a<|im_start|>b<|im_end|> c<think>d <tool>e"]
+        assert all(ours.encode_prompt(text) == theirs(text).input_ids for text in prompts)
+    for wrong in ({"<a>": "1"}, {"<a>": None}):
+        (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
+        (tmp_path / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match=r"added tokens in .*added_tokens\.json are not texts with ids"):
+            read_tokenizer(tmp_path)
+
+
+def test_several_chat_templates_are_kept(tmp_path: Path) -> None:
+    import transformers
+
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=trained("smollm"), eos_token="<|im_end|>")
+    theirs.chat_template = {"default": "D{{ messages[0].content }}", "tool_use": "T{{ tools }}"}
+    theirs.save_pretrained(tmp_path / "files")
+    theirs.save_pretrained(tmp_path / "list", save_jinja_files=False)
+    for form in ("files", "list"):
+        ours = read_tokenizer(tmp_path / form)
+        assert ours.chat_template == theirs.chat_template["default"]
+        out = tmp_path / f"{form} written"
+        out.mkdir()
+        write_tokenizer(ours, out, 64)
+        assert transformers.AutoTokenizer.from_pretrained(out).chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize(("form", "around"), [
+    ("$A", ("", "")), ("<|begin|> $A", ("<|begin|>", "")), ("$A <|im_end|>", ("", "<|im_end|>")),
+    ("<|begin|> $A <|im_end|>", ("<|begin|>", "<|im_end|>")),
+])  # fmt: skip
+def test_what_is_put_around_a_text(form: str, around: tuple[str, str], tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    made = trained("smollm")
+    tokens = [(token, made.token_to_id(token)) for token in ("<|begin|>", "<|im_end|>")]
+    made.post_processor = TemplateProcessing(single=form, special_tokens=tokens)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours = read_tokenizer(tmp_path)
+    names = [[ours.token_name(id) for id in ids] for ids in special_ids_around(ours)]
+    assert names == [[token] if token else [] for token in around]
+    assert begin_of_text(ours)[1] is bool(around[0])
 
 
 def test_gpt2_as_a_directory_and_as_an_encoding_are_one(gpt2: Tokenizer, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import export
 import sample
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
-from nib.formats.checkpoint import open_checkpoint
+from nib.formats.checkpoint import KEEP_FILE, open_checkpoint
 from nib.formats.load import build, open_source, read_config
 from nib.training.lora import add_adapter
 from nib.training.optimizer import Muon, make_optimizers
@@ -99,7 +99,15 @@ def test_an_adapter_is_sampled_scored_merged_and_written_for_peft(base: Path, ca
     done(export.main, "run", "peft", "--format=peft")
     done(export.main, "run", "merged", "--merge", "--dtype=float32")
     done(export.main, "base", "hf")
-    ways = (["run"], ["base", "--adapter=run"], ["hf", "--adapter=peft"], ["peft"], ["merged"])
+    Path("out/base").rename("out/moved")  # then the adapter needs the base before it
+    done(export.main, "moved", "merged again", "--adapter=run", "--merge", "--dtype=float32")
+    done(export.main, "moved", "peft again", "--adapter=run", "--format=peft")
+    Path("out/moved").rename("out/base")
+    merged = [Path(place, "model.safetensors").read_bytes() for place in ("merged", "merged again")]
+    assert merged[0] == merged[1]
+    (base_checkpoint,) = Path("out/base/checkpoints").glob("step-*")
+    assert (base_checkpoint / KEEP_FILE).exists()
+    ways = (["run"], ["base", "--adapter=run"], ["hf", "--adapter=peft"], ["peft again"], ["merged"])
     texts = {done(sample.main, *way, "--prompt=line", "--max-new-tokens=8", "--device=cpu") for way in ways}
     assert len(texts) == 1 and texts != {done(sample.main, "base", "--prompt=line", "--max-new-tokens=8")}
     scores = [
