@@ -92,7 +92,7 @@ def is_data(name: str) -> bool:
 def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, Any]]:
     """One result for each --data. Raises InputError."""
     from model import GPT, GPTConfig
-    from nib.common.device import pick_device, pick_dtype
+    from nib.common.device import cast, pick_device, pick_dtype
     from nib.data.mixture import read_names
     from nib.data.open import open_dataset
     from nib.data.paths import find_dataset
@@ -114,8 +114,8 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     if choices and settings.tokens:
         raise InputError(f"{choices[0]} holds questions, and --tokens is for texts. Leave out --tokens")
     model = build(source, lambda: GPT(config)).to(device).eval()
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(pick_dtype(settings.dtype, device))
+    for part, parameter in model.named_parameters():
+        parameter.data = cast(parameter.data, pick_dtype(settings.dtype, device), part)
     results: list[dict[str, Any]] = []
 
     def show(id: int, surprise: float) -> None:

@@ -145,7 +145,7 @@ def load_model(
     import torch
 
     from model import GPT, GPTConfig
-    from nib.common.device import pick_device, pick_dtype
+    from nib.common.device import cast, pick_device, pick_dtype
     from nib.cpu.build import kernels
     from nib.cpu.fused_blocks import fuse_blocks
     from nib.cpu.int8 import pack_int8, quantize
@@ -175,8 +175,8 @@ def load_model(
         quantize(model, hidden)
     elif native:
         pack_bfloat16(model, native)
-    for parameter in model.parameters():  # not RoPE's tables: 16 bits are too few for angles
-        parameter.data = parameter.data.to(hidden, copy=True)
+    for name, parameter in model.named_parameters():  # not RoPE's tables: 16 bits are too few for angles
+        parameter.data = cast(parameter.data, hidden, name, copy=True)
     if int8:
         pack_int8(model)
     elif not native:

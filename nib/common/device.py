@@ -47,12 +47,12 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def cast(tensor: Tensor, dtype: torch.dtype, name: str, copy: bool = False) -> Tensor:
     """The tensor `name` in another dtype. Raises InputError if its numbers are too large for float16."""
     if dtype == torch.float16 and tensor.numel() and tensor.abs().amax() > torch.finfo(dtype).max:
         most = f"{name} has numbers above {torch.finfo(dtype).max:g}, the largest of float16"
         raise InputError(f"{most}. Use --dtype=bfloat16 or float32")
-    return tensor.to(dtype)
+    return tensor.to(dtype, copy=copy)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -22,7 +22,9 @@ from test_huggingface_tokenizer import trained as trained_tokenizer
 from test_load import hf_bytes
 from test_sample import make_run
 
+import evaluate
 import export as script
+import sample
 from model import GPT, GPTConfig
 from nib.common.exits import InputError
 from nib.data.chat import Chat, fit_tokenizer
@@ -311,7 +313,7 @@ def test_a_chat_is_asked_and_ended_in_transformers_as_in_nib(kind: str, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["hf", "gguf"])
-def test_numbers_too_large_for_float16_are_refused(kind: str, tmp_path: Path) -> None:
+def test_numbers_too_large_for_float16_are_refused(kind: str, call: Call, tmp_path: Path) -> None:
     if kind == "gguf":
         pytest.importorskip("gguf")
     model = random_model(vocab_size=257, **LLAMA)
@@ -322,6 +324,10 @@ def test_numbers_too_large_for_float16_are_refused(kind: str, tmp_path: Path) ->
         exported(tmp_path / "run", tmp_path / "out", kind=kind, dtype="float16")
     assert not (tmp_path / "out").exists()
     exported(tmp_path / "run", tmp_path / "out", kind=kind, dtype="bfloat16")
+    (tmp_path / "a.txt").write_text("a text")
+    for main, arguments in ((sample.main, ["--prompt=a"]), (evaluate.main, ["--data=a.txt"])):
+        done = call(main, "run", *arguments, "--device=cpu", "--dtype=float16", cwd=tmp_path)
+        assert done.returncode == 2 and "blocks.0.mlp.down.weight has numbers above 65504" in done.stderr
 
 
 def test_what_llama_cpp_does_otherwise_is_refused(tmp_path: Path) -> None:
