@@ -115,7 +115,9 @@ class AdaptedModel:
         expected = self.state["adapter"].get("base_sha256") if self.state else self.adapter.base_sha256
         if expected and expected != weights_checksum(weights):
             what = f"{self.directory} was trained on another base than {self.base.directory}"
-            raise InputError(f"{what}: the checksum of its weights differs. Give the base it was trained on")
+            place = self.state.get("adapter", {}).get("base_directory")
+            before = f", which was {place}" if place else ""
+            raise InputError(f"{what}: the checksum of its weights differs. Give the base it was trained on{before}")
         pairs = self.pairs(shapes)
         for module, sizes in adapted_layers(shapes, self.model_config).items():
             if any(f"{module}.{target}" in pairs for target in sizes):

@@ -78,7 +78,7 @@ def test_a_run_of_lora_resumes_to_the_bit_and_holds_the_adapter_alone(base: Path
     train("--out_dir=out/base", "--max_iters=2", "--n_kv_head=1", "--mlp_hidden=48", "--seed=1")
     with pytest.raises(InputError, match="is not the base that the run in out/parts began with"):
         train(*options, "--out_dir=out/parts", "--max_iters=9")
-    with pytest.raises(InputError, match="was trained on another base than out/base"):
+    with pytest.raises(InputError, match=r"another base than out/base.*which was /.*out/base/checkpoints/step"):
         opened("out/base", "out/parts")
 
 
