@@ -107,7 +107,11 @@ def evaluate(source: Source, name: str, settings: Settings) -> list[dict[str, An
     config = read_config(source, GPTConfig)
     context = min(settings.context or config.block_size, config.block_size)
     stride = min(settings.stride or max(1, context // 2), context)
-    prepared = [data for data in wanted if (find_dataset(data) / "meta.json").exists() or not Path(data).is_file()]
+    files = {data for data in wanted if Path(data).is_file()}
+    # A name with an extension or a slash is the file, even if a dataset is called so too.
+    as_path = {data for data in settings.data if "/" in data or Path(data).suffix}
+    prepared = [data for data in wanted if data not in files & as_path]
+    prepared = [data for data in prepared if data not in files or (find_dataset(data) / "meta.json").exists()]
     datasets = {data: open_dataset(data) for data in prepared}
     tasks = [(data, None if data in datasets else scoring.read_choices(Path(data))) for data in wanted]
     choices = [data for data, questions in tasks if questions is not None]

@@ -30,10 +30,6 @@ def main() -> None:
     if not all(parsed.arguments or [""]):
         raise InputError("no SOURCE, or an empty one. Give a file, a directory, - or stdlib; see --help")
 
-    chat_only = sorted({"train_on", "chat_template", "show"} & parsed.given)
-    if chat_only and not parsed.settings.kind:
-        raise InputError(f"--{chat_only[0].replace('_', '-')} is for chats. Give --format=chat too")
-
     from nib.data.paths import find_dataset
     from nib.data.prepare import BUILTIN_DATASETS, dataset_name, prepare
 
@@ -44,6 +40,11 @@ def main() -> None:
     for name, value in defaults.items():
         if name not in parsed.given or getattr(settings, name) == "auto":
             setattr(settings, name, value)
+    chat_only = sorted({"train_on", "chat_template", "show"} & parsed.given)
+    if chat_only and not settings.kind:
+        raise InputError(f"--{chat_only[0].replace('_', '-')} is for chats. Give --format=chat too")
+    if settings.kind == "preference" and settings.train_on == "all":
+        raise InputError("--train-on=all is for chats: of preferences only the answers are learned. Leave it out")
     with memory_errors("Lower --workers, or give smaller files"):
         prepare(sources, out, settings)
     name = out.name if find_dataset(out.name) == out else str(out)

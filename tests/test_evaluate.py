@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,13 @@ def test_several_models_and_data_side_by_side(corpus: Path, tmp_path: Path) -> N
     shown = run_script("evaluate.py", "a", "b", *after, cwd=tmp_path).stdout.splitlines()
     assert shown[0].split() == script.TEXT_COLUMNS and len(shown) == 7
     assert shown[5].split()[4:7] == [f"{results[4][key]:.4f}" for key in ("loss", "perplexity", "bits_per_byte")]
+    # A file and a dataset of the same name: a name with an extension or a slash is the file.
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/data").mkdir()
+    shutil.copytree(corpus / "data/words", tmp_path / "own/data/notes.txt")
+    (tmp_path / "own/notes.txt").write_text("line 1 of text 2 counts 3\n")
+    done = run_script("evaluate.py", str(tmp_path / "out/a"), "--data=notes.txt", "--json", cwd=tmp_path / "own")
+    assert json.loads(done.stdout)["tokens"] == 26
     # Without --data: the validation split of the dataset a run was trained on; "whole" is what meta.json says.
     own = json.loads(run_script("evaluate.py", "--json", cwd=tmp_path).stdout)
     meta = json.loads((corpus / "data/words/meta.json").read_text())

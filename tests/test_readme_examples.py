@@ -99,6 +99,12 @@ def test_a_new_option_is_one_line_and_the_place_where_it_acts(copy: Path) -> Non
     assert f"error: {name} is False but the run in out/parts was made with True" in refused
     helped = subprocess.run([sys.executable, "train.py", "--help"], cwd=copy, capture_output=True, text=True).stdout
     assert on in helped and comment in " ".join(helped.split())
+    shutil.copy(ROOT / "model.py", copy)
+    for refused in run(copy, PARTS[1], [*PARTS[1], "--eval_only"]):
+        assert (
+            "out/parts" in refused
+            and f"does not fit this model.py: got an unexpected keyword argument '{name}'" in refused
+        )
 
 
 def test_a_new_parameter_is_only_the_place_where_it_acts(copy: Path) -> None:

@@ -129,6 +129,9 @@ def new_directory(place: Path, replace: bool = False) -> Iterator[Path]:
     """
     with workplace(place, staging_path(place), staging_path(place)) as new:
         yield new
+        for path in new.iterdir():
+            if path.is_file():  # safetensors makes files that only their owner can read
+                path.chmod(new.stat().st_mode & 0o666)
         fsync_files(new)
         if replace:
             shutil.rmtree(place, ignore_errors=True)

@@ -293,10 +293,20 @@ def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
         with pyarrow.parquet.ParquetFile(source.path, buffer_size=1 << 20, pre_buffer=False) as file:
             columns = file.schema_arrow.names
             if kind:
-                rows = file.iter_batches(batch_size=256, columns=[n for n in columns if n in (field, *CHAT_COLUMNS)])
-                for number, values in enumerate((row for batch in rows for row in batch.to_pylist()), start=1):
-                    line = json.dumps(_without_nulls(values), default=str)
-                    yield Part(f"{source.name}, row {number}", line.encode(), is_json=True)
+                known = [name for name in columns if name in (field, *CHAT_COLUMNS)]
+                if not known:
+                    raise InputError(f"{source.name} has no column of {kind}s. Give --field={'|'.join(columns)}")
+                batches = file.iter_batches(batch_size=256, columns=known)
+                for number, values in enumerate((row for batch in batches for row in _rows_of(batch)), start=1):
+                    where = f"{source.name}, row {number}"
+                    try:
+                        line = json.dumps(
+                            _without_nulls(values if isinstance(values, dict) else values.to_pylist()[0]),
+                            default=_as_text,
+                        )
+                        yield Part(where, line.encode(), is_json=True)
+                    except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time beyond datetime
+                        yield Part(where, b"", fault=f"a value cannot be read: {str(error)[:80]}")
                 return
             if field == "text" and field not in columns and MESSAGES in columns:
                 field = MESSAGES
@@ -317,8 +327,21 @@ def _parquet_rows(source: Source, field: str, kind: str) -> Iterator[Part]:
                     except (ValueError, OverflowError):  # a time beyond Python's datetime
                         value = cell
                     yield _row(value, f"column {field!r}", f"{source.name}, row {row}")
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{source.name} is not a valid Parquet file: {str(error)[:120]}. Give a valid file") from None
+
+
+def _rows_of(batch: Any) -> list[Any]:
+    """The rows of a batch of Parquet as dictionaries; if one of them cannot be read, as batches of one row."""
+    try:
+        return list(batch.to_pylist())
+    except (ValueError, OverflowError):
+        return [batch.slice(place, 1) for place in range(batch.num_rows)]
+
+
+def _as_text(value: Any) -> str:
+    """A value of Parquet that JSON lacks, such as a date. Raises UnicodeDecodeError for bytes that are not UTF-8."""
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _without_nulls(value: Any) -> Any:

@@ -92,8 +92,8 @@ class Encoder:
             return np.zeros(0, dtype=np.uint32), invalid
         try:
             return np.concatenate([self.side(**side) for side in json.loads(text)]), ""
-        except InputError as error:
-            reason = f"{part.where}: {error}"
+        except (InputError, RecursionError) as error:
+            reason = f"{part.where}: {'it is nested too deeply' if isinstance(error, RecursionError) else error}"
             if isinstance(error, TemplateFault):
                 raise InputError(reason) from None
             how = "Correct it, give another --chat-template, or leave such rows out with --invalid=skip"

@@ -73,6 +73,8 @@ def prepare(sources: list[str], out: Path, settings: PrepareSettings) -> dict[st
                 fitted = dataset_tokenizer(Path(sources[0]), tokenizer)
             else:
                 found = find_sources(sources, settings.format, settings.glob, fetched, spool)
+                if kind and (texts := [source.name for source in found if source.format in ("text", "hub")]):
+                    raise InputError(f"{texts[0]} holds texts, not rows of {kind}s. Leave out --format={kind}")
                 fitted = _fit_tokenizer(settings, found, staging)
             # Pairs of plain texts need no template and none of its special tokens.
             if kind == "chat" or (kind and (template or fitted.chat_template)):

@@ -26,12 +26,16 @@ def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict
         return [], f"no chosen and rejected among {', '.join(map(str, list(row)[:10]))}"
     if given[0] == given[1]:
         return [], "chosen and rejected are the same"
+    if isinstance(prompt, str) and not any(map(is_answer, given)):
+        prompt = None  # as in TRL: the sides are whole conversations, which begin with it
     sides = []
     if all(isinstance(text, str) for text in given) and isinstance(prompt, str | None):
         pairs = enumerate(zip(*given, strict=False))
         same = next((place for place, (a, b) in pairs if a != b), min(map(len, given))) if prompt is None else 0
         # As in TRL, a space belongs to the word after it.
         same -= same > 0 and given[0][same - 1] == " "
+        if row.get("system"):
+            return [], "a system text beside texts. Put it into the prompt"
         sides = [{"prompt": (prompt or "") + text[:same], "text": text[same:]} for text in given]
         return sides, "" if all(side["text"] for side in sides) else "an empty side"
     for said in given:
@@ -45,6 +49,13 @@ def learned_sides(row: dict[str, Any], field: str, kind: str) -> tuple[list[dict
         first = next((place for place, (a, b) in pairs if a != b), min(len(side["messages"]) for side in sides))
         sides = [side | {"first": first} for side in sides]
     return sides, ""
+
+
+def is_answer(side: Any) -> bool:
+    """Whether a side of a preference goes on after the prompt: a text, or messages that begin with the assistant's."""
+    first = side[0] if isinstance(side, list) and side else None
+    role = first.get("role", first.get("from")) if isinstance(first, dict) else None
+    return not isinstance(role, str) or ROLES.get(role, role) == "assistant"
 
 
 def conversation(row: dict[str, Any], field: str) -> tuple[dict[str, Any], str]:

@@ -95,6 +95,10 @@ class Conversations(Shuffled):
     def rows(self, sequences: NDArray[np.int64]) -> list[Row]:
         return [self.row(number) for number in self.index(sequences).tolist()]
 
+    def is_learned(self, number: int) -> bool:
+        """Whether a conversation has a learned token that is not cut off."""
+        return len(self.row(number)[0]) > 0
+
     def row(self, number: int) -> Row:
         begin = int(self.starts[number])
         end = begin + int(self.lengths[number]) + 1
@@ -149,6 +153,8 @@ def describe(data: Dataset | Mixture, block_size: int) -> Iterator[str]:
             if cut := int((rows.whole > block_size).sum()):
                 what = f"{cut} of {rows.size} {name} conversations of {part.directory} are cut"
                 yield f"warning: {what}: they do not fit into block_size {block_size}"
+                if not any(map(rows.is_learned, range(rows.size))):
+                    yield f"warning: in none of the {name} conversations is a learned token left. Raise block_size"
 
 
 def micro_batches(rows: list[Row], size: int, block_size: int, widths: int = 0) -> list[Batch]:

@@ -16,7 +16,7 @@ class PrepareSettings:
     tokenizer: str = option(
         "auto",
         "auto (gpt2, or the built-in corpus's own), byte, char, bpe:N, a tiktoken encoding, "
-        "a dataset or run, a Hugging Face directory, or a tokenizer.json",
+        "a dataset or run, a Hugging Face directory, or a nib_tokenizer.json",
     )
     format: str = option("auto", "the format of the files; auto: by the file name's extension", choices=FORMATS)
     train_on: str = option("assistant", "which tokens of a chat are learned", choices=("assistant", "all"))

@@ -94,6 +94,8 @@ class Checkpoint:
         path = self.directory / name
         try:
             yield path
+        except PermissionError as error:
+            raise InputError(f"cannot read {path}: {error.strerror}. Let its owner give you access") from None
         except (OSError, SafetensorError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise BrokenCheckpoint(f"cannot read {path}: {reason}. Use another checkpoint") from None

@@ -65,7 +65,11 @@ def model_settings(config: type, comments: dict[str, str]) -> type:
         kind: Any = types[field.name]
         choices = get_args(kind) if get_origin(kind) is Literal else ()
         kind = type(choices[0]) if choices else kind
-        if kind not in (int, float, bool, str) or field.default is dataclasses.MISSING:
+        if (
+            not all(isinstance(choice, str) for choice in choices)
+            or kind not in (int, float, bool, str)
+            or field.default is dataclasses.MISSING
+        ):
             raise TypeError(f"GPTConfig.{field.name} needs a default, and a type of int, float, bool, str or Literal")
         made.append((field.name, kind, option(field.default, comments[field.name], choices=choices, group="model")))
     return dataclasses.make_dataclass("ModelSettings", made, init=False, repr=False, eq=False)

@@ -186,6 +186,10 @@ class TrainSettings(ModelSettings):
         return min(limits, default=0)
 
 
+if clash := sorted(set(MODEL_KEYS) & vars(TrainSettings).keys()):
+    raise TypeError(f"GPTConfig.{clash[0]} has the name of a setting of training. Rename it")
+
+
 def same_run(settings: TrainSettings, saved: dict[str, Any], where: str) -> None:
     """Raise InputError if `saved`, the settings of the run in `where`, would make another model than `settings`."""
     # Options that a checkpoint lacks were added later and had their defaults, except init, which had no fixed value.

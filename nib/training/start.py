@@ -126,6 +126,8 @@ def choose_shape(
     With lora_rank the source is always the base. Raises InputError for a shape that is invalid or not init_from's.
     """
     settings = parsed.settings
+    if checkpoint is not None and not settings.lora_rank:
+        read_config(checkpoint, GPTConfig)  # refuses a model with an option that this model.py lacks
     if settings.init_from == "scratch":
         return checkpoint, GPTConfig(vocab_size=dataset.vocab_size, **settings.model_options())
     source = checkpoint or open_source(settings.init_from)

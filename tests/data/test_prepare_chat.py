@@ -213,6 +213,7 @@ def test_preferences_of_messages_learn_what_differs(tmp_path: Path) -> None:
     rows = [
         {"chosen": [*begin, ask, yes], "rejected": [*begin, ask, no]},
         {"prompt": [*begin, ask], "chosen": [yes], "rejected": [no]},
+        {"prompt": "Q", "chosen": [*begin, ask, yes], "rejected": [*begin, ask, no]},  # as in UltraFeedback
     ]
     found = []
     for row in rows:
@@ -221,7 +222,13 @@ def test_preferences_of_messages_learn_what_differs(tmp_path: Path) -> None:
         data = prepared(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--chat-template=t.jinja")
         assert data.meta["documents"]["train"] == 1 and data.meta["learned"]["train"] == 4
         found.append(data.meta["sha256"])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+    one = []
+    for row in ({"prompt": "Q", "chosen": [yes], "rejected": [no]}, {"chosen": [ask, yes], "rejected": [ask, no]}):
+        write_rows(tmp_path / "pairs.jsonl", [row])
+        data = prepared(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--chat-template=t.jinja")
+        one.append(data.meta["sha256"])
+    assert one[0] == one[1]
     done = run(tmp_path, "pairs.jsonl", "--format=preference", "--tokenizer=byte", "--out=data/x")
     assert done.returncode == 2 and b"no chat template" in done.stderr
 
@@ -232,6 +239,7 @@ def test_preferences_of_messages_learn_what_differs(tmp_path: Path) -> None:
         ({"chosen": "a", "rejected": "a"}, "the same"),
         ({"chosen": "a", "rejected": ""}, "an empty side"),
         ({"chosen": "a"}, "no chosen and rejected"),
+        ({"system": "s", "prompt": "p", "chosen": "a", "rejected": "b"}, "a system text beside texts"),
         ({"chosen": [1], "rejected": [2]}, "message 1 is int"),
         ({"chosen": "a", "rejected": [2]}, "its messages are str"),
     ],
@@ -264,3 +272,49 @@ def test_a_missing_jinja2_is_named(tmp_path: Path) -> None:
     (tmp_path / "jinja2.py").write_text("raise ImportError")
     done = run(tmp_path, "chats.jsonl", *OPTIONS, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 2 and b"pip install 'jinja2>=3.1.6'" in done.stderr
+
+
+def test_values_of_parquet_that_json_lacks(tmp_path: Path) -> None:
+    """Bytes are text; what cannot be read is a fault of its row. Other columns are named if none is known."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "t.jinja").write_text(PLAIN_TEMPLATE)
+    write = lambda name, **columns: parquet.write_table(pyarrow.table(columns), tmp_path / name)  # noqa: E731
+    write("bytes.parquet", prompt=pyarrow.array(["Hi é".encode()] * 2, pyarrow.binary()), completion=["a", "b"])
+    write("texts.parquet", prompt=["Hi é"] * 2, completion=["a", "b"])
+    options = (*OPTIONS, "--chat-template=t.jinja", "--val-fraction=0")
+    one, two = (prepared(tmp_path, f"{name}.parquet", *options).meta["sha256"] for name in ("bytes", "texts"))
+    assert one == two
+    broken = pyarrow.array([b"ab", b"\xff\xfe"], pyarrow.binary())
+    texts = pyarrow.Array.from_buffers(pyarrow.string(), 2, broken.buffers())
+    for name, column in (("bad", texts), ("bad bytes", broken)):
+        write(f"{name}.parquet", prompt=column, completion=["x", "y"])
+        done = run(tmp_path, f"{name}.parquet", *options, "--out=data/x")
+        assert done.returncode == 2 and f"{name}.parquet, row 2: a value cannot be read" in done.stderr.decode()
+        done = run(tmp_path, f"{name}.parquet", *options, "--invalid=skip", f"--out=data/{name}")
+        assert done.returncode == 0 and b"left out 1 document" in done.stdout
+    write("other.parquet", talk=["a"], id=[1])
+    done = run(tmp_path, "other.parquet", *options, "--out=data/x")
+    assert done.returncode == 2 and b"has no column of chats. Give --field=talk|id" in done.stderr
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (("stdlib", "--format=chat"), "holds texts, not rows of chats"),
+    (("pairs.jsonl", "--format=preference", "--train-on=all"), "of preferences only the answers are learned"),
+    (("deep.jsonl", "--format=chat", "--chat-template=t.jinja"), "deep.jsonl, line 1: "),
+])  # fmt: skip
+def test_what_does_not_fit_the_format_is_one_line(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(PLAIN_TEMPLATE)
+    write_rows(tmp_path / "pairs.jsonl", PREFERENCES["texts and a prompt"])
+    deep = '{"a": ' * 700 + "1" + "}" * 700
+    row = (
+        f'{{"messages": [{{"role": "user", "content": "x", "more": {deep}}}, {{"role": "assistant", "content": "y"}}]}}'
+    )
+    (tmp_path / "deep.jsonl").write_text(row)
+    done = run(tmp_path, *arguments, "--tokenizer=byte", "--workers=1")
+    said = done.stderr.decode()
+    assert done.returncode == 2 and said.startswith("error: ") and said.count("\n") == 1 and message in said, said
+
+
+def test_questions_are_chats_without_saying_so(tmp_path: Path) -> None:
+    assert prepared(tmp_path, "questions", "--train-on=all").meta["kind"] == "chat"

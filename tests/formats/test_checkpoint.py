@@ -130,6 +130,23 @@ def test_old_checkpoints_go_and_the_best_and_the_base_of_an_adapter_stay(tmp_pat
     assert sorted(int(path.name[5:]) for path in tmp_path.glob("step-*")) == [1, 2, 4, 5]
 
 
+def test_all_files_have_the_mode_that_the_umask_gives(checkpoint: Path) -> None:
+    assert {path.stat().st_mode & 0o777 for path in checkpoint.iterdir()} == {checkpoint.stat().st_mode & 0o666}
+
+
+def test_a_checkpoint_of_someone_else_is_not_called_damaged(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "checkpoints/step-00000007")
+
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("nib.formats.checkpoint.file_sha256", refused)  # root may read everything
+    with pytest.raises(InputError, match=r"cannot read .*model\.safetensors: Permission denied\. Let its owner"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_link_to_latest_is_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     name_checkpoint(checkpoint.parent, "latest", checkpoint.name)
     (tmp_path / "link").symlink_to(checkpoint.parent / "latest")

@@ -103,3 +103,14 @@ def test_a_run_from_before_the_option_goes_on_only_with_its_default(repository: 
     refused = train(repository, *TINY, "--gate=all", "--max_iters=3")
     assert refused.returncode == 2 and "was made with 'none'" in refused.stderr
     assert train(repository, *TINY, "--max_iters=3").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["parallel", "seed", "steps"])
+def test_an_option_with_the_name_of_a_training_setting_is_refused(name: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "nib", tmp_path / "nib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train.py", tmp_path)
+    source = (ROOT / "model.py").read_text(encoding="utf-8")
+    changed = source.replace("    n_layer: int", f"    {name}: int = 2  # mine\n    n_layer: int", 1)
+    (tmp_path / "model.py").write_text(changed, encoding="utf-8")
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and f"GPTConfig.{name} has the name of a setting of training" in done.stderr
