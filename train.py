@@ -52,6 +52,9 @@ def train(parsed: Parsed[TrainSettings]) -> int:
 
     Raises InputError, and RunError if the run fails or its last checkpoint cannot be saved.
     """
+    from nib.cpu.threads import choose_threads
+
+    choose_threads()  # `main` did so before torch was imported; a notebook calls only this function
     from model import GPT, GPTConfig
 
     if parsed.settings.dry_run:
