@@ -428,3 +428,12 @@ def test_one_process_does_not_wait_for_what_only_several_use() -> None:
     """FSDP and its tensors take nearly as long to import as all the rest."""
     code = 'import sys, train; sys.exit("torch.distributed.fsdp" in sys.modules)'
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_train_chooses_threads_also_without_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a notebook; without it a busy machine made training ten times slower."""
+    called: list[int] = []
+    monkeypatch.setattr("nib.cpu.threads.choose_threads", lambda: called.append(1))
+    with pytest.raises(InputError, match="no dataset 'nowhere'"):
+        train("--dataset=nowhere", "--out_dir=out/x")
+    assert called == [1]
