@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import statistics
 import sys
@@ -74,6 +75,10 @@ def compare(
     parsed.settings.check()
     if parsed.settings.dry_run or parsed.settings.eval_only:
         raise InputError("labs do not support dry_run and eval_only. Use them with train.py")
+    if parsed.settings.init_from != "scratch":
+        raise InputError("a lab's variants are trained from scratch. Leave out init_from")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise InputError("a lab runs in one process. Start it with python instead of torchrun")
     seeds = [parsed.settings.seed + each for each in range(parsed.settings.seeds)]
     root = Path(parsed.settings.out_dir or Path("out/labs", lab))
     width, wide, first, apart = max(map(len, variants)) + 2, max(9, 6 * len(seeds)), None, []

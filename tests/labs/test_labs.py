@@ -28,6 +28,7 @@ import export as export_script
 import look
 import model
 import sample
+from nib.common.exits import InputError
 
 LABS = {
     "positions": positions, "norm_placement": norm_placement, "what_carries": what_carries,
@@ -286,3 +287,11 @@ def test_biases_bring_back_an_expert_that_is_not_chosen() -> None:
         used = torch.stack(counts[-20:]).mean(0)
         assert counts[0].min() < 0.4 * counts[0].mean()
         assert (used.max() < 1.1 * used.mean() and used.min() > 0.9 * used.mean()) == even, used
+
+
+def test_a_lab_trains_from_scratch_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="variants are trained from scratch"):
+        compare("positions", positions.VARIANTS, [*FEW, "--init_from=out/a"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="a lab runs in one process"):
+        compare("positions", positions.VARIANTS, FEW)
